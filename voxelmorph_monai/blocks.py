@@ -1,0 +1,266 @@
+r"""Geometry of displacement fields: warp, compose, integrate, invert, resize, differentiate.
+
+A field ``u`` of shape ``(B, D, *spatial)`` gives each voxel ``x`` an offset **in voxels of its own grid**, component
+``d`` along array axis ``d``. It stands for the map :math:`\phi(x) = x + u(x)` and pulls images back: the warped image
+at ``x`` is the moving image at :math:`\phi(x)`. Outside its grid a field, like an image, continues with its border
+value. Every other module takes its conventions from here, and nothing else knows of ``grid_sample``'s [-1, 1].
+
+Fields are computed in float32 or wider whatever comes in: bfloat16 cannot count voxels past 256. Everything works in
+2-D and 3-D, is differentiable, and can be scripted (``torch.jit.script``) and exported to ONNX.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "compose",
+    "corners",
+    "identity_grid",
+    "integrate",
+    "invert",
+    "jacobian_determinant",
+    "resize",
+    "warp",
+    "warp_labels",
+]
+
+
+def _exact(field: Tensor) -> Tensor:
+    """Give ``field`` in float32 or wider."""
+    return field if field.dtype == torch.float64 else field.float()
+
+
+def _axis(field: Tensor, axis: int) -> Tensor:
+    """Voxel coordinates of the grid of ``field`` along array axis ``axis``, to broadcast over ``(B, *spatial)``."""
+    shape = [1] * (field.ndim - 1)
+    shape[axis + 1] = field.shape[axis + 2]
+    return torch.arange(field.shape[axis + 2], dtype=field.dtype, device=field.device).view(shape)
+
+
+def _check_ddf(image: Tensor, ddf: Tensor) -> None:
+    expected = [image.shape[0], image.ndim - 2] + list(image.shape[2:])
+    if image.ndim not in (4, 5) or list(ddf.shape) != expected:
+        raise ValueError(
+            f"ddf for an image of shape {list(image.shape)} must be {expected} in 2-D or 3-D, got {list(ddf.shape)}."
+        )
+
+
+def identity_grid(field: Tensor) -> Tensor:
+    """Voxel coordinates ``x`` of the grid of ``field`` ``(B, C, *spatial)``: ``(1, D, *spatial)``, float32 or wider.
+
+    >>> identity_grid(torch.zeros(1, 1, 2, 3))[0, 1]
+    tensor([[0., 1., 2.],
+            [0., 1., 2.]])
+    """
+    exact = _exact(field)
+    axes = [_axis(exact, d).expand([1] + list(field.shape[2:])) for d in range(field.ndim - 2)]
+    return torch.stack(axes, dim=1)
+
+
+def _grid_sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tensor:
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips what stands under this one condition
+        if image.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            # On the CPU torch gives each batch item one thread: cut the first axis into as many items as there are
+            # threads (on 2 cores warp is 1.5 times faster, integrate with its gradient 1.7 times).
+            parts = torch.get_num_threads() // grid.shape[0]
+            while parts > 1 and grid.shape[1] % parts:
+                parts -= 1
+            if parts > 1:
+                batch, first = grid.shape[:2]
+                cut = grid.reshape(batch * parts, first // parts, *grid.shape[2:])
+                copies = image[:, None].expand(-1, parts, *image.shape[1:]).flatten(0, 1)
+                out = F.grid_sample(copies, cut, mode, padding_mode, align_corners=True)
+                out = out.unflatten(0, (batch, parts)).transpose(1, 2)
+                return out.reshape(batch, image.shape[1], *grid.shape[1:-1])
+    return F.grid_sample(image, grid, mode, padding_mode, align_corners=True)
+
+
+def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+    r"""Pull ``image`` ``(B, C, *spatial)`` back along ``ddf`` ``(B, D, *spatial)``: :math:`I \circ \phi`.
+
+    Args:
+        image: any dtype; the result has the same. Integers only with ``mode="nearest"``, and then exactly.
+        ddf: displacement in voxels.
+        mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"`` (halves go to the even voxel).
+        padding_mode: ``"border"`` repeats the outermost voxel, ``"zeros"`` surrounds the image with 0.
+
+    >>> image = torch.tensor([[[[0.0, 1.0, 4.0]]]])
+    >>> half_a_voxel_right = torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(1, 2, 1, 3)
+    >>> warp(image, half_a_voxel_right)
+    tensor([[[[0.5000, 2.5000, 4.0000]]]])
+    """
+    _check_ddf(image, ddf)
+    ddf = _exact(ddf)
+    dtype = torch.float64 if image.dtype == torch.float64 else ddf.dtype
+    if not image.is_floating_point():
+        if mode != "nearest":
+            raise TypeError(f"only mode='nearest' keeps labels: linear interpolation got an image of {image.dtype}.")
+        dtype = torch.float64  # float32 would round labels past 2^24
+    unit = []  # grid_sample counts from -1 to 1, last array axis first
+    for d in range(ddf.shape[1] - 1, -1, -1):
+        unit.append((ddf[:, d] + _axis(ddf, d)) * (2.0 / max(ddf.shape[d + 2] - 1, 1)) - 1.0)
+    grid = torch.stack(unit, dim=-1).to(dtype)
+    return _grid_sample(image.to(dtype), grid, mode, padding_mode).to(image.dtype)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    r"""Displacement of :math:`\phi_{outer} \circ \phi_{inner}`, that is ``inner(x) + outer(x + inner(x))``.
+
+    An image warped by the composition is the image warped by ``outer``, then by ``inner``.
+    """
+    return _exact(inner) + warp(_exact(outer), inner)
+
+
+def integrate(dvf: Tensor, num_steps: int = 7) -> Tensor:
+    r"""Displacement at time 1 of the flow of the stationary velocity ``dvf`` (voxels per unit time): :math:`\exp(v)`.
+
+    Scaling and squaring, :math:`\exp(v) = \exp(v / 2^n)^{2^n}`, starting from :math:`\exp(v / 2^n) \approx v / 2^n`
+    (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map.
+
+    >>> shift = integrate(torch.ones(1, 2, 5, 4))
+    >>> bool((shift == 1).all())  # a constant velocity moves everything by itself
+    True
+    """
+    if not 0 <= num_steps <= 30:
+        raise ValueError(f"num_steps must be 0 to 30 (the velocity is divided by 2^num_steps), got {num_steps}.")
+    ddf = _exact(dvf) * (0.5**num_steps)
+    for _ in range(num_steps):
+        ddf = compose(ddf, ddf)
+    return ddf
+
+
+def _length(field: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(field, dim=1)
+
+
+def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3) -> tuple[Tensor, Tensor]:
+    r"""Inverse of a displacement that comes without a velocity, and how far it is from one.
+
+    Fixed point :math:`u^{-1} \leftarrow -u \circ (id + u^{-1})` (Chen et al., Medical Physics 2008). It converges where
+    ``u`` stretches nothing by 100 % or more; where the map folds there is no inverse, and the residual says so.
+
+    Args:
+        ddf: displacement in voxels, ``(B, D, *spatial)``.
+        max_iterations: passes at most.
+        tolerance: stop when no voxel is further than this (voxels) from being undone.
+
+    Returns:
+        The inverse, same shape, and the residual ``(B,)``: the largest :math:`|\phi(\phi^{-1}(x)) - x|` in voxels.
+    """
+    ddf = _exact(ddf)
+    inverse = -ddf
+    error = compose(ddf, inverse)
+    for _ in range(max_iterations):
+        if float(_length(error).max()) <= tolerance:
+            break
+        inverse = inverse - error
+        error = compose(ddf, inverse)
+    return inverse, _length(error).flatten(1).amax(dim=1)
+
+
+def resize(field: Tensor, size: list[int]) -> Tensor:
+    """Resample ``field`` to the spatial ``size`` (a sequence) and restate its vectors in voxels of the new grid.
+
+    The corner voxels of the two grids coincide: component ``d`` is scaled by ``(new - 1) / (old - 1)``.
+    """
+    field = _exact(field)
+    if list(field.shape[2:]) == list(size):
+        return field
+    if field.ndim - 2 != len(size) or field.shape[1] != len(size) or min(size) < 1:
+        raise ValueError(f"size for a field of shape {list(field.shape)} must be as many sizes > 0, got {list(size)}.")
+    ratio = [(size[d] - 1) / max(field.shape[d + 2] - 1, 1) for d in range(len(size))]
+    shape = [-1] + [1] * len(size)
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    scale = torch.tensor(ratio, dtype=field.dtype, device=field.device).view(shape)
+    return F.interpolate(field, list(size), mode=mode, align_corners=True) * scale
+
+
+def _difference(field: Tensor, axis: int, scheme: str) -> Tensor:
+    """Derivative per voxel along tensor dimension ``axis``, one-sided where a neighbour is missing."""
+    n = field.shape[axis]
+    if n == 1:
+        return torch.zeros_like(field)
+    step = field.narrow(axis, 1, n - 1) - field.narrow(axis, 0, n - 1)
+    last = step.narrow(axis, n - 2, 1)
+    if scheme == "forward":
+        return torch.cat([step, last], dim=axis)
+    inner = (step.narrow(axis, 1, n - 2) + step.narrow(axis, 0, n - 2)) * 0.5
+    return torch.cat([step.narrow(axis, 0, 1), inner, last], dim=axis)
+
+
+def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
+    r"""Local change of volume :math:`\det(I + \nabla u)` of ``ddf`` ``(B, D, *spatial)``: ``(B, 1, *spatial)``.
+
+    1 keeps the volume, 2 means that :math:`\phi` doubles it, 0 or less that it folds.
+
+    Args:
+        ddf: displacement in voxels.
+        scheme: ``"central"`` differences, blind to a checkerboard, as the literature reports; or ``"forward"``, which
+            sees each cell. Both are one-sided at the border, so that the shape stays.
+    """
+    if scheme not in ("central", "forward"):
+        raise ValueError(f"scheme must be 'central' or 'forward', got '{scheme}'.")
+    spatial_dims = ddf.ndim - 2
+    if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
+        raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
+    ddf = _exact(ddf)
+    rows = []  # rows[j][:, i] is the derivative of phi_i along axis j
+    for j in range(spatial_dims):
+        row = _difference(ddf, j + 2, scheme)
+        one = torch.zeros(spatial_dims, dtype=ddf.dtype, device=ddf.device)
+        one[j] = 1.0
+        rows.append(row + one.view([-1] + [1] * spatial_dims))
+    a, b = rows[0], rows[1]
+    if spatial_dims == 2:
+        return a[:, :1] * b[:, 1:] - a[:, 1:] * b[:, :1]
+    c = rows[2]
+    x = b[:, 1] * c[:, 2] - b[:, 2] * c[:, 1]
+    y = b[:, 2] * c[:, 0] - b[:, 0] * c[:, 2]
+    z = b[:, 0] * c[:, 1] - b[:, 1] * c[:, 0]
+    return (a[:, 0] * x + a[:, 1] * y + a[:, 2] * z).unsqueeze(1)
+
+
+def corners(ddf: Tensor) -> list[tuple[Tensor, Tensor]]:
+    r"""Voxels that linear interpolation mixes at :math:`\phi(x)`, with their shares.
+
+    For each of the ``2**D`` corners of the cell around :math:`\phi(x)`: the flat index ``(B, *spatial)`` of the voxel
+    (int64, into the grid of one batch item) and its weight ``(B, *spatial)``, differentiable in ``ddf``. The weights of
+    a point sum to 1. What a warp does to label maps can so be computed for all labels at once, without one-hot images.
+    """
+    ddf = _exact(ddf)
+    found = [(torch.zeros_like(ddf[:, 0], dtype=torch.int64), torch.ones_like(ddf[:, 0]))]
+    for d in range(ddf.shape[1]):
+        n = ddf.shape[d + 2]
+        point = (ddf[:, d] + _axis(ddf, d)).clamp(0, n - 1)
+        low = point.detach().floor()
+        share = point - low
+        index = low.long()
+        ends = [(index, 1 - share), ((index + 1).clamp(max=n - 1), share)]
+        finer: list[tuple[Tensor, Tensor]] = []
+        for i, weight in found:
+            for end, part in ends:
+                finer.append((i * n + end, weight * part))
+        found = finer
+    return found
+
+
+def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
+    """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linearly interpolated share.
+
+    Equal to warping every label's one-hot image linearly and taking the argmax, at the cost of the ``2**D`` voxels
+    around each point instead of one image a label. Of labels with equal shares the smaller one wins.
+    """
+    _check_ddf(labels, ddf)
+    if labels.shape[1] != 1:
+        raise ValueError(f"labels must have one channel, got shape {list(labels.shape)}.")
+    flat = labels.flatten(1)
+    found = [(flat.gather(1, index.flatten(1)).view_as(index), weight) for index, weight in corners(ddf.detach())]
+    best, most = found[0][0], torch.zeros_like(found[0][1])
+    for label, _ in found:
+        share = torch.zeros_like(most)
+        for other, weight in found:
+            share = share + weight * (other == label)
+        better = (share > most) | ((share == most) & (label < best))
+        best, most = torch.where(better, label, best), torch.where(better, share, most)
+    return best.unsqueeze(1)
