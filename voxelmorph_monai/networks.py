@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from monai.networks.layers import GaussianFilter
 from torch import Tensor, nn
 
 from voxelmorph_monai.blocks import integrate, resize, warp
@@ -183,7 +184,7 @@ class VoxelMorph(nn.Module):
             # 1.3 times faster in bfloat16 than contiguous, on a CPU
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload] # torch types it for 4-D only
 
-    def _head(self, *, std: float, bias: float = 0.0) -> nn.Module:
+    def _head(self, *, std: float, bias: float = 0.0) -> nn.Conv2d | nn.Conv3d:
         conv = nn.Conv2d if self.spatial_dims == 2 else nn.Conv3d
         head = conv(self.unet.out_channels, self.spatial_dims, 3, padding=1)
         nn.init.normal_(head.weight, std=std)
@@ -214,14 +215,14 @@ class VoxelMorph(nn.Module):
     def fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance of the velocity (``num_steps=0``: the displacement), on the grid of integration.
 
-        Both are ``(B, D, *padded / 2**integration_level)``, float32; the mean in voxels of that grid, the log-variance
-        None unless the network is probabilistic.
+        Both are ``(B, D, *padded / 2**integration_level)``, of the weights' type (float32); the mean in voxels of that
+        grid, the log-variance None unless the network is probabilistic.
         """
         if torch.jit.is_scripting():  # scripts run without autocast
             mean, log_variance = self._fields(features)
         else:
             with torch.autocast(features.device.type, enabled=False):  # a field in bfloat16 would have 8 bits
-                mean, log_variance = self._fields(features.float())
+                mean, log_variance = self._fields(features.to(self.flow.weight.dtype))
         return mean, log_variance
 
     def _fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -261,21 +262,47 @@ class Registration(nn.Module):
         bidirectional: also give the inverse, by integrating the velocity backwards.
         amp: run the U-Net in bfloat16 where that is fast; fields, warps and losses stay in float32. It is done here
             because MONAI's engines autocast on CUDA alone.
+        scale_factor: the network sees the pair on a grid of this many times the size of each axis (0.5: two times
+            coarser, after smoothing to the width of its voxels), and its displacement is brought back to the images'
+            own grid before they are warped.
     """
 
-    def __init__(self, network: VoxelMorph, bidirectional: bool = False, amp: bool = True) -> None:
+    def __init__(
+        self, network: VoxelMorph, bidirectional: bool = False, amp: bool = True, scale_factor: float = 1.0
+    ) -> None:
         super().__init__()
+        if scale_factor <= 0:
+            raise ValueError(f"scale_factor must be positive, got {scale_factor}.")
         if bidirectional and network.num_steps == 0:
             raise ValueError("bidirectional needs a network that predicts a velocity (num_steps > 0), got num_steps 0.")
         self.network = network
         self.bidirectional = bidirectional
         self.amp = amp
+        self.scale_factor = scale_factor
+        width = max(1 / scale_factor**2 - 1, 0) ** 0.5  # at half height, in voxels; a voxel has the width 1 already
+        self.smooth = GaussianFilter(network.spatial_dims, width / 2.355) if width > 0 else nn.Identity()
+
+    def _in_bfloat16(self, pair: Tensor) -> bool:
+        # On 2 voxels along an axis oneDNN's bfloat16 gradient of the weights is random bits, Inf among them
+        # (torch 2.13, AVX512; right from 3 on).
+        coarsest = min(-(-n // self.network.multiple) for n in pair.shape[2:])
+        return self.amp and has_fast_bfloat16(pair.device) and coarsest > 2
+
+    def _scaled(self, pair: Tensor) -> Tensor:
+        if self.scale_factor == 1:
+            return pair
+        size = [max(round(n * self.scale_factor), 2) for n in pair.shape[2:]]
+        # The corners of the grids coincide, as they do in blocks.resize, which takes the displacement back.
+        return F.interpolate(
+            self.smooth(pair), size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=True
+        )
 
     def forward(self, pair: Tensor) -> dict[str, Tensor]:
         """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
-        with torch.autocast(pair.device.type, torch.bfloat16, enabled=self.amp and has_fast_bfloat16(pair.device)):
+        pair = self._scaled(pair)
+        with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
             features = network.features(pair)
         mean, log_variance = network.fields(features)
         field, found = mean, {}
@@ -285,9 +312,9 @@ class Registration(nn.Module):
             found["log_variance"] = log_variance
             if self.training:
                 field = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        found["ddf"] = network.displacement(field, size)
+        found["ddf"] = resize(network.displacement(field, list(pair.shape[2:])), size)
         found["warped"] = warp(moving, found["ddf"])
         if self.bidirectional:
-            found["inverse_ddf"] = network.displacement(-field, size)
+            found["inverse_ddf"] = resize(network.displacement(-field, list(pair.shape[2:])), size)
             found["warped_fixed"] = warp(fixed, found["inverse_ddf"])
         return found

@@ -1,0 +1,79 @@
+"""What several test modules share: a small prepared data set, and real scans where there are any."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+with warnings.catch_warnings():  # Ignite imports optimisers of torch that torch 2.13 itself finds old
+    warnings.filterwarnings("ignore", r"`torch\.jit\..* is deprecated", DeprecationWarning)
+    import ignite.handlers  # noqa: F401
+
+from voxelmorph_monai.spaces import save_image
+
+SIZE = (24, 32, 20)
+SPACING = (8.0, 6.0, 10.0)  # mm, so that the field of view is that of a head
+SECTIONS = {"training": 3, "validation": 2, "test": 2}
+
+
+def oblique_lia() -> NDArray[np.float64]:
+    """Affine (RAS, mm) whose axes run left, down and forward, all 0.1 rad off the axes of the body."""
+    c, s = np.cos(0.1), np.sin(0.1)
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]]) @ np.diag(SPACING)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(SIZE) - 1) / 2) + [3.0, -12.0, 7.0]
+    return affine
+
+
+def brain(seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Image in [0, 1] and labels (1 rim, 2 core, 3 left nucleus, 4 right one) of one individual: an ellipsoid, bent."""
+    rng = np.random.default_rng(seed)
+    bend = [gaussian_filter(rng.standard_normal(SIZE), 4) for _ in SIZE]
+    x, y, z = (
+        (grid - (n - 1) / 2 + 1.2 * b / b.std()) / (n / 2 - 2)
+        for grid, n, b in zip(np.indices(SIZE), SIZE, bend, strict=True)
+    )
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    nuclei = [np.sqrt((x - at) ** 2 + y**2 + (1.5 * z) ** 2) for at in (0.3, -0.3)]  # x runs left
+    labels = (radius < 1).astype(np.uint8) + (radius < 0.75)
+    for number, distance in zip((3, 4), nuclei, strict=True):
+        labels[distance < 0.22] = number
+    image = np.choose(labels, [0.0, 0.45, 0.9, 0.2, 0.3])
+    return gaussian_filter(image, 0.6).clip(0, 1).astype(np.float32), labels
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder as ``vxm prepare`` leaves it: 3 scans for training, 2 for validation, 2 for the test; nobody may write."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+    datalist: dict[str, list[dict[str, str]]] = {}
+    number = 0
+    for section, count in SECTIONS.items():
+        datalist[section] = []
+        for _ in range(count):
+            number += 1
+            paths = {kind: f"{kind}s/{number}.nii.gz" for kind in ("image", "label")}
+            for path, array in zip(paths.values(), brain(number), strict=True):
+                save_image(folder / path, array, oblique_lia())
+            datalist[section].append(paths)
+    (folder / "datalist.json").write_text(json.dumps(datalist), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def malf() -> Path:
+    """Real scans: 22 T1 brains with their labels."""
+    if "VXM_TEST_DATA" not in os.environ:
+        pytest.skip("VXM_TEST_DATA names no folder of real scans")
+    folder = Path(os.environ["VXM_TEST_DATA"]) / "malf"
+    if not folder.is_dir():
+        pytest.skip(f"VXM_TEST_DATA holds no {folder.name}")
+    return folder

@@ -1,0 +1,710 @@
+"""Laws of the geometry, and outside oracles: NumPy, SciPy, SimpleITK, onnxruntime.
+
+Grids have unequal sides, so that a swapped axis cannot pass. Where a law is exact for linear interpolation, the fields
+are linear about the centre of the grid and pull inwards, so that nothing is sampled outside; then float64 leaves only
+rounding, and the tolerance is ``ROUNDING``.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from inspect import signature
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import SimpleITK as sitk
+import torch
+from scipy.ndimage import map_coordinates
+from torch import Tensor
+from torch.testing import assert_close
+
+from voxelmorph_monai import blocks
+from voxelmorph_monai.blocks import (
+    compose,
+    corners,
+    identity_grid,
+    integrate,
+    invert,
+    jacobian_determinant,
+    resize,
+    warp,
+    warp_labels,
+)
+
+SIZES = [(17, 23), (9, 11, 14)]
+ROUNDING = 1e-10  # float64 has 16 digits; coordinates up to 30 lose 2, products and sums of a few dozen terms 2 more
+sizes = pytest.mark.parametrize("size", SIZES, ids=["2-D", "3-D"])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _warn_always() -> Iterator[None]:
+    torch.set_warn_always(True)  # else torch tells once a process, so that the order of tests would decide
+    yield
+    torch.set_warn_always(False)
+
+
+def same(actual: Any, expected: Any, atol: float = ROUNDING) -> None:
+    assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def centred(size: tuple[int, ...]) -> Tensor:
+    """Voxel coordinates about the centre of the grid: ``(D, *size)``."""
+    axes = [torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def linear(a: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The displacement ``u(x) = A (x - centre)``: ``(1, D, *size)``."""
+    return torch.einsum("ij,j...->i...", a, centred(size))[None]
+
+
+def contraction(spatial_dims: int, shear: float = 0.1) -> Tensor:
+    """A matrix, not symmetric, that moves every point of the grids above inwards."""
+    a = torch.diag(torch.tensor([-0.7, -0.5, -0.6], dtype=torch.float64))
+    a[0, 1], a[1, 0], a[2, 0], a[1, 2] = shear, -0.5 * shear, 0.7 * shear, -shear
+    return a[:spatial_dims, :spatial_dims].clone()
+
+
+def swirl(size: tuple[int, ...]) -> Tensor:
+    """A velocity ``(1, D, *size)`` that dies out at the border: everything stays inside, no map has a closed form."""
+    window = torch.stack([torch.cos(torch.pi * x / (n - 1)) ** 2 for x, n in zip(centred(size), size, strict=True)])
+    a = torch.tensor([[0.1, 0.3, -0.2], [-0.4, 0.1, 0.1], [0.2, -0.1, 0.2]], dtype=torch.float64)
+    return linear(a[: len(size), : len(size)], size) * window.prod(0)
+
+
+def noise(size: tuple[int, ...], batch: int = 1, reach: float = 3.0) -> Tensor:
+    """A rough field; its points are off the voxels, and some lie outside the grid."""
+    whole = torch.randint(-int(reach), int(reach) + 1, (batch, len(size), *size))
+    off = 0.1 + 0.3 * torch.rand(whole.shape, dtype=torch.float64)  # neither on a voxel nor half way to the next
+    return whole + off + 0.5 * torch.randint(0, 2, whole.shape)
+
+
+def sampled(image: Tensor, ddf: Tensor, order: int, mode: str) -> Tensor:
+    """SciPy's answer for one image ``(1, C, *size)``: it takes points in voxels, in the order of the array axes."""
+    points = np.indices(image.shape[2:]) + ddf[0].numpy()
+    return torch.stack([torch.from_numpy(map_coordinates(c, points, order=order, mode=mode)) for c in image[0].numpy()])
+
+
+# identity_grid
+
+
+@sizes
+def test_identity_grid_is_numpy_indices(size: tuple[int, ...]) -> None:
+    grid = identity_grid(torch.zeros(2, 5, *size, dtype=torch.float64))
+    assert_close(grid, torch.from_numpy(np.indices(size))[None].double(), rtol=0, atol=0)
+
+
+def test_coordinates_of_a_bfloat16_field_are_float32() -> None:
+    grid = identity_grid(torch.zeros(1, 2, 300, 3, dtype=torch.bfloat16))
+    assert grid.dtype == torch.float32
+    assert grid[0, 0].unique().numel() == 300  # bfloat16 itself tells 279 of them apart
+
+
+# warp
+
+
+@sizes
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("padding_mode", ["border", "zeros"])
+def test_whole_voxels_shift_the_array(size: tuple[int, ...], mode: str, padding_mode: str) -> None:
+    image = torch.rand(1, 2, *size, dtype=torch.float64)
+    for axis in range(len(size)):
+        ddf = torch.zeros(1, len(size), *size, dtype=torch.float64)
+        ddf[:, axis] = 2
+        n = size[axis]
+        last = image.narrow(axis + 2, n - 1, 1) * (padding_mode == "border")
+        expected = torch.cat([image.narrow(axis + 2, 2, n - 2), last, last], dim=axis + 2)
+        same(warp(image, ddf, mode, padding_mode), expected)
+
+
+@sizes
+@pytest.mark.parametrize(("mode", "order"), [("bilinear", 1), ("nearest", 0)])
+@pytest.mark.parametrize(("padding_mode", "scipy_mode"), [("border", "nearest"), ("zeros", "grid-constant")])
+def test_warp_is_scipys(size: tuple[int, ...], mode: str, order: int, padding_mode: str, scipy_mode: str) -> None:
+    image, ddf = torch.rand(1, 2, *size, dtype=torch.float64), noise(size)
+    same(warp(image, ddf, mode, padding_mode)[0], sampled(image, ddf, order, scipy_mode))
+
+
+@sizes
+def test_warp_is_itks(size: tuple[int, ...]) -> None:
+    # ITK counts axes from the last one and displaces in millimetres: a spacing that is not 1 tells the units apart.
+    spacing = torch.tensor([1.5, 0.8, 2.0], dtype=torch.float64)[: len(size)]
+    image = torch.rand(1, 1, *size, dtype=torch.float64)
+    inside = linear(contraction(len(size)), size) + 0.2 * torch.rand(1, len(size), *size)
+    image_mm = sitk.GetImageFromArray(image[0, 0].numpy())
+    image_mm.SetSpacing(spacing.flip(0).tolist())
+    vectors = torch.einsum("d...,d->...d", inside[0], spacing).flip(-1).contiguous()
+    field_mm = sitk.GetImageFromArray(vectors.numpy(), isVector=True)
+    field_mm.CopyInformation(image_mm)
+    transform = sitk.DisplacementFieldTransform(field_mm)
+    expected = sitk.GetArrayFromImage(sitk.Resample(image_mm, image_mm, transform, sitk.sitkLinear))
+    same(warp(image, inside)[0, 0], torch.from_numpy(expected))
+
+
+def test_single_voxel_axes_stay() -> None:
+    size = (1, 5, 1)
+    image, ddf = torch.rand(1, 1, *size, dtype=torch.float64), noise(size)
+    same(warp(image, ddf)[0], sampled(image, ddf, 1, "nearest"))
+    same(resize(ddf, [1, 9, 1])[:, [0, 2]], torch.zeros(1, 2, 1, 9, 1).double())  # no length, so no displacement
+    along = 1 + (ddf[0, 1, 0, 2:, 0] - ddf[0, 1, 0, :-2, 0]) / 2
+    same(jacobian_determinant(ddf)[0, 0, 0, 1:-1, 0], along)
+    same(sum(w for _, w in corners(ddf)), torch.ones(1, *size).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64])
+def test_nearest_keeps_values_and_dtype(dtype: torch.dtype) -> None:
+    labels = torch.randint(0, 100, (1, 1, 6, 7)).to(dtype)
+    shifted = warp(labels, torch.ones(1, 2, 6, 7), mode="nearest")
+    assert_close(shifted[..., :-1, :-1], labels[..., 1:, 1:], rtol=0, atol=0)
+
+
+@pytest.mark.xfail(strict=True, reason="the way to [-1, 1] and back rounds halves to either side")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearest_takes_halves_to_the_even_voxel(dtype: torch.dtype) -> None:
+    for n in range(2, 60):
+        ddf = torch.zeros(1, 2, n, 3, dtype=dtype)
+        ddf[:, 0] = 0.5
+        warped = warp(torch.arange(n).view(1, 1, n, 1).expand(1, 1, n, 3), ddf, mode="nearest")
+        assert_close(warped[0, 0, :, 0], (torch.arange(n) + 0.5).round().long().clamp(max=n - 1))
+
+
+def test_labels_past_the_digits_of_float32_are_exact() -> None:
+    labels = 2**24 + torch.randint(0, 100, (1, 1, 6, 7))
+    assert (labels.float().long() != labels).any()
+    ddf = torch.ones(1, 2, 6, 7)
+    for warped in (warp(labels, ddf, mode="nearest"), warp_labels(labels, ddf)):
+        assert_close(warped[..., :-1, :-1], labels[..., 1:, 1:], rtol=0, atol=0)
+
+
+def test_bfloat16_coordinates_would_move_the_image() -> None:
+    image = torch.rand(1, 1, 300, 3).bfloat16()
+    ddf = torch.zeros(1, 2, 300, 3, dtype=torch.bfloat16)
+    ddf[:, 0] = 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        warped = warp(image, ddf)
+        field = integrate(ddf)
+    assert warped.dtype == torch.bfloat16  # as the image
+    same(
+        warped[:, :, :-1].float(), image[:, :, 1:].float(), atol=2**-8
+    )  # half a unit in bfloat16's last place, below 1
+    assert field.dtype == torch.float32
+    same(field, ddf.float(), atol=1e-6)  # a constant velocity, in float32
+
+
+@sizes
+def test_float64_stays_float64_under_autocast(size: tuple[int, ...]) -> None:
+    image, ddf = torch.rand(1, 1, *size, dtype=torch.float64), noise(size)
+    expected = warp(image, ddf), resize(ddf, [5] * len(size)), jacobian_determinant(ddf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close((warp(image, ddf), resize(ddf, [5] * len(size)), jacobian_determinant(ddf)), expected)
+
+
+def test_mixed_precision_keeps_the_wider_coordinates() -> None:
+    image, ddf = torch.rand(1, 1, 17, 23), noise((17, 23))
+    assert warp(image, ddf).dtype == torch.float32  # as the image, whatever the field
+    same(warp(image, ddf), warp(image.double(), ddf).float(), atol=0)
+    assert compose(ddf.float(), ddf).dtype == torch.float64
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("size", [(10, 7), (9, 4, 5), (12, 3, 2), (7, 2, 3)])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_threads_change_nothing(size: tuple[int, ...], batch: int, channels: int, mode: str) -> None:
+    image = torch.rand(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    ddf = noise(size, batch).requires_grad_()
+    weight = torch.rand(image.shape, dtype=torch.float64)
+    results = []
+    for threads in (1, 2, 3, 6):  # 1 runs grid_sample as it is
+        torch.set_num_threads(threads)
+        warped = warp(image, ddf, mode, "zeros")
+        results.append((warped, *torch.autograd.grad((warped * weight).sum(), (image, ddf))))
+    for result in results[1:]:
+        same(result, results[0])
+
+
+# compose
+
+
+@sizes
+def test_composing_linear_maps_multiplies_matrices(size: tuple[int, ...]) -> None:
+    eye = torch.eye(len(size), dtype=torch.float64)
+    outer, inner = torch.randn(len(size), len(size), dtype=torch.float64), contraction(len(size))
+    assert (outer @ inner - inner @ outer).abs().max() > 0.1  # else the order could not be seen
+    expected = linear((eye + outer) @ (eye + inner) - eye, size)
+    same(compose(linear(outer, size), linear(inner, size)), expected)
+
+
+@sizes
+def test_warping_twice_is_warping_by_the_composition(size: tuple[int, ...]) -> None:
+    image = torch.einsum("cj,j...->c...", torch.randn(2, len(size), dtype=torch.float64), centred(size))[None]
+    outer, inner = linear(contraction(len(size)), size), linear(contraction(len(size), shear=-0.2), size)
+    same(warp(warp(image, outer), inner), warp(image, compose(outer, inner)))
+
+
+# integrate
+
+
+@sizes
+def test_integrate_is_the_matrix_exponential(size: tuple[int, ...]) -> None:
+    a = contraction(len(size))
+    exact = linear(torch.linalg.matrix_exp(a) - torch.eye(len(size)), size)
+    errors = [(integrate(linear(a, size), n) - exact).abs().max() for n in (6, 7, 8)]
+    for coarse, fine in pairwise(errors):
+        same(coarse / fine, torch.tensor(2.0).double(), atol=0.02)  # first order: 2 up to terms of relative size 2^-6
+    same(integrate(linear(a, size), 24), exact, atol=1e-6)  # 2^-24 times 10 voxels
+
+
+@sizes
+def test_default_is_seven_squarings_of_one_step(size: tuple[int, ...]) -> None:
+    a, eye = contraction(len(size)), torch.eye(len(size), dtype=torch.float64)
+    for num_steps in (0, 1, 3):
+        power = torch.linalg.matrix_power(eye + a / 2**num_steps, 2**num_steps)
+        same(integrate(linear(a, size), num_steps), linear(power - eye, size))
+    same(integrate(linear(a, size)), integrate(linear(a, size), 7), atol=0)
+
+
+@sizes
+def test_minus_the_velocity_gives_the_inverse(size: tuple[int, ...]) -> None:
+    errors = []
+    for grid in (size, tuple(2 * n - 1 for n in size)):
+        dvf = swirl(grid)
+        there, back = integrate(dvf, 12), integrate(-dvf, 12)
+        left = torch.cat([compose(there, back), compose(back, there)])
+        errors.append(float(left.abs().max() / there.abs().max()))
+    # What is left is linear interpolation: h^2 u'' / 8 for each axis, with u'' = (2 pi / 8)^2 u / 2 on the short one.
+    assert errors[0] < 0.1
+    assert errors[1] < errors[0] / 3  # second order in the size of a voxel: 4 times less, in the limit
+
+
+@sizes
+def test_half_resolution_integrates_the_same_flow(size: tuple[int, ...]) -> None:
+    a, half = contraction(len(size)), [9, 13] if len(size) == 2 else [5, 7, 8]  # a ratio for each axis
+    ddf = resize(integrate(resize(linear(a, size), half), 24), list(size))
+    exact = linear(torch.linalg.matrix_exp(a) - torch.eye(len(size)), size)
+    same(ddf, exact, atol=1e-6)  # 2^-24 times 10 voxels
+
+
+@pytest.mark.parametrize("num_steps", [-1, 31])
+def test_integrate_refuses(num_steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"^num_steps must be 0 to 30 .*, got {num_steps}\.$"):
+        integrate(torch.zeros(1, 2, 5, 4), num_steps)
+    assert integrate(torch.zeros(1, 2, 5, 4), 30).shape == (1, 2, 5, 4)
+
+
+# invert
+
+
+@sizes
+def test_inverse_of_linear_maps(size: tuple[int, ...]) -> None:
+    # phi stretches, so that its inverse stays inside the grid.
+    a, eye = -contraction(len(size)), torch.eye(len(size), dtype=torch.float64)
+    ddf = linear(a, size)
+    inverse, residual = invert(ddf, max_iterations=300, tolerance=1e-8)
+    # |I + A| >= 1 brings nothing further apart, so the error is at most the tolerance.
+    same(inverse, linear(torch.linalg.inv(eye + a) - eye, size), atol=1e-8)
+    assert (residual <= 1e-8).all()
+    assert residual.shape == (1,)
+
+
+@sizes
+def test_residual_is_what_is_left_after_composition(size: tuple[int, ...]) -> None:
+    ddf = torch.cat([0.3 * torch.rand(1, len(size), *size), torch.zeros(1, len(size), *size)]).double()
+    inverse, residual = invert(ddf, max_iterations=2, tolerance=0)
+    left = torch.linalg.vector_norm(compose(ddf, inverse), dim=1).flatten(1).max(dim=1).values
+    assert left[0] > 1e-3  # two passes are not enough
+    assert left[1] == 0  # each item has a residual of its own
+    same(residual, left)
+    enough, residual = invert(ddf)
+    assert (residual <= 1e-3).all()
+    assert torch.linalg.vector_norm(compose(ddf, enough), dim=1).max() <= 1e-3  # the documented default
+    assert residual[0] > 1e-6  # and it stops there
+
+
+def test_invert_without_a_pass_is_the_first_guess() -> None:
+    ddf = noise((6, 7))
+    same(invert(ddf, max_iterations=0)[0], -ddf, atol=0)
+
+
+@sizes
+def test_residual_tells_that_a_map_folds(size: tuple[int, ...]) -> None:
+    ddf = 20 * swirl(size)
+    assert jacobian_determinant(ddf).min() < -1
+    _, residual = invert(ddf, max_iterations=20)
+    assert (residual > 1).all()
+
+
+# resize
+
+
+@sizes
+def test_resize_changes_grid_and_unit(size: tuple[int, ...]) -> None:
+    a, new = contraction(len(size)), (9, 29, 15)[: len(size)]  # a ratio for each axis, smaller and larger
+    ratio = torch.tensor([(m - 1) / (n - 1) for m, n in zip(new, size, strict=True)], dtype=torch.float64)
+    resized = resize(linear(a, size), list(new))
+    same(resized, linear(torch.diag(ratio) @ a @ torch.diag(1 / ratio), new))
+    same(resize(resized, list(size)), linear(a, size))
+
+
+@sizes
+def test_resize_samples_between_the_corners(size: tuple[int, ...]) -> None:
+    field, new = torch.rand(1, len(size), *size, dtype=torch.float64), (13, 29, 6)[: len(size)]
+    axes = [np.linspace(0, n - 1, m) for n, m in zip(size, new, strict=True)]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"))
+    for d, component in enumerate(resize(field, list(new))[0]):
+        ratio = (new[d] - 1) / (size[d] - 1)
+        expected = ratio * map_coordinates(field[0, d].numpy(), points, order=1, mode="nearest")
+        same(component, torch.from_numpy(expected))
+
+
+@sizes
+def test_resize_to_the_same_size_is_the_identity(size: tuple[int, ...]) -> None:
+    field = noise(size)
+    assert_close(resize(field, list(size)), field, rtol=0, atol=0)
+    assert resize(field.bfloat16(), list(size)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 9, 7), (0, 9)])
+def test_resize_refuses_sizes(size: tuple[int, ...]) -> None:
+    expected = (
+        rf"^size for a field of shape \[1, 2, 5, 4\] must be as many sizes > 0, got \[{', '.join(map(str, size))}\]"
+    )
+    with pytest.raises(ValueError, match=expected):
+        resize(torch.zeros(1, 2, 5, 4), list(size))
+
+
+@pytest.mark.xfail(strict=True, reason="resize looks at the field only when it has to resample")
+@pytest.mark.parametrize("shape", [(1, 3, 5, 4), (1, 1, 5)])
+def test_resize_refuses_fields_of_other_spaces(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^size for a field of shape \["):
+        resize(torch.zeros(shape), list(shape[2:]))
+
+
+# jacobian_determinant
+
+
+@sizes
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+def test_determinant_of_linear_maps(size: tuple[int, ...], scheme: str) -> None:
+    for a in (contraction(len(size)), torch.randn(len(size), len(size), dtype=torch.float64)):
+        det = torch.linalg.det(torch.eye(len(size)) + a)
+        same(jacobian_determinant(linear(a, size), scheme), det.expand(1, 1, *size))
+
+
+@sizes
+def test_central_differences_are_numpys_gradient(size: tuple[int, ...]) -> None:
+    ddf = noise(size)
+    phi = np.indices(size) + ddf[0].numpy()
+    gradient = np.stack([np.stack(np.gradient(component)) for component in phi])  # one-sided at the border as well
+    same(jacobian_determinant(ddf)[0, 0], torch.from_numpy(np.linalg.det(np.moveaxis(gradient, (0, 1), (-2, -1)))))
+
+
+@sizes
+def test_forward_differences_repeat_the_last(size: tuple[int, ...]) -> None:
+    ddf = noise(size)
+    phi = np.indices(size) + ddf[0].numpy()
+    rows = []
+    for axis in range(1, len(size) + 1):
+        step = np.diff(phi, axis=axis)
+        rows.append(np.concatenate([step, np.take(step, [-1], axis=axis)], axis=axis))
+    expected = np.linalg.det(np.moveaxis(np.stack(rows), (0, 1), (-2, -1)))
+    same(jacobian_determinant(ddf, "forward")[0, 0], torch.from_numpy(expected))
+
+
+@sizes
+def test_central_differences_are_exact_for_quadratics(size: tuple[int, ...]) -> None:
+    x, dims = centred(size), len(size)
+    q = 0.02 * torch.randn(dims, dims, dims, dtype=torch.float64)
+    ddf = torch.einsum("ijk,j...,k...->i...", q, x, x)[None]
+    gradient = torch.einsum("ijk,k...->...ij", q + q.transpose(1, 2), x)
+    inner = (slice(1, -1),) * dims
+    expected = torch.linalg.det(torch.eye(dims) + gradient)
+    same(jacobian_determinant(ddf)[0, 0][inner], expected[inner])
+
+
+def test_closed_form_in_2d() -> None:
+    # x -> x + s x y: d(phi_0)/dx = 1 + s y, and the other row keeps phi_1 = y.
+    x, y = centred((17, 23))
+    ddf = torch.stack([0.2 * x * y, torch.zeros_like(x)])[None]
+    determinant = jacobian_determinant(ddf)[0, 0]
+    same(determinant, 1 + 0.2 * y)
+    assert (determinant[:, :6] < 0).all()  # y < -5 folds
+    assert (determinant[:, 7:] > 0).all()
+
+
+@sizes
+def test_only_forward_differences_see_a_checkerboard(size: tuple[int, ...]) -> None:
+    sign = 1 - 2 * (torch.from_numpy(np.indices(size)).sum(0) % 2).double()
+    ddf = torch.zeros(1, len(size), *size, dtype=torch.float64)
+    ddf[:, 0] = 0.6 * sign  # neighbours along the first axis change places: steps of 1 - 1.2 and 1 + 1.2
+    inner = (slice(None), slice(None), *(slice(1, -1),) * len(size))
+    same(jacobian_determinant(ddf)[inner], torch.ones_like(ddf[:, :1])[inner])
+    same(jacobian_determinant(ddf, "forward")[inner], 1 - 1.2 * sign[None, None][inner])
+
+
+@sizes
+def test_a_mirror_has_a_negative_determinant(size: tuple[int, ...]) -> None:
+    for axis in range(len(size)):
+        a = torch.zeros(len(size), len(size), dtype=torch.float64)
+        a[axis, axis] = -2.0
+        same(jacobian_determinant(linear(a, size)), torch.full((1, 1, *size), -1.0).double())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 4), (1, 2, 5, 4, 3), (1, 1, 5)])
+def test_determinant_refuses_fields_of_other_spaces(shape: tuple[int, ...]) -> None:
+    got = ", ".join(map(str, shape))
+    with pytest.raises(ValueError, match=rf"^ddf must be \(B, 2, H, W\) or \(B, 3, H, W, D\), got \[{got}\]\.$"):
+        jacobian_determinant(torch.zeros(shape))
+
+
+def test_determinant_refuses_other_schemes() -> None:
+    with pytest.raises(ValueError, match=r"^scheme must be 'central' or 'forward', got 'backward'\.$"):
+        jacobian_determinant(torch.zeros(1, 2, 5, 4), "backward")
+
+
+# corners and warp_labels
+
+
+@sizes
+def test_corners_reassemble_the_warp_and_its_gradient(size: tuple[int, ...]) -> None:
+    image, ddf = torch.rand(2, 1, *size, dtype=torch.float64), noise(size, batch=2).requires_grad_()
+    found = corners(ddf)
+    assert len(found) == 2 ** len(size)
+    same(sum(weight for _, weight in found), torch.ones(2, *size).double())
+    assert all((weight >= 0).all() and index.dtype == torch.int64 for index, weight in found)
+    gathered = sum(image.flatten(1).gather(1, i.flatten(1)).view_as(weight) * weight for i, weight in found)
+    warped = warp(image, ddf)[:, 0]
+    same(gathered, warped)
+    share = torch.rand_like(warped)
+    same(torch.autograd.grad((gathered * share).sum(), ddf), torch.autograd.grad((warped * share).sum(), ddf))
+
+
+def test_corners_on_a_voxel_are_that_voxel() -> None:
+    (here, share), *others = corners(torch.zeros(2, 2, 5, 4))
+    assert_close(here, torch.arange(20).view(1, 5, 4).expand(2, 5, 4))
+    assert (share == 1).all()
+    assert all((weight == 0).all() for _, weight in others)
+
+
+@sizes
+@pytest.mark.parametrize("offset", ["rough", "half a voxel"])
+def test_labels_go_to_the_largest_share(size: tuple[int, ...], offset: str) -> None:
+    values = torch.tensor([-3, 0, 7, 2035])
+    chosen = torch.randint(0, 4, (1, 1, *size))
+    ddf = noise(size) if offset == "rough" else torch.full((1, len(size), *size), 0.5).double()
+    one_hot = torch.cat([(chosen == k).double() for k in range(4)], dim=1)
+    shares = sampled(one_hot, ddf, 1, "nearest").numpy()
+    if offset == "half a voxel":  # every share is a multiple of 1/8, so that ties are exact; NumPy takes the first
+        assert (np.sort(shares, axis=0)[-1] == np.sort(shares, axis=0)[-2]).mean() > 0.1
+    assert_close(warp_labels(values[chosen], ddf)[0, 0], values[torch.from_numpy(shares.argmax(axis=0))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float32])
+def test_warped_labels_keep_their_dtype(dtype: torch.dtype) -> None:
+    labels = torch.randint(0, 2, (2, 1, 6, 7)).to(dtype)
+    assert_close(warp_labels(labels, torch.zeros(2, 2, 6, 7)), labels, rtol=0, atol=0)
+
+
+def test_warp_labels_takes_one_channel() -> None:
+    with pytest.raises(ValueError, match=r"^labels must have one channel, got shape \[1, 2, 5, 4\]\.$"):
+        warp_labels(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
+
+
+@pytest.mark.xfail(strict=True, reason="corners does not look at the shape")
+@pytest.mark.parametrize("shape", [(1, 3, 5, 4), (1, 2, 5, 4, 3), (1, 1, 5)])
+def test_corners_refuse_fields_of_other_spaces(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^ddf for an image of shape .* in 2-D or 3-D, got \["):
+        corners(torch.zeros(shape))
+
+
+# all of them
+
+
+@pytest.mark.parametrize(
+    ("image", "ddf", "expected"),
+    [
+        ((1, 1, 5, 4), (1, 3, 5, 4), "[1, 2, 5, 4]"),
+        ((1, 1, 5, 4), (1, 2, 4, 5), "[1, 2, 5, 4]"),
+        ((2, 1, 5, 4), (1, 2, 5, 4), "[2, 2, 5, 4]"),
+        ((1, 1, 5, 4, 3), (1, 2, 5, 4), "[1, 3, 5, 4, 3]"),
+        ((1, 1, 5), (1, 1, 5), "[1, 1, 5]"),
+    ],
+)
+@pytest.mark.parametrize("function", [warp, warp_labels])
+def test_fields_of_another_grid_are_refused(
+    function: Callable[..., Tensor], image: tuple[int, ...], ddf: tuple[int, ...], expected: str
+) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011, the message is compared whole
+        function(torch.zeros(image), torch.zeros(ddf))
+    start = f"ddf for an image of shape {list(image)} must be {expected} in 2-D or 3-D"
+    assert str(error.value) == f"{start}, got {list(ddf)}."
+
+
+def test_labels_are_not_interpolated() -> None:
+    expected = r"^only mode='nearest' keeps labels: linear interpolation got an image of torch\.uint8\.$"
+    with pytest.raises(TypeError, match=expected):
+        warp(torch.zeros(1, 1, 5, 4, dtype=torch.uint8), torch.zeros(1, 2, 5, 4))
+
+
+def off_voxels(size: tuple[int, ...], low: float) -> Tensor:
+    """A field that lands between ``low`` and ``low + 0.2`` past a voxel: derivatives jump only on the voxels."""
+    return (low + 0.2 * torch.rand(1, len(size), *size, dtype=torch.float64)).requires_grad_()
+
+
+@pytest.mark.parametrize("size", [(3, 4), (2, 3, 3)], ids=["2-D", "3-D"])
+def test_gradients(size: tuple[int, ...]) -> None:
+    image = torch.rand(1, 2, *size, dtype=torch.float64, requires_grad=True)
+    ddf, other = off_voxels(size, 0.3), off_voxels(size, -0.6)
+    functions: list[tuple[Callable[..., Any], tuple[Tensor, ...]]] = [
+        (warp, (image, ddf)),
+        (lambda x, u: warp(x, u, padding_mode="zeros"), (image, other)),
+        (compose, (other, ddf)),
+        (lambda v: integrate(v, 2), (ddf,)),  # passes 1/4 and 1/2 of the way: off the voxels too
+        (lambda u: resize(u, [4, 2, 5][: len(size)]), (ddf,)),
+        (jacobian_determinant, (ddf,)),
+        (lambda u: jacobian_determinant(u, "forward"), (ddf,)),
+        (lambda u: [weight for _, weight in corners(u)], (ddf,)),
+    ]
+    for function, inputs in functions:
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.xfail(strict=True, reason="invert turns a tensor that needs a gradient into a number: torch warns")
+@pytest.mark.usefixtures("_warn_always")
+def test_gradient_of_the_inverse() -> None:
+    ddf = off_voxels((3, 4), 0.3)
+    assert torch.autograd.gradcheck(lambda u: invert(u, max_iterations=2, tolerance=0), ddf)
+
+
+def inputs(size: tuple[int, ...], batch: int) -> dict[str, Any]:
+    return {
+        "image": torch.rand(batch, 2, *size, dtype=torch.float64),
+        "labels": torch.randint(0, 5, (batch, 1, *size)),
+        "ddf": noise(size, batch),
+        "dvf": noise(size, batch, reach=1.0),
+        "size": [6, 11, 8][: len(size)],
+        "small": 0.3 * torch.rand(batch, len(size), *size, dtype=torch.float64),
+    }
+
+
+CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
+    (identity_grid, ["image"], {}),
+    (warp, ["image", "ddf"], {}),
+    (warp, ["image", "ddf"], {"padding_mode": "zeros"}),
+    (warp, ["labels", "ddf"], {"mode": "nearest"}),
+    (compose, ["dvf", "ddf"], {}),
+    (integrate, ["dvf"], {}),
+    (integrate, ["dvf"], {"num_steps": 3}),
+    (invert, ["small"], {"max_iterations": 4, "tolerance": 0.0}),  # a fixed number of passes, whoever shares the batch
+    (resize, ["ddf", "size"], {}),
+    (jacobian_determinant, ["ddf"], {}),
+    (jacobian_determinant, ["ddf"], {"scheme": "forward"}),
+    (corners, ["ddf"], {}),
+    (warp_labels, ["labels", "ddf"], {}),
+]
+
+
+def call(function: Callable[..., Any], names: list[str], options: dict[str, Any], given: dict[str, Any]) -> Any:
+    return function(*(given[name] for name in names), **options)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for part in result for t in tensors(part)]
+
+
+def each(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {name: change(value) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def test_every_public_function_is_called() -> None:
+    assert {function.__name__ for function, _, _ in CALLS} == set(blocks.__all__)
+
+
+@sizes
+@pytest.mark.parametrize(("function", "names", "options"), CALLS)
+def test_a_batch_is_its_items(
+    function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    given = inputs(size, batch=3)
+    whole = tensors(call(function, names, options, given))
+    for i in range(3):
+        one = tensors(call(function, names, options, each(given, itemgetter(slice(i, i + 1)))))
+        same(one, [t[min(i, len(t) - 1)][None] for t in whole])  # the identity grid is one for all
+
+
+@sizes
+@pytest.mark.parametrize(("function", "names", "options"), CALLS)
+def test_memory_layout_does_not_matter(
+    function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    given = inputs(size, batch=2)
+    last = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    layouts = [
+        each(given, lambda t: t.contiguous(memory_format=last)),
+        each(given, lambda t: t.repeat_interleave(2, -1)[..., ::2]),
+        each(given, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)),
+    ]
+    expected = call(function, names, options, given)
+    for layout in layouts:
+        assert not layout["ddf"].is_contiguous()
+        same(call(function, names, options, layout), expected)
+
+
+SCRIPTED = [
+    pytest.param(f, marks=pytest.mark.xfail(strict=True, reason="scripted, the ratio is rounded to float32"))
+    if f is resize
+    else f
+    for f in dict.fromkeys(f for f, _, _ in CALLS)
+]
+
+
+# Deprecated or not, it is what MONAI exports a bundle with.
+@pytest.mark.filterwarnings("ignore:`torch.jit.(script|save|load)` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("function", SCRIPTED)
+def test_scripts_give_the_same(function: Callable[..., Any]) -> None:
+    scripted, file = torch.jit.script(function), io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    defaults = {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
+    for size in [(17, 23), (17, 23), (9, 12), (9, 11, 14), (5, 6, 7)]:  # the second call is optimised for the first
+        for _, names, options in [c for c in CALLS if c[0] is function]:
+            given = inputs(size, batch=2)
+            expected = call(function, names, options, given)
+            same(call(scripted, names, options, given), expected)
+            same(call(loaded, names, defaults | options, given), expected)  # a file keeps no defaults
+
+
+class HalfResolution(torch.nn.Module):
+    def forward(self, image: Tensor, dvf: Tensor) -> Tensor:
+        return warp(image, resize(integrate(dvf, 3), list(image.shape[2:])))
+
+
+# The exporter walks torch's own trees by a spelling that torch deprecates.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.parametrize(("size", "half"), [((9, 12), (5, 7)), ((9, 11, 14), (5, 7, 6))], ids=["2-D", "3-D"])
+def test_onnx_gives_the_same(size: tuple[int, ...], half: tuple[int, ...]) -> None:
+    image, dvf = torch.rand(1, 1, *size), noise(half).float()
+    program = torch.onnx.export(HalfResolution().eval(), (image, dvf), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    (warped,) = session.run(None, dict(zip(names, (image.numpy(), dvf.numpy()), strict=True)))
+    # float32: coordinates up to 14 err by 1e-6, times 4 interpolations, times a slope of at most 1 per voxel.
+    same(torch.from_numpy(warped), HalfResolution()(image, dvf), atol=1e-5)

@@ -1,0 +1,356 @@
+"""The bundles: every file loads, every recipe runs, and MONAI's own checks pass."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from voxelmorph_monai.networks import PRESETS, VoxelMorph
+from voxelmorph_monai.spaces import save_image
+
+ROOT = Path(__file__).parents[1]
+BUNDLES = sorted(path.parent for path in (ROOT / "bundles").glob("*/configs"))
+REGISTRATION = ROOT / "bundles" / "brain_t1_registration"
+OVERLAYS = sorted(path.name for path in (REGISTRATION / "configs").glob("*.yaml"))
+VERSION = json.loads((REGISTRATION / "configs" / "metadata.json").read_text())["version"]
+
+pytestmark = [
+    # printed for every config that is parsed; what it asks is said in the README
+    pytest.mark.filterwarnings("ignore:parsing config_file.*"),
+    # torch 2.13 itself, inside its exporters
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript.*"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    # MONAI downloads without a hash when it is given an address
+    pytest.mark.filterwarnings("ignore:No hash value provided"),
+    # MONAI's MetaTensor under Ignite's metrics
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar"),
+]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the registration bundle with weights (random ones, of seed 0), as the working directory."""
+    copy = tmp_path / REGISTRATION.name
+    shutil.copytree(REGISTRATION, copy, ignore=shutil.ignore_patterns("models"))
+    (copy / "models").mkdir()
+    torch.manual_seed(0)
+    torch.save(VoxelMorph().state_dict(), copy / "models" / "model.pt")
+    before = Path.cwd()
+    os.chdir(copy)
+    yield copy
+    os.chdir(before)
+
+
+def workflow(files: Sequence[str], kind: str = "train", **options: object) -> ConfigWorkflow:
+    found = ConfigWorkflow(
+        [f"configs/{name}" for name in files],
+        meta_file="configs/metadata.json",
+        logging_file=False,
+        workflow_type=kind,
+        **options,
+    )
+    found.initialize()
+    return found
+
+
+def train(prepared: Path, output: Path, *overlays: str, **options: object) -> ConfigWorkflow:
+    small = {"max_epochs": 1, "pairs_per_epoch": 2, "num_labels": 4, "learning_rate": 1e-3}
+    found = workflow(
+        ["train.json", *overlays], dataset_dir=str(prepared), output_dir=str(output), **{**small, **options}
+    )
+    found.run()
+    found.finalize()
+    return found
+
+
+def test_there_is_a_bundle() -> None:
+    assert REGISTRATION in BUNDLES
+
+
+@pytest.mark.parametrize("folder", BUNDLES, ids=lambda path: path.name)
+def test_metadata_meets_the_specification(folder: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"  # where MONAI would download it to, and does not if it is there
+    shutil.copy(Path(__file__).with_name("metadata_schema.json"), schema)
+    checked = {"filepath": str(schema), "hash_val": hashlib.md5(schema.read_bytes()).hexdigest()}
+    monai.bundle.verify_metadata(meta_file=str(folder / "configs" / "metadata.json"), **checked)
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+    del metadata["task"]
+    broken = tmp_path / "metadata.json"
+    broken.write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="'task' is a required property"):
+        monai.bundle.verify_metadata(meta_file=str(broken), **checked)
+
+
+@pytest.mark.parametrize("folder", BUNDLES, ids=lambda path: path.name)
+def test_bundle_has_what_the_zoo_asks_for(folder: Path) -> None:
+    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/logging.conf", "configs/train.json"):
+        assert (folder / name).is_file(), name
+
+
+def _lookup(config: object, key: str) -> object:
+    for part in key.replace("::", "#").split("#"):
+        config = config[int(part)] if isinstance(config, list) else config[part]  # type: ignore[index]
+    return config
+
+
+# What an overlay may add to train.json: ids that only it uses.
+NEW_KEYS = {
+    "evaluate.json": {"weights", "section", "evaluation_dir", "evaluating"},
+    "multi_gpu_train.json": {"finalize"},
+    "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
+}
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "evaluate.json", "multi_gpu_train.json"])
+def test_overlay_changes_only_what_exists(name: str) -> None:
+    base = ConfigParser.load_config_file(REGISTRATION / "configs" / "train.json")
+    overlay = ConfigParser.load_config_file(REGISTRATION / "configs" / name)
+    assert overlay
+    for key in set(overlay) - NEW_KEYS.get(name, set()):
+        _lookup(base, key.lstrip("+"))  # a KeyError names the typo
+    for key in NEW_KEYS.get(name, set()):
+        assert key in overlay
+        with pytest.raises(KeyError):
+            _lookup(base, key)
+
+
+def test_each_preset_has_its_overlay() -> None:
+    for preset in PRESETS:
+        overlay = ConfigParser.load_config_file(REGISTRATION / "configs" / f"{preset}.yaml")
+        assert overlay == {"preset": preset}
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "options"),
+    [
+        (["train.json"], "train", {}),
+        (["train.json", "evaluate.json"], "train", {}),
+        (["inference.json"], "infer", {}),
+    ],
+    ids=["train", "evaluate", "inference"],
+)
+def test_properties_are_what_monai_expects(
+    bundle: Path, prepared: Path, files: list[str], kind: str, options: dict[str, object]
+) -> None:
+    if kind == "train":
+        options = {"dataset_dir": str(prepared), "output_dir": "out", "num_labels": 4}
+    assert workflow(files, kind, **options).check_properties() == []
+
+
+def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    output = tmp_path / "training"
+    trained = train(prepared, output, "mse.yaml", max_epochs=3, pairs_per_epoch=24)
+    assert trained.evaluator.state.metrics.keys() == {
+        "val_mean_dice",
+        "val_dice_before",
+        "val_folding_percent",
+        "val_sdlogj",
+    }
+    assert trained.trainer.state.epoch == 3
+
+    evaluated = workflow(
+        ["train.json", "evaluate.json"], dataset_dir=str(prepared), output_dir=str(output), num_labels=4
+    )
+    evaluated.run()
+    metrics = evaluated.evaluator.state.metrics
+    assert metrics["val_mean_dice"] > metrics["val_dice_before"] > 0.3
+    assert metrics["val_folding_percent"] == 0
+    table = (output / "evaluation" / "val_mean_dice_raw.csv").read_text().splitlines()
+    assert table[0] == "filename,class0,class1,class2,class3,mean"
+    assert [line.split(",")[0] for line in table[1:]] == ["6 to 7", "7 to 6"]
+    assert np.mean([float(line.split(",")[-1]) for line in table[1:]]) == pytest.approx(
+        metrics["val_mean_dice"],
+        abs=1e-4,  # the table has 4 digits
+    )
+
+    pair = {
+        f"{role}{suffix}": str(prepared / folder / f"{number}.nii.gz")
+        for role, number in (("moving", 6), ("fixed", 7))
+        for suffix, folder in (("", "images"), ("_label", "labels"))
+    }
+    registered = tmp_path / "registered"
+    run = workflow(["inference.json"], "infer", **pair, weights=str(output / "model.pt"), output_dir=str(registered))
+    run.run()
+    summary = json.loads((registered / "summary.json").read_text())
+    # the same pair, weights and metric as in the evaluation
+    assert summary["dice"]["after"]["mean"] == pytest.approx(float(table[1].split(",")[-1]), abs=1e-4)
+    assert summary["similarity_after"] > summary["similarity_before"]
+    warped, fixed = nib.load(registered / "warped.nii.gz"), nib.load(pair["fixed"])
+    np.testing.assert_allclose(warped.affine, fixed.affine, atol=1e-5)  # float32 in the header
+    assert warped.shape == fixed.shape
+
+
+@pytest.mark.parametrize("mode", ["mse.yaml", "ncc.yaml", "semi_supervised.yaml"])
+@pytest.mark.parametrize("preset", [f"{name}.yaml" for name in PRESETS])
+def test_every_combination_of_overlays_trains(
+    bundle: Path, prepared: Path, tmp_path: Path, preset: str, mode: str
+) -> None:
+    trained = train(prepared, tmp_path / "out", preset, mode)
+    assert np.isfinite(trained.trainer.state.output["loss"].item())
+    assert 0 < trained.evaluator.state.metrics["val_mean_dice"] <= 1
+    weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    VoxelMorph(preset.removesuffix(".yaml")).load_state_dict(weights)
+
+
+def test_structures_are_measured_one_by_one(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    table = ConfigParser.load_config_file(REGISTRATION / "configs" / "neuromorphometrics.yaml")["structures"]
+    assert len(table) == 27
+    overlay = bundle / "configs" / "mine.yaml"
+    overlay.write_text("structures: {core: [2, 3, 4], rim: [1], absent: [9]}\n")
+    trained = train(prepared, tmp_path / "out", "mine.yaml", num_labels="$len(@structures)")
+    dice = trained.evaluator.state.metric_details["val_mean_dice"]
+    assert dice.shape == (2, 3)
+    assert dice[:, :2].isfinite().all()
+    assert dice[:, 2].isnan().all()
+
+
+def test_resumed_training_ends_with_the_same_weights(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    whole = train(prepared, tmp_path / "whole", "ncc.yaml", max_epochs=3)
+    train(prepared, tmp_path / "cut", "ncc.yaml", max_epochs=1)
+    resumed = train(prepared, tmp_path / "cut", "ncc.yaml", max_epochs=3)
+    assert resumed.trainer.state.iteration == whole.trainer.state.iteration == 6
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
+    for name, tensor in states[0]["network"].items():
+        assert torch.equal(tensor, states[1]["network"][name]), name
+    for key in ("best", "early_stop", "epoch"):
+        assert states[0][key] == states[1][key]
+
+
+def test_two_processes_train_together(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "monai.bundle", "run", "training"),
+        *("--config_file", "['configs/train.json', 'configs/multi_gpu_train.json']"),
+        *("--dataset_dir", str(prepared), "--output_dir", str(tmp_path / "out")),
+        *("--max_epochs", "1", "--pairs_per_epoch", "4", "--num_labels", "4"),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    VoxelMorph().load_state_dict(weights)  # no "module." in front of the names
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert state["optimizer"]["state"][0]["step"] == 2  # 4 pairs, shared by 2 processes
+
+
+def test_network_takes_and_gives_what_the_metadata_say(bundle: Path) -> None:
+    monai.bundle.verify_net_in_out(
+        net_id="network_def", meta_file="configs/metadata.json", config_file="configs/inference.json"
+    )
+
+
+def test_scripted_export_equals_the_network(bundle: Path) -> None:
+    monai.bundle.ckpt_export(
+        net_id="network_def",
+        filepath="models/model.ts",
+        ckpt_file="models/model.pt",
+        meta_file="configs/metadata.json",
+        config_file="configs/inference.json",
+    )
+    pair = torch.rand(1, 2, 20, 33, 17)
+    network = VoxelMorph()
+    network.load_state_dict(torch.load("models/model.pt", weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load("models/model.ts")(pair), network(pair))
+
+
+def test_onnx_export_equals_the_network(bundle: Path) -> None:
+    monai.bundle.onnx_export(
+        net_id="network_def",
+        filepath="models/model.onnx",
+        ckpt_file="models/model.pt",
+        meta_file="configs/metadata.json",
+        config_file="configs/inference.json",
+        input_shape=(1, 2, 32, 48, 16),
+    )
+    session = onnxruntime.InferenceSession("models/model.onnx", providers=["CPUExecutionProvider"])
+    pair = torch.rand(1, 2, 32, 48, 16)
+    network = VoxelMorph()
+    network.load_state_dict(torch.load("models/model.pt", weights_only=True))
+    with torch.no_grad():
+        expected = network(pair).numpy()
+    (found,) = session.run(None, {session.get_inputs()[0].name: pair.numpy()})
+    # sums in another order: float32 rounding of a field of this size
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_download_and_load(bundle: Path, tmp_path: Path) -> None:
+    name = bundle.name
+    archive = shutil.make_archive(str(tmp_path / f"{name}_v{VERSION}"), "zip", bundle.parent, name)
+    target = tmp_path / "downloaded"
+    monai.bundle.download(name=name, url=Path(archive).as_uri(), bundle_dir=str(target), progress=False)
+    network = monai.bundle.load(name, bundle_dir=str(target))
+    assert isinstance(network, VoxelMorph)
+    expected = torch.load("models/model.pt", weights_only=True)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in network.state_dict().items())
+
+
+def _fails(match: str, files: Sequence[str], kind: str = "train", **options: object) -> None:
+    with pytest.raises(Exception) as failure:  # noqa: PT011, MONAI wraps what a config raises; the cause is checked
+        workflow(files, kind, **options).run()
+    causes, error = [], failure.value
+    while error is not None:
+        causes.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    assert any(match in cause for cause in causes), causes
+
+
+def test_wrong_input_to_training_is_met_before_the_work(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    def scans(**changes: object) -> dict[str, object]:
+        data = tmp_path / f"data{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(prepared, data)
+        datalist = json.loads((data / "datalist.json").read_text())
+        (data / "datalist.json").write_text(json.dumps({**datalist, **changes}))
+        return {"dataset_dir": str(data), "output_dir": str(tmp_path / "out"), "num_labels": 4}
+
+    def broken(array: np.ndarray) -> dict[str, object]:
+        options = scans()
+        path = Path(str(options["dataset_dir"])) / "images" / "1.nii.gz"
+        nib.save(nib.Nifti1Image(array, nib.load(path).affine), path)
+        return options
+
+    image = nib.load(prepared / "images" / "1.nii.gz").get_fdata(dtype=np.float32)
+    nan = image.copy()
+    nan[3, 4, 5] = np.nan
+    _fails("must hold a datalist.json", ["train.json"], dataset_dir=str(tmp_path / "nowhere"))
+    _fails("must hold at least 2, got 0", ["train.json"], **scans(training=[]))
+    _fails("there is no such file", ["train.json"], **scans(training=[{"image": "a.nii.gz"}, {"image": "b.nii.gz"}]))
+    _fails(
+        "each scan must have ['image', 'label']", ["train.json"], **scans(validation=[{"image": "images/4.nii.gz"}] * 2)
+    )
+    _fails("must be one 3-D volume", ["train.json"], **broken(np.stack([image, image], axis=-1)))
+    _fails("must hold finite numbers", ["train.json"], **broken(nan))
+    _fails("must show something", ["train.json"], **broken(np.zeros_like(image)))
+    _fails("must have one shape", ["train.json"], **broken(image[:-2]))
+    _fails("preset must be one of", ["train.json"], **scans(), preset="vm3")
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_wrong_input_to_inference_is_met_before_the_work(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    good = str(prepared / "images" / "6.nii.gz")
+    other = str(tmp_path / "other.nii.gz")
+    save_image(other, nib.load(good).get_fdata(dtype=np.float32)[:-1], nib.load(good).affine)
+    output = {"output_dir": str(tmp_path / "out")}
+    _fails("there is no such file", ["inference.json"], "infer", moving="nowhere.nii.gz", fixed=good, **output)
+    _fails("must have one shape", ["inference.json"], "infer", moving=other, fixed=good, **output)
+    _fails("preset must be one of", ["inference.json"], "infer", moving=good, fixed=good, preset="vm3", **output)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("{}")
+    _fails("output_dir must be new", ["inference.json"], "infer", moving=good, fixed=good, **output)

@@ -1,0 +1,201 @@
+"""Scans on disk become pairs: every pair that there is, each as often as asked, in an order that can be repeated."""
+
+import json
+from itertools import permutations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from voxelmorph_monai.data import PairDataset, PairSampler, check_scans, load_scans, pair
+
+SCANS = [{"image": n, "label": 10 * n} for n in range(1, 6)]
+ATLAS = {"image": 9, "label": 90}
+
+
+def images(item):
+    return item["moving"], item["fixed"]
+
+
+def processes(monkeypatch, rank, world):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+
+
+# Scans
+
+
+def test_load_scans_gives_the_paths_of_a_section(prepared):
+    assert [len(load_scans(str(prepared), section)) for section in ("training", "validation", "test")] == [3, 2, 2]
+    for number, scan in enumerate(load_scans(str(prepared), "validation"), start=4):
+        assert scan == {kind: str(prepared / f"{kind}s" / f"{number}.nii.gz") for kind in ("image", "label")}
+
+
+def test_load_scans_without_datalist(tmp_path, prepared):
+    with pytest.raises(FileNotFoundError, match=rf"dataset_dir must hold a datalist\.json .*, got {tmp_path}\."):
+        load_scans(str(tmp_path), "training")
+    with pytest.raises(ValueError, match="rehearsal"):
+        load_scans(str(prepared), "rehearsal")
+
+
+def test_check_scans_accepts_what_is_right(prepared):
+    check_scans(load_scans(str(prepared), "training"), keys=("image", "label"), num_scans=3)
+    image_only = [{"image": scan["image"]} for scan in load_scans(str(prepared), "training")]
+    check_scans(image_only)
+
+
+def test_check_scans_names_what_is_wrong(prepared, tmp_path):
+    scans = load_scans(str(prepared), "training")
+    with pytest.raises(ValueError, match=r"the list of scans must hold at least 4, got 3\."):
+        check_scans(scans, num_scans=4)
+    with pytest.raises(ValueError, match=r"must hold at least 1, got 0\."):
+        check_scans([])
+    with pytest.raises(ValueError, match=r"each scan must have \['image', 'label'\], got one with \{'image': "):
+        check_scans([*scans, {"image": scans[0]["image"]}], keys=("image", "label"))
+    missing = str(tmp_path / "missing.nii.gz")
+    with pytest.raises(FileNotFoundError, match=missing):
+        check_scans([*scans, {"image": missing, "label": missing}])
+    check_scans([{**scans[0], "label": missing}])  # what is not asked for need not be there
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_check_scans_wants_one_grid(prepared, tmp_path, key):
+    scans = load_scans(str(prepared), "training")
+    image = nib.load(scans[1][key])
+    moved = image.affine.copy()
+    moved[1, 3] += 1
+    for name, other in [("shape", image.slicer[:, :-1]), ("moved", nib.Nifti1Image(np.asarray(image.dataobj), moved))]:
+        path = str(tmp_path / f"{name}.nii.gz")
+        nib.save(other, path)
+        with pytest.raises(ValueError, match=rf"{scans[0]['image']} and {path} must .* (shape|grid)"):
+            check_scans([scans[0], {**scans[1], key: path}], keys=("image", "label"))
+
+
+def test_pair_leaves_out_what_is_none():
+    assert pair("a", "b") == {"moving": "a", "fixed": "b"}
+    assert pair("a", "b", fixed_label="d") == {"moving": "a", "fixed": "b", "fixed_label": "d"}
+    assert pair("a", "b", "c", "d") == {"moving": "a", "fixed": "b", "moving_label": "c", "fixed_label": "d"}
+
+
+# PairDataset
+
+
+def test_all_ordered_pairs_of_different_scans():
+    pairs = PairDataset(SCANS, cache_rate=0)
+    assert len(pairs) == 20
+    found = [pairs[i] for i in range(20)]
+    assert sorted(map(images, found)) == sorted(permutations(range(1, 6), 2))
+    assert all(i["moving_label"] == 10 * i["moving"] and i["fixed_label"] == 10 * i["fixed"] for i in found)
+
+
+@pytest.mark.parametrize(("role", "order"), [("moving", 1), ("fixed", -1)])
+@pytest.mark.parametrize("data", [SCANS, [*SCANS[:2], ATLAS, *SCANS[2:]]], ids=["apart", "among the scans"])
+def test_atlas_with_every_other_scan(role, order, data):
+    pairs = PairDataset(data, atlas=dict(ATLAS), atlas_role=role, cache_rate=0)
+    assert [images(pairs[i]) for i in range(len(pairs))] == [(9, n)[::order] for n in range(1, 6)]
+
+
+def test_pairs_without_both_labels_have_none():
+    pairs = PairDataset([{"image": 1}, {"image": 2, "label": 20}], cache_rate=0)
+    assert pairs[0] == {"moving": 1, "fixed": 2}
+
+
+def test_each_scan_is_loaded_once():
+    loaded = []
+
+    def load(scan):
+        loaded.append(scan["image"])
+        return {"image": -scan["image"]}
+
+    pairs = PairDataset(SCANS[:3], load, atlas=ATLAS)
+    assert sorted(loaded) == [1, 2, 3, 9]
+    assert [images(pairs[i]) for i in range(3)] == [(-9, -1), (-9, -2), (-9, -3)]
+    assert len(loaded) == 4
+    uncached = PairDataset(SCANS[:3], load, cache_rate=0)
+    assert len(loaded) == 4
+    assert images(uncached[0]) == (-1, -2)
+    assert len(loaded) == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (SCANS[:1], {}, r"pairs need at least 2 scans, or an atlas and 1 other, got 1 and atlas None\."),
+        ([ATLAS], {"atlas": ATLAS}, r"or an atlas and 1 other, got 0 and atlas \{'image': 9, 'label': 90\}\."),
+        (SCANS, {"atlas": ATLAS, "atlas_role": "source"}, r"atlas_role must be 'moving' or 'fixed', got 'source'\."),
+    ],
+)
+def test_pairs_that_cannot_be(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        PairDataset(data, **options)
+
+
+# PairSampler
+
+
+def epoch(sampler, number):
+    sampler.set_epoch(number)
+    indices = list(sampler)
+    assert len(indices) == len(sampler)
+    return indices
+
+
+def test_an_epoch_is_decided_by_seed_and_number():
+    pairs = PairDataset(SCANS, cache_rate=0)
+    first, second = PairSampler(pairs), PairSampler(pairs)
+    torch.manual_seed(1)
+    orders = [epoch(first, n) for n in (1, 2, 3)]
+    torch.manual_seed(2)
+    assert epoch(second, 3) == orders[2]  # without the epochs before, and whatever else draws
+    assert epoch(first, 1) == orders[0]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert epoch(PairSampler(pairs, seed=1), 1) not in orders
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert epoch(PairSampler(pairs, num_samples=7), 1) == orders[0][:7]
+
+
+def test_more_samples_than_pairs_take_each_pair_equally_often():
+    order = epoch(PairSampler(PairDataset(SCANS, cache_rate=0), num_samples=45), 1)
+    counts = np.bincount(order, minlength=20)
+    assert len(order) == 45
+    assert set(counts) == {2, 3}
+    assert sorted(order[:20]) == sorted(order[20:40]) == list(range(20))
+    assert order[:20] != order[20:40]
+
+
+def test_in_order():
+    pairs = PairDataset(SCANS, cache_rate=0)
+    assert epoch(PairSampler(pairs, shuffle=False), 5) == list(range(20))
+    assert epoch(PairSampler(pairs, 3, shuffle=False), 5) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("num_samples", [None, 9, 50])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_processes_share_an_epoch(monkeypatch, world, num_samples, shuffle):
+    pairs = PairDataset(SCANS, cache_rate=0)
+    wanted = num_samples or 20
+    shares = []
+    for rank in range(world):
+        processes(monkeypatch, rank, world)
+        shares.append(epoch(PairSampler(pairs, num_samples, shuffle=shuffle), 4))
+    monkeypatch.undo()
+    together = [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
+    if shuffle:  # as many steps in every process, or the others would wait for ever: up to world - 1 pairs more
+        assert {len(share) for share in shares} == {-(-wanted // world)}
+        alone = epoch(PairSampler(pairs, len(together)), 4)
+    else:  # an evaluation counts each pair once
+        alone = epoch(PairSampler(pairs, num_samples, shuffle=False), 4)
+    assert together == alone
+
+
+def test_sampler_needs_samples():
+    with pytest.raises(ValueError, match=r"num_samples must be at least 1, got 0\."):
+        PairSampler(PairDataset(SCANS, cache_rate=0), 0)
+
+
+def test_datalist_holds_paths_relative_to_its_folder(prepared):
+    content = json.loads((prepared / "datalist.json").read_text())
+    assert content["test"][0] == {"image": "images/6.nii.gz", "label": "labels/6.nii.gz"}

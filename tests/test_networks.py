@@ -1,0 +1,463 @@
+"""The networks: against an own forward pass in NumPy, MONAI's network, the published sizes, and their laws."""
+
+import io
+from itertools import product
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from monai.networks.nets import VoxelMorphUNet
+from scipy.ndimage import correlate1d, gaussian_filter
+from scipy.stats import norm
+from torch import nn
+from torch.testing import assert_close
+
+from voxelmorph_monai import networks
+from voxelmorph_monai.blocks import compose, integrate, resize, warp
+from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
+from voxelmorph_monai.metrics import dice
+from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph
+
+presets = pytest.mark.parametrize("preset", PRESETS)
+sizes = pytest.mark.parametrize("size", [(17, 35), (9, 21, 18)])
+EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64 through a dozen convolutions with other orders of summation
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on volumes this small threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_pair(size, seed=0, batch=2, dtype=torch.float64):
+    return torch.rand(batch, 2, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def trained(preset, spatial_dims, flow=0.02, log_variance=-4.0, **changes):
+    """Network in float64 whose heads and biases are far from their initial zeros, as after a training."""
+    network = VoxelMorph(preset, spatial_dims, **changes).double()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight, std=0.1, generator=generator)
+    nn.init.normal_(network.flow.weight, std=flow, generator=generator)
+    if network.log_variance is not None:
+        nn.init.normal_(network.log_variance.weight, std=flow, generator=generator)
+        nn.init.constant_(network.log_variance.bias, log_variance)
+    return network.eval()
+
+
+# What was published
+
+CHANNELS = {  # every convolution in order, in and out, the heads last
+    "vm1": "2 16, 16 32, 32 32, 32 32, 32 32, 64 32, 64 32, 48 32, 32 8, 10 8, 8 3",
+    "vm2": "2 16, 16 32, 32 32, 32 32, 32 32, 64 32, 64 32, 48 32, 32 32, 34 16, 16 16, 16 3",
+    "dense": "2 16, 16 32, 32 32, 32 32, 32 32, 64 32, 64 32, 64 32, 48 32, 32 16, 16 16, 16 3",
+    "diffeomorphic": "2 16, 16 32, 32 32, 32 32, 32 32, 64 32, 64 32, 48 32, 32 16, 16 3, 16 3",
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("vm1", 259_675), ("vm2", 300_547), ("dense", 327_331), ("diffeomorphic", 266_374)]
+)
+def test_parameters_are_the_published_ones(preset, count):
+    network = VoxelMorph(preset)
+    assert sum(p.numel() for p in network.parameters()) == count
+    kernels = [p for p in network.parameters() if p.ndim == 5]
+    assert ", ".join(f"{k.shape[1]} {k.shape[0]}" for k in kernels) == CHANNELS[preset]
+    assert all(k.shape[2:] == (3, 3, 3) for k in kernels)
+
+
+@presets
+def test_weights_start_as_published(preset):
+    network = VoxelMorph(preset)
+    flow, n = network.flow.weight.detach(), network.flow.weight.numel()
+    assert float(flow.std()) == pytest.approx(1e-5, rel=4 / (2 * n) ** 0.5)  # 4 standard errors of an SD of n numbers
+    assert float(flow.mean()) == pytest.approx(0, abs=4e-5 / n**0.5)
+    assert not network.flow.bias.any()
+    if network.log_variance is not None:
+        assert (network.log_variance.bias == -10).all()
+        assert float(network.log_variance.weight.detach().std()) == pytest.approx(1e-10, rel=4 / (2 * n) ** 0.5)
+    for convolution in (m for m in network.unet.modules() if isinstance(m, nn.Conv3d)):
+        n = convolution.weight.numel()
+        expected = (2 / (27 * convolution.in_channels)) ** 0.5  # He et al., ICCV 2015
+        assert float(convolution.weight.detach().std()) == pytest.approx(expected, rel=4 / (2 * n) ** 0.5)
+        assert not convolution.bias.any()
+    ddf = network(random_pair((16, 20, 18), dtype=torch.float32))
+    assert 0 < ddf.abs().max() < 0.01  # the features of an image in [0, 1] are about 1, and 432 of them meet 1e-5
+
+
+def test_same_seed_same_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return VoxelMorph("vm1", 2).state_dict()
+
+    assert_close(weights(3), weights(3), rtol=0, atol=0)
+    assert not torch.equal(weights(3)["flow.weight"], weights(4)["flow.weight"])
+
+
+# Against other implementations
+
+
+def keras_convolution(x, weight, bias, stride=1):
+    """Convolve ``x`` ``(C, *spatial)`` as Keras does with padding="same": of an odd padding the more comes after."""
+    padding = [(0, 0)]
+    for n in x.shape[1:]:
+        total = max((-(-n // stride) - 1) * stride + 3 - n, 0)
+        padding.append((total // 2, total - total // 2))
+    x, size = np.pad(x, padding), [-(-n // stride) for n in x.shape[1:]]
+    out = np.zeros((len(weight), *size))
+    for offset in product(range(3), repeat=len(size)):
+        part = x[(slice(None), *[slice(o, o + stride * n, stride) for o, n in zip(offset, size, strict=True)])]
+        out += np.tensordot(weight[(slice(None), slice(None), *offset)], part, axes=1)
+    return out + bias.reshape(-1, *[1] * len(size))
+
+
+def keras_flow(preset, state, pair):
+    """Output of the ``flow`` head of the authors' networks of CVPR and MICCAI 2018, for one pair ``(2, *spatial)``."""
+    arrays = [array.numpy() for array in state.values()]
+    layers = list(zip(arrays[::2], arrays[1::2], strict=True))
+
+    def convolve(x, stride=1):
+        x = keras_convolution(x, *layers.pop(0), stride)
+        return np.where(x > 0, x, 0.2 * x)
+
+    def up(x, skip):
+        for axis in range(1, x.ndim):
+            x = x.repeat(2, axis)
+        return np.concatenate([x, skip])
+
+    x0 = pair
+    x1 = convolve(x0, 2)
+    x2 = convolve(x1, 2)
+    x3 = convolve(x2, 2)
+    y = convolve(convolve(x3, 2))
+    y = convolve(up(y, x3))
+    y = convolve(up(y, x2))
+    y = convolve(convolve(up(y, x1)))
+    if preset == "vm2":
+        y = convolve(convolve(up(y, x0)))
+    return keras_convolution(y, *layers.pop(0))
+
+
+@pytest.mark.parametrize("preset", ["vm2", "diffeomorphic"])
+@pytest.mark.parametrize("size", [(16, 48), (16, 32, 16)])
+def test_forward_is_that_of_keras(preset, size):
+    network, pair = trained(preset, len(size)), random_pair(size)
+    expected = [keras_flow(preset, network.state_dict(), item) for item in pair.numpy()]
+    with torch.no_grad():
+        mean, _ = network.fields(network.features(pair))
+    assert_close(mean, torch.tensor(np.stack(expected)), **EXACT)
+
+
+def test_dense_is_the_network_of_monai():
+    network, pair = trained("dense", 2, num_steps=0, integration_level=0), random_pair((48, 32))
+    theirs = VoxelMorphUNet(2, 2, 32, channels=(16, *[32] * 7), final_conv_channels=(16, 16)).double()
+    state = list(network.state_dict().items())
+    for i, (name, weight) in enumerate(state):
+        if name.startswith("unet.decoder") and ".0.conv.weight" in name and not name.startswith("unet.decoder.0"):
+            state[i] = (name, torch.cat([weight[:, 32:], weight[:, :32]], dim=1))  # [up, skip] to [skip, up]
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), (weight for _, weight in state), strict=True)))
+    assert_close(network(pair), theirs(pair), **EXACT)
+
+
+# Laws
+
+
+@presets
+@sizes
+def test_any_size_is_padded_with_its_border_and_cut(preset, size):
+    network, pair = trained(preset, len(size)), random_pair(size)
+    padded = np.pad(pair, [(0, 0), (0, 0), *[(0, -n % 16) for n in size]], mode="edge")
+    with torch.no_grad():
+        ddf, whole = network(pair), network(torch.from_numpy(padded))
+    assert ddf.shape == (2, len(size), *size)
+    assert ddf.is_contiguous()
+    assert ddf.abs().max() > 0.1
+    assert_close(ddf, whole[(slice(None), slice(None), *map(slice, size))], **EXACT)
+
+
+@pytest.mark.parametrize(("preset", "level"), [("vm1", 0), ("vm2", 0), ("dense", 1), ("diffeomorphic", 1)])
+@pytest.mark.parametrize("size", [(32, 48), (16, 16, 32)])
+def test_field_is_the_integrated_velocity(preset, level, size):
+    network, pair = trained(preset, len(size)), random_pair(size)
+    features = network.features(pair)
+    head = network.flow(features)
+    mean, log_variance = network.fields(features)
+    grid = [n // 2**level for n in size]
+    assert_close(mean, resize(head, grid), **EXACT)
+    assert (log_variance is None) == (preset != "diffeomorphic")
+    if log_variance is not None:
+        assert_close(log_variance, network.log_variance(features), **EXACT)
+    steps = 7 if level else 0
+    assert_close(network(pair), resize(integrate(resize(head, grid), steps), list(size)), **EXACT)
+
+
+def test_changes_replace_fields_of_the_preset():
+    network, pair = trained("dense", 2, num_steps=3, integration_level=0), random_pair((32, 16))
+    assert_close(network(pair), integrate(network.flow(network.features(pair)), 3), **EXACT)
+    assert len(VoxelMorph("vm1", 2, encoder=(4, 4), decoder=((4,), (4,), (4,))).unet.encoder) == 2
+
+
+@presets
+def test_every_parameter_learns_from_one_forward(preset):
+    registration = Registration(VoxelMorph(preset, 2), amp=False)
+    found = registration(random_pair((32, 48), dtype=torch.float32))
+    sum(value.square().sum() for value in found.values()).backward()
+    assert [name for name, p in registration.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_several_channels():
+    pair = random_pair((20, 18)).repeat_interleave(2, dim=1)
+    found = Registration(trained("vm1", 2, in_channels=4))(pair)
+    assert_close(found["warped"], warp(pair[:, :2], found["ddf"]), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\..*` is (deprecated|not supported):DeprecationWarning")  # in torch
+@presets
+def test_scripted_is_eager(preset):
+    network = trained(preset, 3).float()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(network), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    for size in [(16, 17, 20), (23, 16, 9)]:
+        pair = random_pair(size, dtype=torch.float32)
+        with torch.no_grad():
+            # two orders of summation in float32 (eps 1e-7), enlarged by 7 squarings of a field that is not smooth
+            assert_close(scripted(pair), network(pair), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # torch's exporter
+def test_onnx_is_eager():
+    network, pair = trained("diffeomorphic", 3).float(), random_pair((16, 17, 20), batch=1, dtype=torch.float32)
+    program = torch.onnx.export(network, (pair,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (ddf,) = session.run(None, {session.get_inputs()[0].name: pair.numpy()})
+    with torch.no_grad():
+        assert_close(torch.from_numpy(ddf), network(pair), rtol=1e-4, atol=1e-4)  # as of the scripted one
+
+
+def test_weights_survive_a_file(tmp_path):
+    network, pair = trained("diffeomorphic", 3), random_pair((16, 9, 20))
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    other = VoxelMorph("diffeomorphic").double()
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert_close(other(pair), network(pair), rtol=0, atol=0)
+
+
+# Registration
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    [
+        ("vm1", {"ddf", "warped"}),
+        ("vm2", {"ddf", "warped"}),
+        ("dense", {"ddf", "warped", "dvf"}),
+        ("diffeomorphic", {"ddf", "warped", "dvf", "log_variance"}),
+    ],
+)
+@sizes
+def test_registration_names_its_results(preset, keys, size):
+    network, pair = trained(preset, len(size)), random_pair(size)
+    found = Registration(network).eval()(pair)
+    assert found.keys() == keys
+    assert_close(found["ddf"], network(pair), rtol=0, atol=0)
+    assert_close(found["warped"], warp(pair[:, :1], found["ddf"]), rtol=0, atol=0)
+    mean, log_variance = network.fields(network.features(pair))
+    if "dvf" in keys:
+        assert_close(found["dvf"], mean, rtol=0, atol=0)
+    if "log_variance" in keys:
+        assert_close(found["log_variance"], log_variance, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("preset", ["dense", "diffeomorphic"])
+@sizes
+def test_bidirectional_integrates_the_negative_velocity(preset, size):
+    network, pair = trained(preset, len(size)), random_pair(size)
+    found = Registration(network, bidirectional=True).eval()(pair)
+    padded = [-(-n // 16) * 16 for n in size]
+    back = resize(integrate(-found["dvf"]), padded)[(slice(None), slice(None), *map(slice, size))]
+    assert_close(found["inverse_ddf"], back, **EXACT)
+    assert_close(found["warped_fixed"], warp(pair[:, 1:], found["inverse_ddf"]), rtol=0, atol=0)
+
+
+def test_inverse_undoes_a_smooth_displacement():
+    class Smooth(VoxelMorph):
+        def _fields(self, features):
+            rng = np.random.default_rng(0)
+            grid = [n // 2 for n in size]
+            noise = [gaussian_filter(rng.standard_normal(grid), 4, mode="constant") for _ in size]
+            centre = np.prod([np.sin(np.pi * (x + 0.5) / n) for x, n in zip(np.indices(grid), grid, strict=True)], 0)
+            field = np.stack(noise) / np.std(noise) * centre  # 0 at the border, so that nothing leaves the grid
+            return torch.tensor(field)[None], None
+
+    size = (64, 48)
+    found = Registration(Smooth("dense", 2).double(), bidirectional=True)(random_pair(size, batch=1))
+    assert found["ddf"].abs().max() > 2
+    for outer, inner in [("ddf", "inverse_ddf"), ("inverse_ddf", "ddf")]:
+        residual = compose(found[outer], found[inner])
+        assert residual.abs().max() < 0.1  # linear interpolation between voxels of half resolution is not exact
+
+
+def test_training_samples_the_velocity(monkeypatch):
+    network = trained("diffeomorphic", 2, log_variance=-3.0)
+    pair = random_pair((32, 16), batch=1).expand(400, -1, -1, -1)
+    fields = []  # what becomes a displacement
+    displacement = network.displacement
+    monkeypatch.setattr(network, "displacement", lambda field, size: fields.append(field) or displacement(field, size))
+    registration = Registration(network, bidirectional=True).train()
+    with torch.no_grad():
+        mean, log_variance = network.fields(network.features(pair))
+        found = registration(pair)
+        registration.eval()(pair)
+    sample, inverse, *evaluated = fields
+    assert_close(found["dvf"], mean, rtol=0, atol=0)  # the losses know the mean, not the sample
+    assert_close(inverse, -sample, rtol=0, atol=0)  # one sample for both ways
+    standard = (sample - mean) / torch.exp(log_variance / 2)
+    n = standard.numel()
+    assert float(standard.mean()) == pytest.approx(0, abs=4 / n**0.5)  # 4 standard errors
+    assert float(standard.var()) == pytest.approx(1, abs=4 * (2 / n) ** 0.5)
+    assert standard.std(dim=0).min() > 0.8  # each voxel for itself: 1 within 6 standard errors of an SD of 400
+    assert_close(evaluated, [mean, -mean], rtol=0, atol=0)
+
+
+def test_displacement_depends_on_the_sample_only_in_training():
+    registration, pair = Registration(trained("diffeomorphic", 2)), random_pair((17, 35))
+    assert not torch.equal(registration.train()(pair)["ddf"], registration(pair)["ddf"])
+    assert torch.equal(registration.eval()(pair)["ddf"], registration(pair)["ddf"])
+
+
+def smoothed(pair):
+    """Smooth with a Gaussian that, with the width of a voxel, makes a width of two voxels at half height."""
+    sigma = 3**0.5 / (2 * (2 * np.log(2)) ** 0.5)
+    edges = (np.arange(-6, 8) - 0.5) / sigma
+    for axis in range(2, pair.ndim):
+        pair = correlate1d(pair, np.diff(norm.cdf(edges)), axis, mode="constant")
+    return torch.from_numpy(pair)
+
+
+@pytest.mark.parametrize(("size", "half"), [((41, 66), (20, 33)), ((20, 35, 17), (10, 18, 8))])
+def test_scale_factor_registers_on_a_coarser_grid(size, half):
+    network, pair = trained("dense", len(size)), random_pair(size)
+    seen = []
+    network.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        found = Registration(network, bidirectional=True, scale_factor=0.5).eval()(pair)
+    coarse = seen[0][(slice(None), slice(None), *map(slice, half))]
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    expected = nn.functional.interpolate(smoothed(pair.numpy()), half, mode=mode, align_corners=True)
+    assert_close(coarse, expected, rtol=0, atol=1e-4)  # the deviation is known to 4 digits
+    with torch.no_grad():
+        inside = Registration(network, bidirectional=True).eval()(coarse)
+    assert_close(found["dvf"], inside["dvf"], **EXACT)
+    for key in ("ddf", "inverse_ddf"):
+        assert_close(found[key], resize(inside[key], list(size)), **EXACT)
+    assert_close(found["warped"], warp(pair[:, :1], found["ddf"]), rtol=0, atol=0)  # the image itself stays fine
+
+
+@presets
+def test_bfloat16_is_close_and_its_fields_float32(preset, monkeypatch):
+    monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: True)
+    network, pair = trained(preset, 2).float(), random_pair((33, 50), dtype=torch.float32)
+    with torch.no_grad():
+        exact = Registration(network, amp=False).eval()(pair)
+        found = Registration(network).eval()(pair)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert not torch.equal(found["ddf"], exact["ddf"])
+    # bfloat16 has 8 bits, so each of the 12 convolutions is off by 2^-9 of its values; a field rounded to it would
+    # lie on few values besides
+    error = (found["ddf"] - exact["ddf"]).square().mean().sqrt() / exact["ddf"].square().mean().sqrt()
+    assert error < 0.02
+    assert found["ddf"].unique().numel() > 0.9 * found["ddf"].numel()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((33, 50), True), ((32, 50), False), ((66, 66), True)])
+def test_bfloat16_only_where_its_gradient_is_right(size, expected, monkeypatch):
+    monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: True)
+    network, seen = VoxelMorph("vm1", 2), []
+    network.unet.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    Registration(network)(random_pair(size, dtype=torch.float32))
+    Registration(network, amp=False)(random_pair(size, dtype=torch.float32))
+    assert seen == [torch.bfloat16 if expected else torch.float32, torch.float32]
+
+
+def test_bfloat16_counts_the_scaled_grid(monkeypatch):
+    monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: True)
+    network, seen = VoxelMorph("vm1", 2), []
+    network.unet.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    Registration(network, scale_factor=0.5)(random_pair((64, 70), dtype=torch.float32))
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("preset", ["vm2", "diffeomorphic"])
+def test_overfits_one_pair(preset):
+    torch.manual_seed(0)
+    rows, columns = np.indices((32, 32))
+    discs = np.stack([(rows - y) ** 2 + (columns - x) ** 2 < 90 for y, x in [(14, 15), (18, 17)]])[None]
+    moving_label, fixed_label = torch.tensor(discs.astype(np.uint8)).split(1, dim=1)
+    pair = torch.tensor(gaussian_filter(discs.astype(np.float32), (0, 0, 1.5, 1.5)))
+    registration = Registration(VoxelMorph(preset, 2), amp=False)
+    criterion = RegistrationLoss(nn.MSELoss(), GradientLoss(), smoothness_weight=0.01)
+    optimizer = torch.optim.Adam(registration.parameters(), 1e-3)
+    history = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = criterion(registration(pair), {"moving": pair[:, :1], "fixed": pair[:, 1:]})
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    ddf = registration.eval()(pair)["ddf"]
+    before, after = (float(dice(x, fixed_label, 1)) for x in (moving_label, warp(moving_label, ddf, mode="nearest")))
+    assert history[-1] < history[0] / 3
+    assert before < 0.8
+    assert after > 0.92
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, got 'vm3'\."),
+        ({"widths": 3}, r"changes must name fields of \('encoder', .*\), got \['widths'\]\."),
+        ({"in_channels": 3}, r"in_channels counts two images alike and must be even, got 3\."),
+        ({"in_channels": 0}, r"must be even, got 0\."),
+        ({"spatial_dims": 1}, r"spatial_dims must be 2 or 3, got 1\."),
+        (
+            {"decoder": ()},
+            r"decoder for an encoder of 4 levels must hold 1 to 5 non-empty tuples of widths, got \(\)\.",
+        ),
+        ({"decoder": ((8,), ())}, r"non-empty tuples of widths, got \(\(8,\), \(\)\)\."),
+        ({"decoder": ((8,),) * 6}, r"must hold 1 to 5 non-empty tuples"),
+        ({"downsampling": "mean"}, r"downsampling must be 'stride' or 'max', got 'mean'\."),
+        ({"preset": "vm1", "integration_level": 5}, r"integration_level must be 0 to 4, got 5\."),
+        ({"preset": "vm1", "integration_level": -1}, r"integration_level must be 0 to 4, got -1\."),
+        ({"num_steps": 0}, r"probabilistic needs a velocity to sample: num_steps must be at least 1, got 0\."),
+        ({"integration_level": 0}, r"where the decoder stops, at level 1, got integration_level 0\."),
+    ],
+)
+def test_architectures_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        VoxelMorph(**options)
+
+
+@pytest.mark.parametrize(
+    ("spatial_dims", "shape"), [(3, (1, 2, 16, 16)), (2, (1, 3, 16, 16)), (3, (2, 16, 16, 16)), (2, (1, 2, 16, 16, 16))]
+)
+def test_wrong_pair(spatial_dims, shape):
+    message = rf"pair must be \(B, 2, and {spatial_dims} sizes\), moving image first, got \[{shape[0]}, "
+    with pytest.raises(ValueError, match=message):
+        VoxelMorph("vm1", spatial_dims)(torch.zeros(shape))
+
+
+def test_wrong_registration():
+    with pytest.raises(ValueError, match=r"bidirectional needs .* \(num_steps > 0\), got num_steps 0\."):
+        Registration(VoxelMorph("vm2", 2), bidirectional=True)
+    with pytest.raises(ValueError, match=r"scale_factor must be positive, got 0\."):
+        Registration(VoxelMorph("vm2", 2), scale_factor=0)

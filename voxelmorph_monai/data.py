@@ -1,0 +1,163 @@
+"""Who is registered to whom: pairs made from a plain list of scans.
+
+A scan is a dict ``{"image": path, "label": path}`` (the label optional), as MONAI's datalists hold them, so that every
+tool that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dict with ``moving`` and ``fixed``, and
+``moving_label`` and ``fixed_label`` where scans have labels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+from monai.data import CacheDataset, load_decathlon_datalist
+from torch.utils.data import Dataset, Sampler
+
+from voxelmorph_monai.spaces import open_volume, require_same_grid
+
+__all__ = ["PairDataset", "PairSampler", "check_scans", "load_scans", "pair"]
+
+Scan = Mapping[str, object]
+
+
+def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
+    """Scans of one section (``"training"``, ``"validation"``, ``"test"``) of ``dataset_dir/datalist.json``.
+
+    ``vxm prepare`` writes such a folder. Paths in it are relative to the folder.
+    """
+    datalist = Path(dataset_dir) / "datalist.json"
+    if not datalist.is_file():
+        raise FileNotFoundError(f"dataset_dir must hold a datalist.json (vxm prepare makes one), got {dataset_dir}.")
+    return load_decathlon_datalist(str(datalist), is_segmentation=True, data_list_key=section)
+
+
+def check_scans(scans: Sequence[Scan], *, keys: Sequence[str] = ("image",), num_scans: int = 1) -> None:
+    """Check the headers of ``scans`` before any long work: each has all ``keys``, all files are there, on one grid.
+
+    Raises:
+        ValueError: fewer than ``num_scans`` scans; a scan without one of ``keys``; grids that differ.
+        FileNotFoundError: an image or label that is not there.
+    """
+    if len(scans) < num_scans:
+        raise ValueError(f"the list of scans must hold at least {num_scans}, got {len(scans)}.")
+    first = None
+    for scan in scans:
+        for key in keys:
+            if key not in scan:
+                raise ValueError(f"each scan must have {list(keys)}, got one with {dict(scan)}.")
+            path = str(scan[key])
+            volume = open_volume(path)
+            if first is None:
+                first = (volume, path)
+            require_same_grid(first[0], volume, (first[1], path))
+
+
+def pair(moving: str, fixed: str, moving_label: str | None = None, fixed_label: str | None = None) -> dict[str, str]:
+    """One pair of files, its labels left out where they are None."""
+    items = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+    return {key: path for key, path in items.items() if path is not None}
+
+
+class PairDataset(Dataset[dict[str, object]]):
+    """Ordered pairs of different scans; or, with an atlas, the atlas with every scan.
+
+    Args:
+        data: the scans, ``[{"image": ..., "label": ...}, ...]``.
+        transform: what loads and prepares one scan; its result must keep the key ``image``.
+        atlas: the scan that takes part in every pair.
+        atlas_role: ``"moving"`` or ``"fixed"``.
+        cache_rate: share of the scans that stay in memory (they are transformed before the first pair is asked for).
+
+    >>> scans = [{"image": 1, "label": 10}, {"image": 2, "label": 20}, {"image": 3, "label": 30}]
+    >>> pairs = PairDataset(scans, cache_rate=0)
+    >>> len(pairs), pairs[1]
+    (6, {'moving': 1, 'fixed': 3, 'moving_label': 10, 'fixed_label': 30})
+    >>> PairDataset(scans[1:], atlas=scans[0], cache_rate=0)[1]
+    {'moving': 1, 'fixed': 3, 'moving_label': 10, 'fixed_label': 30}
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Scan],
+        transform: Callable[..., object] | None = None,
+        *,
+        atlas: Scan | None = None,
+        atlas_role: str = "moving",
+        cache_rate: float = 1.0,
+    ) -> None:
+        if atlas_role not in ("moving", "fixed"):
+            raise ValueError(f"atlas_role must be 'moving' or 'fixed', got '{atlas_role}'.")
+        data = [scan for scan in data if scan != atlas]  # the atlas may be one of them, but is no pair with itself
+        n = len(data)
+        if n < (1 if atlas else 2):
+            raise ValueError(f"pairs need at least 2 scans, or an atlas and 1 other, got {n} and atlas {atlas}.")
+        if atlas is None:
+            self.pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+        else:
+            self.pairs = [(n, i) if atlas_role == "moving" else (i, n) for i in range(n)]
+        self.scans = CacheDataset(
+            [*data, atlas] if atlas else data, transform, cache_rate=cache_rate, progress=cache_rate > 0
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        moving, fixed = (self.scans[i] for i in self.pairs[index])
+        pair = {"moving": moving["image"], "fixed": fixed["image"]}
+        if "label" in moving and "label" in fixed:
+            pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
+        return pair
+
+
+class PairSampler(Sampler[int]):
+    """Which pairs an epoch takes, decided by ``(seed, epoch)`` alone, so that a resumed training sees the same ones.
+
+    In several processes each takes its share; the shares of a shuffled epoch are equally long.
+
+    Args:
+        dataset: the pairs.
+        num_samples: pairs an epoch, over all processes; None: every pair once.
+        shuffle: draw them in random order; else in order, each once, whoever takes it.
+        seed: with the epoch set by :meth:`set_epoch`, determines the draw.
+    """
+
+    def __init__(
+        self, dataset: PairDataset, num_samples: int | None = None, *, shuffle: bool = True, seed: int = 0
+    ) -> None:
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        self.num_pairs = len(dataset)
+        self.num_samples = num_samples or self.num_pairs
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that of ``epoch``."""
+        self.epoch = epoch
+
+    def _share(self) -> tuple[int, int]:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def _indices(self) -> list[int]:
+        rank, world = self._share()
+        wanted = -(-self.num_samples // world) * world if self.shuffle else self.num_samples
+        if not self.shuffle:
+            return [i % self.num_pairs for i in range(rank, wanted, world)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        drawn: list[int] = []
+        while len(drawn) < wanted:
+            drawn += torch.randperm(self.num_pairs, generator=generator).tolist()
+        return drawn[rank:wanted:world]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices())
+
+    def __len__(self) -> int:
+        rank, world = self._share()
+        if self.shuffle:
+            return -(-self.num_samples // world)
+        return len(range(rank, self.num_samples, world))

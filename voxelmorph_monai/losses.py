@@ -1,0 +1,518 @@
+r"""What training minimises: similarity of images, smoothness of fields, overlap of labels, the probabilistic prior.
+
+Images are ``(B, C, *spatial)``, fields ``(B, D, *spatial)`` in voxels of their own grid (see ``blocks``), in 2-D or
+3-D. Every loss is a module, so that a configuration can construct it; it returns one scalar, the smaller the better.
+All compute in float32 or wider, also under autocast, and give plain tensors for subclasses such as MONAI's
+``MetaTensor``.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from voxelmorph_monai.blocks import corners
+
+__all__ = [
+    "BendingEnergyLoss",
+    "GradientLoss",
+    "KLLoss",
+    "LNCCLoss",
+    "LabelDiceLoss",
+    "MSELoss",
+    "MutualInformationLoss",
+    "RegistrationLoss",
+]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Give the values of ``tensor`` as a plain tensor in float32 or wider."""
+    tensor = tensor.as_subclass(Tensor)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _images(names: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Check that two images can be compared voxel by voxel, and give their exact values."""
+    if first.ndim not in (4, 5) or first.shape != second.shape:
+        raise ValueError(
+            f"{names} must have one shape (B, C, *spatial) in 2-D or 3-D, "
+            f"got {list(first.shape)} and {list(second.shape)}."
+        )
+    return _exact(first), _exact(second)
+
+
+def _field(name: str, field: Tensor) -> Tensor:
+    """Check that ``field`` is one, and give its exact values."""
+    if field.ndim not in (4, 5) or field.shape[1] != field.ndim - 2:
+        raise ValueError(f"{name} must be (B, 2, H, W) or (B, 3, H, W, D), got {list(field.shape)}.")
+    return _exact(field)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean, 0 of nothing: an axis of one voxel has no differences."""
+    return values.mean() if values.numel() else values.sum()
+
+
+class MSELoss(nn.Module):
+    r"""Mean squared difference of ``warped`` and ``fixed``, :math:`\frac{1}{\sigma^2} \overline{(w - f)^2}`.
+
+    Args:
+        image_sigma: standard deviation :math:`\sigma` of the noise that the images differ by once aligned, in their
+            own intensity. 1 is plain MSE (Balakrishnan et al., IEEE TMI 2019); the probabilistic model takes 0.01 to
+            0.02 for images in [0, 1] (Dalca et al., MICCAI 2018).
+    """
+
+    def __init__(self, image_sigma: float = 1.0) -> None:
+        super().__init__()
+        self.image_sigma = image_sigma
+
+    def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Compare two images ``(B, C, *spatial)``."""
+        warped, fixed = _images("warped and fixed", warped, fixed)
+        return F.mse_loss(warped, fixed) / self.image_sigma**2
+
+
+def _box_sum(image: Tensor, window: int) -> Tensor:
+    """Sum ``(B, C, *spatial)`` over windows of ``window`` voxels a side that lie fully inside.
+
+    ``window`` is odd. Sums of 1, 2, 4, ... voxels are added up along each axis in turn. This takes a tenth of the time
+    of average pooling on a CPU as long as the image fits the cache, two thirds when not, and keeps a digit more of
+    float32 than cumulative sums.
+    """
+    for axis in range(2, image.ndim):
+        num_windows = image.shape[axis] - window + 1
+        run, length = image, 1  # run: sums over length voxels
+        total, covered = image.narrow(axis, 0, num_windows), 1  # total: sums over the first covered voxels of a window
+        while covered < window:
+            rest = run.shape[axis] - length
+            run = run.narrow(axis, 0, rest) + run.narrow(axis, length, rest)
+            length *= 2
+            if window & length:
+                total = total + run.narrow(axis, covered, num_windows)
+                covered += length
+        image = total
+    return image
+
+
+def _pad(image: Tensor, margin: int) -> Tensor:
+    return F.pad(image, [margin] * (2 * (image.ndim - 2)))
+
+
+class _LocalMoments(NamedTuple):
+    image: Tensor  # padded and centred
+    total: Tensor  # its sum over each window
+    variance: Tensor  # n times the variance of each window, not below its floor
+    free: Tensor  # where the floor does not hold it
+
+
+def _local_moments(image: Tensor, window: int) -> _LocalMoments:
+    # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
+    # the image have to move along, so pad first. As nothing changes, no gradient goes through the centre.
+    image = _pad(image, window // 2) - image.mean(tuple(range(2, image.ndim)), keepdim=True)
+    total, squares = _box_sum(image, window), _box_sum(image * image, window)
+    variance = squares - total * total / window ** (image.ndim - 2)
+    # What rounding alone can make of a flat window is no contrast: the largest error found, over
+    # windows of 3 to 15 voxels a side and many offsets, is 4.2 eps.
+    floor = (32 * torch.finfo(image.dtype).eps * squares).clamp_min(1e-5)
+    return _LocalMoments(image, total, torch.maximum(variance, floor), variance > floor)
+
+
+class _MeanLNCC(torch.autograd.Function):
+    r"""Mean squared local correlation, its gradient worked out on the way: one saved map for each input.
+
+    With sums :math:`S` over the :math:`n` voxels of a window, :math:`c = S_{ab} - S_a S_b / n` and
+    :math:`v_a = S_{aa} - S_a^2 / n`, a window counts :math:`c^2 / (v_a v_b)`. Let :math:`p` and :math:`q` be its
+    derivatives by :math:`c` and :math:`v_a`. The derivative by a voxel of :math:`a` is then
+    :math:`b \sum p + 2 a \sum q - \frac{1}{n} \sum (p S_b + 2 q S_a)`, summed over the windows around the voxel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, warped: Tensor, fixed: Tensor, window: int) -> Tensor:
+        n, margin = window ** (warped.ndim - 2), window // 2
+        moments = _local_moments(warped, window), _local_moments(fixed, window)
+        a, b = moments
+        cross = _box_sum(a.image * b.image, window) - a.total * b.total / n
+        p = 2 * cross / (a.variance * b.variance)
+        cc = p * cross / 2
+        p = p / cc.numel()
+
+        def around(values: Tensor) -> Tensor:
+            return _box_sum(_pad(values, margin), window)
+
+        gradients: list[Tensor | None] = [None, None]
+        for i, needed in enumerate(ctx.needs_input_grad[:2]):
+            if needed:
+                a, b = moments[i], moments[1 - i]
+                q = torch.where(a.free, p * cross / a.variance, 0) / -2
+                of_means = around(p * b.total + 2 * q * a.total) / n
+                gradients[i] = _pad(b.image, -margin) * around(p) + 2 * _pad(a.image, -margin) * around(q) - of_means
+        ctx.save_for_backward(*gradients)
+        return cc.clamp_max(1).mean()  # only rounding gets past 1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else g * grad_output for g in ctx.saved_tensors), None
+
+
+class LNCCLoss(nn.Module):
+    r"""Minus the mean squared local normalised cross-correlation of ``warped`` and ``fixed``: -1 is perfect, 0 none.
+
+    .. math:: \frac{(\sum w f - \sum w \sum f / n)^2}{(\sum w^2 - (\sum w)^2 / n) (\sum f^2 - (\sum f)^2 / n)}
+
+    over the :math:`n` voxels of the window around each voxel (Avants et al., Medical Image Analysis 2008; Balakrishnan
+    et al., IEEE TMI 2019). Windows reach over the border, where images are 0. Channels count on their own. A window
+    whose contrast is lost in rounding counts nearly 0 instead of noise.
+
+    MONAI's ``LocalNormalizedCrossCorrelationLoss`` has the same value in float64. In float32 it cancels: flat regions
+    count up to 1e12. It is several times slower, too.
+
+    Args:
+        window: side of the window in voxels, odd.
+
+    >>> image = torch.rand(1, 1, 20, 24)
+    >>> round(float(LNCCLoss()(image, -3 * image)), 3)  # neither scale nor sign matters
+    -1.0
+    """
+
+    def __init__(self, window: int = 9) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Compare two images ``(B, C, *spatial)``."""
+        if self.window < 3 or self.window % 2 == 0:
+            raise ValueError(f"window must be an odd number of voxels from 3, got {self.window}.")
+        warped, fixed = _images("warped and fixed", warped, fixed)
+        return -_MeanLNCC.apply(warped, fixed, self.window)
+
+
+def _scaled(image: Tensor, num_bins: int) -> Tensor:
+    """Shift and scale each row of ``(N, voxels)`` to [1, num_bins - 2]; constant rows to 1."""
+    image_min, image_max = image.detach().aminmax(dim=1, keepdim=True)
+    span = (image_max - image_min).where(image_max > image_min, torch.inf)
+    return 1 + (num_bins - 3) * (image - image_min) / span
+
+
+def _parzen(position: Tensor, num_bins: int) -> Tensor:
+    """Weights ``(voxels, num_bins)`` of the cubic B-splines around the whole numbers at ``position`` ``(voxels,)``.
+
+    Four of them differ from 0, and they sum to 1.
+    """
+    low = position.detach().long().clamp(1, num_bins - 3)
+    t = position - low
+    near = [(1 - t) ** 3, 4 - 6 * t**2 + 3 * t**3, 1 + 3 * t + 3 * t**2 - 3 * t**3, t**3]
+    index = low[:, None] + torch.arange(-1, 3, device=position.device)
+    return position.new_zeros(len(position), num_bins).scatter(1, index, torch.stack(near, dim=1) / 6)
+
+
+def _joint_counts(fixed: Tensor, warped: Tensor, num_bins: int) -> Tensor:
+    return _parzen(fixed, num_bins).T @ _parzen(warped, num_bins)
+
+
+def _entropy(probability: Tensor) -> Tensor:
+    return -(probability * probability.clamp_min(torch.finfo(probability.dtype).tiny).log()).sum()
+
+
+class MutualInformationLoss(nn.Module):
+    r"""Minus the mutual information of ``warped`` and ``fixed`` in nats, for images of different contrast.
+
+    .. math:: I = H(w) + H(f) - H(w, f)
+
+    of the joint histogram with cubic B-spline Parzen windows (Mattes et al., IEEE TMI 2003; here for both images).
+    Each channel of each batch item is scaled to its own range first; the range counts as given, not as something to
+    optimise. A constant image has no information: 0. The histogram is summed over chunks of voxels that the backward
+    pass computes anew, so that memory does not grow with ``voxels * num_bins``.
+
+    Args:
+        num_bins: bins along each intensity, at least 4.
+    """
+
+    chunk = 1 << 17  # voxels; two tables of chunk * num_bins weights are alive at a time
+
+    def __init__(self, num_bins: int = 32) -> None:
+        super().__init__()
+        self.num_bins = num_bins
+
+    def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Compare two images ``(B, C, *spatial)``."""
+        if self.num_bins < 4:
+            raise ValueError(f"num_bins must be at least 4 (a cubic B-spline covers 4), got {self.num_bins}.")
+        warped, fixed = _images("warped and fixed", warped, fixed)
+        with torch.autocast(warped.device.type, enabled=False):
+            pairs = zip(
+                _scaled(fixed.flatten(0, 1).flatten(1), self.num_bins),
+                _scaled(warped.flatten(0, 1).flatten(1), self.num_bins),
+                strict=True,
+            )
+            return -torch.stack([self._information(*pair) for pair in pairs]).mean()
+
+    def _information(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        joint = fixed.new_zeros(self.num_bins, self.num_bins)
+        for f, w in zip(fixed.split(self.chunk), warped.split(self.chunk), strict=True):
+            joint = joint + checkpoint(
+                _joint_counts, f, w, self.num_bins, use_reentrant=False, preserve_rng_state=False
+            )
+        joint = joint / fixed.numel()
+        return _entropy(joint.sum(0)) + _entropy(joint.sum(1)) - _entropy(joint)
+
+
+class GradientLoss(nn.Module):
+    r"""Roughness of a ``ddf`` or ``dvf``: size of its forward differences, mean per axis, averaged over the axes.
+
+    .. math:: \frac{1}{D} \sum_d \overline{|u(x + e_d) - u(x)|^p}, \quad p = 1, 2
+
+    the mean over batch, components and voxels (Balakrishnan et al., IEEE TMI 2019, with the normalisation of the
+    official code, which the published weights belong to). MONAI's ``DiffusionLoss`` takes central differences, which
+    do not see a checkerboard, and sums over the axes.
+
+    Args:
+        penalty: ``"l2"``, smooth everywhere, or ``"l1"``, which tolerates sharp edges.
+
+    >>> ddf = torch.zeros(1, 2, 5, 4)
+    >>> ddf[0, 1] = 0.5 * torch.arange(4)  # stretches the second axis by half: one of 2 x 2 derivatives is 0.5
+    >>> float(GradientLoss()(ddf)), float(GradientLoss("l1")(ddf))
+    (0.0625, 0.125)
+    """
+
+    def __init__(self, penalty: str = "l2") -> None:
+        super().__init__()
+        self.penalty = penalty
+
+    def forward(self, field: Tensor) -> Tensor:
+        """Measure ``field`` ``(B, D, *spatial)``."""
+        if self.penalty not in ("l1", "l2"):
+            raise ValueError(f"penalty must be 'l1' or 'l2', got '{self.penalty}'.")
+        field = _field("field", field)
+        size = torch.square if self.penalty == "l2" else torch.abs
+        axes = range(2, field.ndim)
+        return torch.stack([_mean(size(field.diff(dim=axis))) for axis in axes]).mean()
+
+
+class BendingEnergyLoss(nn.Module):
+    r"""Bending of a ``ddf`` or ``dvf``; affine maps cost nothing.
+
+    .. math:: \sum_c \sum_{d, e} \overline{\left( \partial_d \partial_e u_c \right)^2}
+
+    mean over batch and voxels, mixed derivatives counted twice (Rueckert et al., IEEE TMI 1999). Differences of
+    neighbours are taken twice: ``[1, -2, 1]`` along an axis, a cell of 2 x 2 voxels for mixed derivatives.
+    """
+
+    # Not MONAI's BendingEnergyLoss: it indexes with a list, which torch from 2.13 on warns of, and averages over c.
+    def forward(self, field: Tensor) -> Tensor:
+        """Measure ``field`` ``(B, D, *spatial)``."""
+        field = _field("field", field)
+        axes = range(2, field.ndim)
+        slopes = [field.diff(dim=d) for d in axes]
+        pure = [_mean(slopes[d - 2].diff(dim=d).square()) for d in axes]
+        mixed = [_mean(slopes[d - 2].diff(dim=e).square()) for d, e in combinations(axes, 2)]
+        return (torch.stack(pure).sum() + 2 * torch.stack(mixed).sum()) * field.shape[1]
+
+
+def _count(label: Tensor, weight: Tensor, num_bins: int) -> Tensor:
+    """Sum the weights of each label of ``(B, *spatial)``: ``(B, num_bins)``.
+
+    Each slice of the first axis is summed on its own, so that float32 does not run out of digits.
+    """
+    slices = label.flatten(2)
+    sums = weight.new_zeros(*slices.shape[:2], num_bins).scatter_add(2, slices, weight.flatten(2))
+    return sums.sum(1)
+
+
+class LabelDiceLoss(nn.Module):
+    r"""Minus the soft Dice of segmentations: the linearly warped labels of ``moving`` against those of ``fixed``.
+
+    .. math:: -\frac{1}{|L|} \sum_{l \in L} \frac{2 \sum a_l b_l}{\sum a_l + \sum b_l}
+
+    where :math:`a_l` is the warped one-hot image of label :math:`l`, :math:`b_l` the fixed one, and :math:`L` the
+    labels that occur in either map of the batch item (Balakrishnan et al., IEEE TMI 2019). The background, 0, does not
+    count. No one-hot image is made: each of the ``2**D`` voxels that interpolation mixes adds its share to the bin of
+    its label.
+
+    Args:
+        num_labels: largest label.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.num_labels = num_labels
+
+    def forward(self, moving_label: Tensor, fixed_label: Tensor, ddf: Tensor) -> Tensor:
+        """Compare integer maps ``(B, 1, *spatial)`` along ``ddf`` ``(B, D, *spatial)``."""
+        moving, fixed, ddf = self._check(moving_label, fixed_label, ddf)
+        bins = self.num_labels + 1
+        # Warped volume of each label, outside and inside the same label of fixed.
+        agreement = ddf.new_zeros(len(ddf), 2, bins)
+        for index, weight in corners(ddf):
+            label = moving.flatten(1).gather(1, index.flatten(1)).view_as(fixed)
+            agreement = agreement + _count(label + bins * (label == fixed), weight, 2 * bins).unflatten(1, (2, bins))
+        moving_volume, fixed_volume = (_count(m, torch.ones_like(ddf[:, 0]), bins) for m in (moving, fixed))
+        present = ((moving_volume > 0) | (fixed_volume > 0))[:, 1:]
+        volumes = (agreement.sum(1) + fixed_volume)[:, 1:]
+        # A label may be warped out of sight: no volume, no overlap.
+        dice = 2 * agreement[:, 1, 1:] / volumes.clamp_min(torch.finfo(ddf.dtype).eps)
+        return -(dice.sum(1) / present.sum(1).clamp_min(1)).mean()
+
+    def _check(self, moving_label: Tensor, fixed_label: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the maps ``(B, *spatial)`` as int64, and the exact field."""
+        shape = [ddf.shape[0], 1, *ddf.shape[2:]]
+        if list(moving_label.shape) != shape or list(fixed_label.shape) != shape:
+            raise ValueError(
+                f"moving_label and fixed_label for a ddf of shape {list(ddf.shape)} must be {shape}, "
+                f"got {list(moving_label.shape)} and {list(fixed_label.shape)}."
+            )
+        maps = []
+        for name, label in (("moving_label", moving_label), ("fixed_label", fixed_label)):
+            if label.is_floating_point():
+                raise TypeError(f"{name} must hold integers, got {label.dtype}.")
+            maps.append(label.as_subclass(Tensor)[:, 0].long())
+        extremes = torch.stack([extreme for label in maps for extreme in label.aminmax()]).tolist()  # wait only once
+        low, high = min(extremes), max(extremes)
+        if low < 0 or high > self.num_labels:
+            raise ValueError(
+                f"labels must lie in 0 to {self.num_labels}, got {low} to {high} in moving_label and fixed_label."
+            )
+        return maps[0], maps[1], _field("ddf", ddf)
+
+
+def _num_neighbours(field: Tensor) -> Tensor:
+    """Face neighbours of each voxel on the grid of ``field`` ``(B, C, *spatial)``: ``(1, 1, *spatial)``."""
+    count = field.new_zeros(1, 1, *field.shape[2:])
+    for axis in range(2, field.ndim):
+        num_pairs = field.shape[axis] - 1
+        count.narrow(axis, 0, num_pairs).add_(1)
+        count.narrow(axis, 1, num_pairs).add_(1)
+    return count
+
+
+class KLLoss(nn.Module):
+    r"""Kullback-Leibler divergence of the predicted velocity from its smooth prior, per voxel.
+
+    The network predicts independent normal velocities, :math:`N(\mu, \Sigma)` with diagonal :math:`\Sigma`. The prior
+    is :math:`N(0, \Lambda^{-1})`, :math:`\Lambda = \lambda (D - A)`, with the adjacency :math:`A` of voxels that share
+    a face and the number of such neighbours :math:`D`, for each component (Dalca et al., MICCAI 2018). The divergence
+    is
+
+    .. math:: \frac{1}{2} \left[ \operatorname{tr}(\Lambda \Sigma) - \log\det \Sigma + \mu^T \Lambda \mu \right]
+
+    plus the constant :math:`-\frac{1}{2} (n + \log\det \Lambda)`, which is dropped: :math:`n` counts voxels times
+    components, and :math:`\log\det \Lambda` leaves out the constant fields, which the prior does not judge. "Per voxel"
+    divides by the number of voxels of the velocity's own grid and by the batch size, not by the components.
+
+    Args:
+        prior_lambda: precision :math:`\lambda` of the prior, in 1 / (voxels per unit time)^2.
+        mode: ``"exact"`` is the formula. ``"official"`` takes of its last summand, the precision term, what the
+            official code takes, :math:`\frac{\lambda}{4} \sum_d \overline{(\mu(x + e_d) - \mu(x))^2}`, mean over
+            components and neighbours: ``2 * D`` times less away from the border. Published values of ``prior_lambda``
+            belong to it.
+    """
+
+    def __init__(self, prior_lambda: float = 10.0, mode: str = "official") -> None:
+        super().__init__()
+        self.prior_lambda = prior_lambda
+        self.mode = mode
+
+    def forward(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """Judge the mean velocity and its log-variance, both ``(B, D, *spatial)`` before integration."""
+        if self.mode not in ("official", "exact"):
+            raise ValueError(f"mode must be 'official' or 'exact', got '{self.mode}'.")
+        if mean.shape != log_variance.shape:
+            raise ValueError(
+                f"mean and log_variance must have one shape, got {list(mean.shape)} and {list(log_variance.shape)}."
+            )
+        mean, log_variance = _field("mean", mean), _field("log_variance", log_variance)
+        variance = (self.prior_lambda * _num_neighbours(mean) * log_variance.exp() - log_variance).mean()
+        squares = [mean.diff(dim=axis).square() for axis in range(2, mean.ndim)]
+        if self.mode == "official":
+            precision = torch.stack([_mean(square) for square in squares]).sum() / (2 * mean.shape[1])
+        else:
+            precision = torch.stack([square.sum() for square in squares]).sum() / mean.numel()
+        return mean.shape[1] / 2 * (variance + self.prior_lambda * precision)
+
+
+def _get(values: Mapping[str, Tensor], key: str, term: str, owner: str) -> Tensor:
+    """Take a plain tensor from the prediction or target, or say which term misses it."""
+    if key not in values:
+        raise ValueError(f"{term} needs '{key}' in the {owner}, got {sorted(values)}.")
+    return values[key].as_subclass(Tensor)
+
+
+class RegistrationLoss(nn.Module):
+    """Weighted sum of what a registration network is trained for.
+
+    Args:
+        similarity: of images, called with ``(warped, fixed)``. When the network warps both ways, the mean of
+            ``(warped, fixed)`` and ``(warped_fixed, moving)``.
+        smoothness: of the field, called with ``dvf`` if the network predicts a velocity (on its own grid), else with
+            ``ddf``.
+        smoothness_weight: factor of ``smoothness``.
+        dice: of labels, called with ``(moving_label, fixed_label, ddf)``. When the network warps both ways, the mean
+            with ``(fixed_label, moving_label, inverse_ddf)``.
+        dice_weight: factor of ``dice``.
+        prior: of a probabilistic network, called with ``(dvf, log_variance)``. Its weight is 1 by definition; the
+            noise of the images, such as ``image_sigma``, stands against it.
+
+    >>> loss = RegistrationLoss(similarity=MSELoss(), smoothness=GradientLoss(), smoothness_weight=0.01)
+    >>> image = torch.rand(1, 1, 5, 6)
+    >>> loss.terms({"warped": image + 2, "ddf": torch.zeros(1, 2, 5, 6)}, {"moving": image, "fixed": image})
+    {'similarity': tensor(4.), 'smoothness': tensor(0.)}
+    """
+
+    def __init__(
+        self,
+        similarity: Callable[[Tensor, Tensor], Tensor],
+        smoothness: Callable[[Tensor], Tensor] | None = None,
+        smoothness_weight: float = 1.0,
+        dice: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        dice_weight: float = 1.0,
+        prior: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.similarity = similarity
+        self.smoothness = smoothness
+        self.smoothness_weight = smoothness_weight
+        self.dice = dice
+        self.dice_weight = dice_weight
+        self.prior = prior
+
+    def forward(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+        """Sum of ``terms``, a scalar."""
+        return torch.stack(list(self.terms(prediction, target).values())).sum()
+
+    def terms(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted parts by name: ``similarity``, and those of ``smoothness``, ``dice``, ``prior`` that are asked for.
+
+        Args:
+            prediction: ``warped`` and ``ddf``; ``dvf`` of a velocity network, ``log_variance`` of a probabilistic one;
+                ``warped_fixed`` and ``inverse_ddf`` when the network warps both ways.
+            target: ``moving`` and ``fixed``, and ``moving_label`` and ``fixed_label`` when there are segmentations.
+        """
+
+        def predicted(key: str, term: str) -> Tensor:
+            return _get(prediction, key, term, "prediction")
+
+        def given(key: str, term: str) -> Tensor:
+            return _get(target, key, term, "target")
+
+        both_ways = "warped_fixed" in prediction
+        terms = {"similarity": self.similarity(predicted("warped", "similarity"), given("fixed", "similarity"))}
+        if both_ways:
+            back = self.similarity(predicted("warped_fixed", "similarity"), given("moving", "similarity"))
+            terms["similarity"] = (terms["similarity"] + back) / 2
+        if self.smoothness is not None:
+            field = predicted("dvf" if "dvf" in prediction else "ddf", "smoothness")
+            terms["smoothness"] = self.smoothness_weight * self.smoothness(field)
+        if self.dice is not None:
+            moving, fixed = given("moving_label", "dice"), given("fixed_label", "dice")
+            dice = self.dice(moving, fixed, predicted("ddf", "dice"))
+            if both_ways:
+                dice = (dice + self.dice(fixed, moving, predicted("inverse_ddf", "dice"))) / 2
+            terms["dice"] = self.dice_weight * dice
+        if self.prior is not None:
+            terms["prior"] = self.prior(predicted("dvf", "prior"), predicted("log_variance", "prior"))
+        return terms

@@ -1,0 +1,463 @@
+"""From scans as they come to scans that a network can learn from: one space, one grid, one range of intensities.
+
+Each scan is aligned to the mean adult brain MNI152 by an affine transform and sampled once, on a grid whose axes run
+left, inferior, anterior (LIA, as FreeSurfer has it) around the middle of the template's brain: with 160 x 192 x 224
+voxels of 1 mm the grid of the literature.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import itk
+import numpy as np
+from matplotlib.figure import Figure
+from nilearn import datasets
+from numpy.typing import NDArray
+from scipy import ndimage
+from tqdm import tqdm
+
+from voxelmorph_monai.affine import register_affine
+from voxelmorph_monai.spaces import (
+    Affine,
+    atomic,
+    read_image,
+    read_labels,
+    require_right_angles,
+    require_same_grid,
+    save_image,
+    spacing,
+    transform_affine,
+)
+
+__all__ = ["Grid", "mni152", "mni152_tissue", "prepare", "resample", "sample"]
+
+_LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: the direction (RAS) of an array axis
+
+
+class Grid(NamedTuple):
+    """Where prepared scans live.
+
+    Attributes:
+        size: voxels along left, inferior, anterior.
+        spacing: side of a voxel, in mm.
+    """
+
+    size: tuple[int, int, int] = (160, 192, 224)
+    spacing: float = 1.0
+
+
+LITERATURE = Grid()
+
+
+class _Scan(NamedTuple):
+    """One scan to prepare."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+    def outputs(self) -> dict[str, str]:
+        """What becomes of it, relative to the folder of the datalist."""
+        kinds = ["image", "label"] if self.label else ["image"]
+        return {kind: f"{kind}s/{self.name}.nii.gz" for kind in kinds}
+
+    def inputs(self) -> list[list[Any]]:
+        """What tells whether the files are still the same: path, size in bytes, time of last change."""
+        files = [path for path in (self.image, self.label) if path]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+class Prepared(NamedTuple):
+    """What :func:`prepare` did.
+
+    Attributes:
+        datalist: path of the datalist.
+        errors: reason by name, for the scans that failed.
+    """
+
+    datalist: Path
+    errors: dict[str, str]
+
+
+def mni152() -> tuple[NDArray[np.float32], Affine]:
+    """Mean adult brain MNI152 without skull, 1 mm: intensities in [0, 1], 0 outside the brain, and the affine."""
+    image = datasets.load_mni152_template(resolution=1)
+    mask = datasets.load_mni152_brain_mask(resolution=1)
+    return (image.get_fdata() * mask.get_fdata()).astype(np.float32), image.affine
+
+
+def mni152_tissue() -> tuple[NDArray[np.uint8], Affine]:
+    """Most probable tissue in each voxel of MNI152: 0 outside the brain, 1 CSF, 2 grey, 3 white, and the affine.
+
+    What the probabilities of grey and white matter leave to 1 within the brain counts as CSF.
+    """
+    grey = datasets.load_mni152_gm_template(resolution=1).get_fdata()
+    white = datasets.load_mni152_wm_template(resolution=1).get_fdata()
+    mask = datasets.load_mni152_brain_mask(resolution=1)
+    tissue = np.argmax([1 - grey - white, grey, white], axis=0) + 1
+    return np.where(mask.get_fdata() > 0, tissue, 0).astype(np.uint8), mask.affine
+
+
+_mni152 = cache(mni152)  # for this module, which never writes into it
+
+
+def sample(name: str) -> Path:
+    """Path of a scan that comes with the package: ``"colin27"``, or ``"colin27_tissue"``, coded as MNI152's tissue."""
+    folder = Path(__file__).parent / "sample"
+    names = sorted(path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
+    if name not in names:
+        raise ValueError(f"sample must be one of {names}, got '{name}'.")
+    return folder / f"{name}.nii.gz"
+
+
+def _brain_box() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Lower and upper corner (RAS, mm) of the box around the outermost voxels of the template's brain."""
+    brain, affine = _mni152()
+    index = np.argwhere(brain > 0)
+    ends = np.stack([index.min(axis=0), index.max(axis=0)]) @ affine[:3, :3].T + affine[:3, 3]
+    return ends.min(axis=0), ends.max(axis=0)
+
+
+def _grid_affine(grid: Grid) -> Affine:
+    affine = np.eye(4)
+    affine[:3, :3] = grid.spacing * _LIA
+    affine[:3, 3] = np.mean(_brain_box(), axis=0) - affine[:3, :3] @ ((np.array(grid.size) - 1) / 2)
+    return affine
+
+
+def resample(
+    image: tuple[NDArray[Any], Affine], size: Sequence[int], affine: Affine, mapping: Affine, order: int = 1
+) -> NDArray[Any]:
+    """Sample ``image`` ``(array, affine)`` on another grid; beyond its outermost voxels it is 0.
+
+    Args:
+        image: what to sample.
+        size: of the other grid.
+        affine: of the other grid (RAS, mm).
+        mapping: 4 x 4, from points of the other grid to points of the image (RAS, mm).
+        order: 1 linear; 0 nearest, which invents no label.
+    """
+    to_voxels = np.linalg.inv(image[1]) @ mapping @ affine
+    return ndimage.affine_transform(image[0], to_voxels, output_shape=tuple(size), order=order)
+
+
+@cache
+def _template(grid: Grid) -> NDArray[np.float32]:
+    return resample(_mni152(), grid.size, _grid_affine(grid), np.eye(4))
+
+
+def _rescale(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Clip at 0 and divide by the 99.5th percentile of what is above it: [0, 1]."""
+    return np.clip(array / np.percentile(array[array > 0], 99.5), 0, 1)
+
+
+def _some(names: Sequence[Any]) -> str:
+    """At most five of the names, and how many more there are."""
+    listed = ", ".join(str(name) for name in names[:5])
+    return listed if len(names) <= 5 else f"{listed} and {len(names) - 5} more"
+
+
+def _match(entries: Sequence[Path], pattern: str) -> dict[tuple[Path, str], Path]:
+    """Files by the folder that ``pattern`` starts from and the part of their path that each ``*`` in it stands for."""
+    if "*" not in pattern or "**" in pattern or Path(pattern).is_absolute():
+        raise ValueError(f"a pattern must be relative, with '*' for the name of a scan, got '{pattern}'.")
+    first, *others = (re.escape(part) for part in pattern.split("*"))
+    matcher = re.compile(first + "([^/.][^/]*)" + r"\1".join(others))
+    depth = len(Path(pattern).parts)
+    found = {}
+    for entry in entries:
+        for path in sorted(entry.glob(pattern)) if entry.is_dir() else [entry]:
+            match = matcher.fullmatch("/".join(path.parts[-depth:]))
+            if match:
+                found[path.parents[depth - 1], match[1]] = path
+            elif path is entry:
+                raise ValueError(f"{path} must match '{pattern}'.")
+    return found
+
+
+def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -> list[_Scan]:
+    entries = [Path(entry).absolute() for entry in inputs]
+    missing = [entry for entry in entries if not entry.exists()]
+    if missing:
+        raise FileNotFoundError(f"inputs must be folders or scans, but these do not exist: {_some(missing)}.")
+    found = _match(entries, images)
+    if not found:
+        raise ValueError(f"there must be scans that match '{images}', got none in {_some(entries) or 'no input'}.")
+    scans = []
+    for (folder, name), path in found.items():
+        scans.append(_Scan(name, path, folder / labels.replace("*", name) if labels else None))
+    names = [scan.name for scan in scans]
+    twice = [scan.image for scan in scans if names.count(scan.name) > 1]
+    if twice:
+        raise ValueError(f"each scan must have a name of its own, got one name for {_some(twice)}.")
+    if labels:
+        bare = [scan.label for scan in scans if scan.label and not scan.label.exists()]
+        if bare:
+            raise FileNotFoundError(f"each scan must have labels, but these do not exist: {_some(bare)}.")
+        ours = {scan.label for scan in scans}
+        alone = [path for path in _match([e for e in entries if e.is_dir()], labels).values() if path not in ours]
+        if alone:
+            raise ValueError(
+                f"all labels must belong to a scan that matches '{images}', but not these: {_some(alone)}."
+            )
+    return sorted(scans)
+
+
+def _read(scan: _Scan) -> tuple[NDArray[np.float32], NDArray[Any] | None, Affine]:
+    """Intensities in [0, 1], labels if there are any, and the affine of both."""
+    image, affine = read_image(scan.image)
+    litres = np.count_nonzero(image) * np.prod(spacing(affine)) * 1e-6
+    if not 0.3 < litres < 2.5:
+        raise ValueError(
+            f"{scan.image} must be a skull-stripped head: 0 around a brain of 0.3 to 2.5 litres, but {litres:.2g} "
+            "litres are not 0."
+        )
+    require_right_angles(affine, str(scan.image))
+    if scan.label is None:
+        return _rescale(image), None, affine
+    labels, label_affine = read_labels(scan.label)
+    require_same_grid((image, affine), (labels, label_affine), (str(scan.image), str(scan.label)))
+    return _rescale(image), labels, affine
+
+
+def _check(scan: _Scan) -> None:
+    _read(scan)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _record(output: Path, name: str) -> Path:
+    return output / "transforms" / f"{name}.json"
+
+
+def _prepare_scan(scan: _Scan, grid: Grid, output: Path) -> None:
+    """Prepare one scan. Its record is written last: a scan without one counts as not done."""
+    inputs = scan.inputs()
+    image, labels, affine = _read(scan)
+    transform = register_affine((image, affine), _mni152())
+    mapping, target = transform_affine(transform), _grid_affine(grid)
+    # A voxel of the grid stands for all that lies within it: what is sampled more finely is smoothed to its width.
+    width = np.sqrt(np.maximum(grid.spacing**2 - spacing(affine) ** 2, 0)) / spacing(affine)
+    smooth = ndimage.gaussian_filter(image, width / 2.355)
+    prepared = resample((smooth, affine), grid.size, target, mapping)
+    save_image(output / scan.outputs()["image"], prepared, target)
+    if labels is not None:
+        warped = resample((labels, affine), grid.size, target, mapping, order=0)
+        save_image(output / scan.outputs()["label"], warped, target)
+    with atomic(output / "transforms" / f"{scan.name}.txt") as temporary:
+        itk.transformwrite([transform], str(temporary))
+    template = _template(grid)
+    ncc = np.corrcoef(prepared[template > 0], template[template > 0])[0, 1]
+    _write_json(_record(output, scan.name), {"inputs": inputs, "ncc": round(float(ncc), 4)})
+
+
+def _is_done(scan: _Scan, output: Path) -> bool:
+    record = _record(output, scan.name)
+    written = record.exists() and all((output / path).exists() for path in scan.outputs().values())
+    return written and json.loads(record.read_text())["inputs"] == scan.inputs()
+
+
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # die in silence: the parent says that it was interrupted
+    itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _for_each(
+    pool: ProcessPoolExecutor, title: str, function: Callable[..., None], scans: Sequence[_Scan], *args: Any
+) -> dict[str, str]:
+    """Call ``function(scan, *args)`` for every scan; the errors by name of scan."""
+    tasks = {pool.submit(function, scan, *args): scan.name for scan in scans}
+    errors = {}
+    for task in tqdm(as_completed(tasks), title, len(tasks), unit="scan"):
+        error = task.exception()
+        if error:
+            errors[tasks[task]] = str(error) or type(error).__name__
+    return errors
+
+
+def _check_grid(grid: Grid) -> None:
+    if len(grid.size) != 3 or min(grid.size) < 1 or not 0 < grid.spacing < np.inf:
+        raise ValueError(f"a grid must have three sizes > 0 and a spacing > 0, got {grid}.")
+    extent = np.multiply(grid.size, grid.spacing)
+    low, high = _brain_box()
+    brain = np.abs(_LIA.T @ (high - low))
+    if (extent < brain).any():
+        raise ValueError(f"a grid must hold the template's brain, {brain.tolist()} mm, but has {extent.tolist()} mm.")
+
+
+def _grid_json(grid: Grid) -> dict[str, Any]:
+    return {"size": list(grid.size), "spacing": grid.spacing, "orientation": "LIA"}
+
+
+def _require_ours(output: Path, grid: Grid) -> None:
+    """Raise ValueError unless ``output`` is a folder that is new, empty or of an earlier call with the same grid."""
+    mark = output / "grid.json"
+    if mark.exists():
+        found, asked = json.loads(mark.read_text()), _grid_json(grid)
+        if found != asked:
+            raise ValueError(f"{output} must be asked for its own grid, {found}, or be another folder, got {asked}.")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} must be new, empty or made by 'vxm prepare', but something else is there.")
+
+
+def _claim(output: Path, grid: Grid) -> None:
+    """Make ``output`` a folder of ours."""
+    for part in ("images", "labels", "transforms"):
+        (output / part).mkdir(parents=True, exist_ok=True)
+    _write_json(output / "grid.json", _grid_json(grid))
+    for leftover in output.glob("*/.*"):  # of a process that was killed while it wrote
+        leftover.unlink()
+
+
+def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    try:
+        sections = json.loads(split.read_text())
+        listed = [name for section in sections.values() for name in section]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{split} must be a JSON object of lists of names of scans: {error}.") from error
+    if "grid" in sections:
+        raise ValueError(f"{split} must not name a section 'grid', which is what the datalist calls the grid.")
+    if sorted(listed) != sorted(names):
+        extra, missing = sorted(set(listed) - set(names)), sorted(set(names) - set(listed))
+        twice = sorted({name for name in listed if listed.count(name) > 1})
+        raise ValueError(
+            f"{split} must name each scan once, but it misses [{_some(missing)}], repeats [{_some(twice)}] and names "
+            f"[{_some(extra)}], which are no scans."
+        )
+    return {"training": [], "validation": [], "test": [], **sections}
+
+
+def _random_sections(names: Sequence[str], validation: float, test: float, seed: int) -> dict[str, list[str]]:
+    if not (validation >= 0 and test >= 0 and validation + test <= 1):
+        raise ValueError(f"validation and test must be shares >= 0 of at most 1 in all, got {validation} and {test}.")
+    shuffled = random.Random(seed).sample(names, len(names))
+    first, second = round(validation * len(names)), round(test * len(names))
+    return {
+        "training": sorted(shuffled[first + second :]),
+        "validation": sorted(shuffled[:first]),
+        "test": sorted(shuffled[first : first + second]),
+    }
+
+
+def _write_datalist(scans: Sequence[_Scan], sections: Mapping[str, Sequence[str]], grid: Grid, output: Path) -> Path:
+    entries = {scan.name: scan.outputs() for scan in scans}
+    content: dict[str, Any] = {
+        section: [entries[name] for name in names if name in entries] for section, names in sections.items()
+    }
+    content["grid"] = _grid_json(grid)
+    path = output / "datalist.json"
+    if path.exists() and json.loads(path.read_text()) != content:
+        os.replace(path, output / "datalist.previous.json")  # it may have been edited
+    _write_json(path, content)
+    return path
+
+
+def _slices(array: NDArray[Any]) -> NDArray[Any]:
+    """Middle slices of an LIA volume side by side ``(H, W)``: sagittal, coronal, axial; seen from the feet."""
+    middle = [n // 2 for n in array.shape]
+    views = [array[middle[0]], array[:, :, middle[2]].T, array[:, middle[1], ::-1].T]
+    height = max(len(view) for view in views)
+    return np.concatenate([np.pad(view, [(0, height - len(view)), (0, 0)]) for view in views], axis=1)
+
+
+def _draw_contact_sheet(names: Sequence[str], grid: Grid, output: Path) -> None:
+    """Middle slices of every scan with the template's outline and the correlation with it, the lowest first."""
+    ncc = {name: json.loads(_record(output, name).read_text())["ncc"] for name in names}
+    brain = _slices(_template(grid) > 0)
+    outline = brain & ~ndimage.binary_erosion(brain)
+    thin = max(1, round(max(grid.size) / 112))
+    outline = ndimage.maximum_filter(outline, thin)[::thin, ::thin]
+    head, columns = 16, 3
+    tiles = []
+    for name in sorted(names, key=ncc.__getitem__):
+        grey = _slices(read_image(output / "images" / f"{name}.nii.gz")[0])[::thin, ::thin]
+        colour = np.where(outline[..., None], [1.0, 0.35, 0.0], grey[..., None])
+        tiles.append(np.pad(colour, [(head, 2), (0, 6), (0, 0)]))
+    height, width = tiles[0].shape[:2]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
+    sheet = np.concatenate(rows)
+    figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
+    figure.figimage(sheet)
+    for i, name in enumerate(sorted(names, key=ncc.__getitem__)):
+        x, y = i % columns * width + 3, sheet.shape[0] - i // columns * height - head + 4
+        figure.text(x / sheet.shape[1], y / sheet.shape[0], f"{name}   NCC {ncc[name]:.2f}", color="w", fontsize=8)
+    with atomic(output / "qc.png") as temporary:
+        figure.savefig(temporary)
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    images: str = "*.nii.gz",
+    labels: str | None = None,
+    grid: Grid = LITERATURE,
+    split: str | Path | None = None,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    jobs: int = 1,
+) -> Prepared:
+    """Align skull-stripped T1 scans to MNI152 and write them, with their labels, on one grid.
+
+    ``output`` gets ``images/NAME.nii.gz`` (float32 in [0, 1]), ``labels/NAME.nii.gz`` (nearest neighbour, in their own
+    type), ``transforms/NAME.txt`` (ITK: from points of MNI152 to points of the scan), ``datalist.json`` with the
+    sections ``training``, ``validation`` and ``test``, and ``qc.png`` to see at a glance which scans went wrong.
+
+    All inputs are checked before the work starts. Called again it does only what is missing or whose input changed;
+    another grid needs another folder.
+
+    Args:
+        inputs: folders, or scans, NIfTI or MGZ.
+        output: a folder that is new, empty or of an earlier call.
+        images: what to look for in the folders; ``*`` stands for the name of a scan.
+        labels: the same for its labels, if it has any.
+        grid: size and spacing (mm).
+        split: JSON file that lists the names of the scans by section; by default they are drawn.
+        validation: share of the scans that is drawn for validation.
+        test: share of the scans that is drawn for the test.
+        seed: of the drawing.
+        jobs: number of processes.
+
+    Raises:
+        ValueError: an input or an option cannot be used; the message says which and why.
+        FileNotFoundError: an input does not exist.
+    """
+    output = Path(output).absolute()
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}.")
+    _check_grid(grid)
+    scans = _find_scans(inputs, images, labels)
+    names = [scan.name for scan in scans]
+    sections = _given_sections(Path(split), names) if split else _random_sections(names, validation, test, seed)
+    _require_ours(output, grid)
+    todo = [scan for scan in scans if not _is_done(scan, output)]
+    # Fresh processes: a fork would inherit whatever locks the threads of the parent (ITK's, torch's) hold.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_process) as pool:
+        try:
+            faults = _for_each(pool, "check", _check, todo)
+            if faults:
+                first = min(faults)
+                bad = f"{len(faults)} of {len(todo)} scans ({_some(sorted(faults))})"
+                raise ValueError(f"all scans must be fit for use, but {bad} are not; {first}: {faults[first]}")
+            _claim(output, grid)
+            errors = _for_each(pool, "prepare", _prepare_scan, todo, grid, output)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    good = [scan for scan in scans if scan.name not in errors]
+    if good:
+        _draw_contact_sheet([scan.name for scan in good], grid, output)
+    return Prepared(_write_datalist(good, sections, grid, output), errors)

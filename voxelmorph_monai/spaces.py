@@ -1,0 +1,266 @@
+"""Physical space at the border of the package: files, affines, ITK.
+
+An ``affine`` is nibabel's: a 4 x 4 matrix that takes voxel indices to millimetres in RAS (x grows to the right, y to
+the front, z up). ITK and its files count in LPS: the first two coordinates change sign, and that happens here alone.
+Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the array's.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import itk
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+__all__ = [
+    "atomic",
+    "from_itk",
+    "open_volume",
+    "read_image",
+    "read_labels",
+    "require_right_angles",
+    "require_same_grid",
+    "save_displacement",
+    "save_image",
+    "spacing",
+    "to_itk",
+    "to_lps",
+    "transform_affine",
+]
+
+Affine = NDArray[np.float64]
+
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse: RAS to LPS and back
+
+
+def spacing(affine: Affine) -> Affine:
+    """Distance between neighbouring voxels along each array axis, in mm: ``(3,)``.
+
+    >>> spacing(np.diag([-2.0, 1.0, 3.0, 1.0])).tolist()
+    [2.0, 1.0, 3.0]
+    """
+    return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _check_affine(affine: Affine, subject: str) -> None:
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise ValueError(f"affine of {subject} must be 4 x 4 finite numbers, got {affine.tolist()}.")
+    volume = abs(np.linalg.det(affine[:3, :3]))
+    if volume <= 1e-6 * np.prod(spacing(affine)):
+        raise ValueError(f"affine of {subject} must have an inverse, got {affine[:3, :3].tolist()}.")
+
+
+def _sheared(affine: Affine) -> bool:
+    """Whether the axes are off the right angle by more than the rounding of headers (1e-3: 0.25 mm in a brain)."""
+    direction = affine[:3, :3] / spacing(affine)
+    return not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3)
+
+
+def require_right_angles(affine: Affine, subject: str) -> None:
+    """Raise ValueError if the axes of an image are sheared, which neither ITK nor a qform can express."""
+    if _sheared(affine):
+        raise ValueError(f"axes of {subject} must be at right angles, got the affine {affine.tolist()}.")
+
+
+def open_volume(path: str | Path) -> tuple[nib.arrayproxy.ArrayProxy, Affine]:
+    """Open a NIfTI or MGZ file of one 3-D volume and check its header, leaving the voxels ``(X, Y, Z)`` on disk.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a NIfTI or MGZ file of one real number a voxel, one 3-D volume, an affine with an inverse.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} must be a NIfTI or MGZ file, but there is no such file.")
+    try:
+        image = nib.load(path)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole NIfTI or MGZ file, but reading it failed: {error}.") from error
+    if not isinstance(image, nib.Nifti1Pair | nib.MGHImage):
+        raise ValueError(f"{path} must be a NIfTI or MGZ file, got a {type(image).__name__}.")
+    if image.get_data_dtype().kind not in "iuf":
+        raise ValueError(f"{path} must hold one real number a voxel, got {image.get_data_dtype()}.")
+    shape = image.shape[:3]
+    if len(shape) < 3 or min(shape) < 2 or np.prod(image.shape) != np.prod(shape):
+        raise ValueError(f"{path} must be one 3-D volume, got shape {image.shape}.")
+    _check_affine(image.affine, str(path))
+    return cast(nib.arrayproxy.ArrayProxy, image.dataobj).reshape(shape), image.affine
+
+
+def _read(path: str | Path) -> tuple[NDArray[Any], Affine]:
+    """Voxels ``(X, Y, Z)`` in the type they are stored in, and the affine."""
+    volume, affine = open_volume(path)
+    try:
+        array = np.asanyarray(volume)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole NIfTI or MGZ file, but reading it failed: {error}.") from error
+    return array.astype(array.dtype.newbyteorder("="), copy=False), affine
+
+
+def read_image(path: str | Path) -> tuple[NDArray[np.float32], Affine]:
+    """Read a NIfTI or MGZ scan: intensities ``(X, Y, Z)`` in float32 and the affine (RAS, mm).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole 3-D scan of finite numbers that differ, with an affine that has an inverse.
+    """
+    array, affine = _read(path)
+    with np.errstate(over="ignore"):  # float64 past the range of float32 becomes Inf, and is found below
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        count = int(array.size - np.isfinite(array).sum())
+        raise ValueError(f"{path} must hold finite numbers, got {count} voxels of NaN or Inf.")
+    if array.min() == array.max():
+        raise ValueError(f"{path} must show something, but all its voxels are {array.flat[0]:g}.")
+    return array, affine
+
+
+def read_labels(path: str | Path) -> tuple[NDArray[Any], Affine]:
+    """Read a NIfTI or MGZ label map: integers ``(X, Y, Z)`` of the stored type and the affine (RAS, mm).
+
+    Labels stored as floating point come back as the smallest unsigned integers that hold them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole 3-D map of whole numbers >= 0, one of them > 0, with an affine that has an inverse.
+    """
+    array, affine = _read(path)
+    least, most = array.min(), array.max()
+    if not (least >= 0 and 0 < most < np.inf):  # NaN fails too
+        raise ValueError(f"{path} must hold labels >= 0, one of them > 0, got values from {least} to {most}.")
+    if array.dtype.kind == "f":
+        broken = array[array != np.rint(array)]
+        if broken.size:
+            raise ValueError(f"{path} must hold whole numbers as labels, got {broken.size} others, first {broken[0]}.")
+        array = array.astype(np.min_scalar_type(int(most)))
+    return array, affine
+
+
+def require_same_grid(
+    first: tuple[NDArray[Any] | nib.arrayproxy.ArrayProxy, Affine],
+    second: tuple[NDArray[Any] | nib.arrayproxy.ArrayProxy, Affine],
+    names: tuple[str, str],
+    tolerance: float = 0.1,
+) -> None:
+    """Raise ValueError unless two images have one shape and place each voxel at one point.
+
+    Args:
+        first: ``(array, affine)``.
+        second: ``(array, affine)``.
+        names: what to call them in the error.
+        tolerance: largest distance, in mm, between the two places of a voxel; the default is far above the rounding of
+            headers and far below a voxel.
+    """
+    shape, other = first[0].shape, second[0].shape
+    if shape != other:
+        raise ValueError(f"{names[0]} and {names[1]} must have one shape, got {shape} and {other}.")
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(4, -1)
+    apart = np.linalg.norm((first[1] - second[1]) @ corners, axis=0).max()
+    if not apart <= tolerance:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must lie on one grid within {tolerance} mm, but their affines put a voxel "
+            f"{apart:.3g} mm apart: {first[1].tolist()} and {second[1].tolist()}."
+        )
+
+
+def to_itk(array: NDArray[Any], affine: Affine) -> itk.Image:
+    """Copy ``array`` ``(X, Y, Z)`` with its affine (RAS) to an ITK image (LPS) of the same pixel type."""
+    _check_affine(affine, "an image for ITK")
+    require_right_angles(affine, "an image for ITK")
+    lps = _LPS @ affine
+    image = itk.image_from_array(np.ascontiguousarray(array.T))
+    image.SetSpacing(spacing(affine).tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection(itk.matrix_from_array(lps[:3, :3] / spacing(affine)))
+    return image
+
+
+def from_itk(image: itk.Image) -> tuple[NDArray[Any], Affine]:
+    """Copy a 3-D ITK image (LPS) to an array ``(X, Y, Z)`` and its affine (RAS)."""
+    lps = np.eye(4)
+    lps[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
+    lps[:3, 3] = image.GetOrigin()
+    return itk.array_from_image(image).T, _LPS @ lps
+
+
+def to_lps(value: Affine) -> Affine:
+    """Restate a point ``(3,)`` or a map of points ``(4, 4)`` of RAS in LPS, or one of LPS in RAS."""
+    return _LPS[:3, :3] @ value if value.ndim == 1 else _LPS @ value @ _LPS
+
+
+def transform_affine(transform: itk.Transform) -> Affine:
+    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm."""
+    lps = np.eye(4)
+    lps[:3, :3] = itk.array_from_matrix(transform.GetMatrix())
+    lps[:3, 3] = transform.GetOffset()
+    return to_lps(lps)
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Give the name of a temporary file in the folder of ``path`` to write; it takes the place of ``path`` at the end.
+
+    Nobody ever sees half a file: after an error the temporary file is gone and ``path`` is what it was.
+
+    >>> with atomic("/tmp/notes.txt") as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> Path("/tmp/notes.txt").read_text()
+    'whole'
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending stays: writers choose the format by it
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save(path: str | Path, image: nib.Nifti1Image) -> None:
+    if not str(path).endswith((".nii", ".nii.gz")):
+        raise ValueError(f"an image is saved as .nii or .nii.gz, got {path}.")
+    affine = image.affine
+    _check_affine(affine, str(path))
+    # Code 2, "aligned to another image": what this package writes lies on a grid that was chosen, not scanned. Readers
+    # differ in which of the two forms they prefer, so both say the same; the qform cannot hold shear and is then left
+    # unset (0) rather than wrong.
+    image.set_sform(affine, 2)
+    image.set_qform(None if _sheared(affine) else affine, 0 if _sheared(affine) else 2)
+    image.header.set_xyzt_units("mm")
+    with atomic(path) as temporary:
+        nib.save(image, temporary)
+
+
+def save_image(path: str | Path, array: NDArray[Any], affine: Affine) -> None:
+    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; whole or not at all."""
+    if array.ndim != 3:
+        raise ValueError(f"{path} must be given a 3-D array, got shape {array.shape}.")
+    _save(path, nib.Nifti1Image(array, affine, dtype=array.dtype))
+
+
+def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine) -> None:
+    """Write a displacement so that ITK, ANTs and 3D Slicer apply it as it is; whole or not at all.
+
+    The file is a NIfTI vector image ``(X, Y, Z, 1, 3)`` (intent 1007), its vectors in mm along LPS:
+    :math:`diag(-1, -1, 1) A u` with the linear part :math:`A` of the affine. Like ``ddf`` it takes points of the fixed
+    image to points of the moving one, which is ITK's direction.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``.
+        ddf: ``(3, X, Y, Z)``, in voxels of the fixed grid.
+        affine: of the fixed image (RAS, mm).
+    """
+    if ddf.ndim != 4 or ddf.shape[0] != 3:
+        raise ValueError(f"ddf for {path} must be (3, X, Y, Z), got {ddf.shape}.")
+    if not np.isfinite(ddf).all():
+        raise ValueError(f"ddf for {path} must be finite, got NaN or Inf.")
+    vectors = np.einsum("ij,j...->...i", (_LPS @ affine)[:3, :3], ddf)[:, :, :, None].astype(np.float32)
+    image = nib.Nifti1Image(vectors, affine)
+    image.header.set_intent("vector")
+    _save(path, image)

@@ -1,0 +1,216 @@
+"""Transforms of MONAI dictionaries: load scans, merge labels, warp labels, save a registration."""
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from torch import Tensor
+
+from voxelmorph_monai.blocks import invert, jacobian_determinant, warp, warp_labels
+from voxelmorph_monai.metrics import dice, folding, inverse_consistency, log_jacobian_sd
+from voxelmorph_monai.pictures import save_registration_picture
+from voxelmorph_monai.spaces import (
+    atomic,
+    read_image,
+    read_labels,
+    require_same_grid,
+    save_displacement,
+    save_image,
+    spacing,
+)
+
+__all__ = ["LoadScand", "MergeLabelsd", "SaveRegistrationd", "WarpLabelsd"]
+
+Data = dict[Hashable, object]
+
+
+class LoadScand(MapTransform):
+    """Load images and label maps that lie on one grid, each as a MetaTensor ``(1, X, Y, Z)``.
+
+    In place of MONAI's ``LoadImaged`` because it refuses, naming the file, what would train or register nonsense: NaN,
+    an image that shows nothing, labels that are no whole numbers, an affine without inverse, grids that differ.
+
+    Args:
+        keys: items that hold paths; those whose key ends in ``label`` are label maps (int32), the others images
+            (float32, scaled to [0, 1]; their own range is kept in the meta entries ``minimum`` and ``maximum``).
+        allow_missing_keys: load what is there.
+    """
+
+    def __call__(self, data: Mapping[Hashable, object]) -> Data:
+        """Replace the paths in ``data`` by what they hold."""
+        loaded = dict(data)
+        first = None
+        for key in self.key_iterator(loaded):
+            path = str(loaded[key])
+            is_label = str(key).endswith("label")
+            array, affine = read_labels(path) if is_label else read_image(path)
+            if first is None:
+                first = ((array, affine), path)
+            require_same_grid(first[0], (array, affine), (first[1], path))
+            meta: dict[str, object] = {"filename_or_obj": path}
+            if is_label:
+                array = array.astype(np.int32)
+            else:
+                meta |= {"minimum": float(array.min()), "maximum": float(array.max())}
+                array = (array - array.min()) / (array.max() - array.min())
+            loaded[key] = MetaTensor(
+                torch.from_numpy(np.ascontiguousarray(array))[None], affine=torch.as_tensor(affine), meta=meta
+            )
+        return loaded
+
+
+class MergeLabelsd(MapTransform):
+    """Number the structures of a label map 1, 2, ... in the order of a table, and set everything else to 0.
+
+    Args:
+        keys: label maps, integers.
+        structures: name to the labels that make up the structure; None leaves the map as it is.
+        allow_missing_keys: merge what is there.
+
+    >>> merge = MergeLabelsd("label", {"left thalamus": [10], "cortex": [1000, 1001]})
+    >>> merge({"label": torch.tensor([0, 10, 7, 1001])})["label"]
+    tensor([0, 1, 0, 2], dtype=torch.int32)
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        structures: Mapping[str, Sequence[int]] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.table = None if structures is None else merging_table(structures)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> Data:
+        """Renumber the label maps of ``data``."""
+        merged = dict(data)
+        if self.table is not None:
+            for key in self.key_iterator(merged):
+                labels = merged[key]
+                assert isinstance(labels, Tensor)
+                known = labels.long().clamp(0, len(self.table) - 1)  # the last entry of the table is 0
+                merged[key] = self.table.to(labels.device)[known]
+        return merged
+
+
+def merging_table(structures: Mapping[str, Sequence[int]]) -> Tensor:
+    """Give the number (1, 2, ... in order; 0 for none) of each label's structure: ``(largest label + 2,)`` int32."""
+    table = torch.zeros(max((max(labels) for labels in structures.values()), default=0) + 2, dtype=torch.int32)
+    for number, (name, labels) in enumerate(structures.items(), start=1):
+        for label in labels:
+            if label < 1 or table[label] != 0:
+                raise ValueError(f"labels of structure '{name}' must be > 0 and in no other, got {label}.")
+            table[label] = number
+    return table
+
+
+def _warped_labels(labels: Tensor, ddf: Tensor, mode: str) -> Tensor:
+    labels = labels.as_subclass(Tensor).to(ddf.device)[None]
+    return warp(labels, ddf[None], mode="nearest")[0] if mode == "nearest" else warp_labels(labels, ddf[None])[0]
+
+
+class WarpLabelsd(Transform):
+    """Add ``warped_label``: the item ``moving_label`` ``(1, *spatial)`` warped along ``ddf`` ``(D, *spatial)``.
+
+    Args:
+        mode: ``"nearest"``, or ``"linear"``: the label with the largest linearly interpolated share.
+    """
+
+    def __init__(self, mode: str = "nearest") -> None:
+        if mode not in ("nearest", "linear"):
+            raise ValueError(f"mode must be 'nearest' or 'linear', got '{mode}'.")
+        self.mode = mode
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> Data:
+        """Add the warped label map to ``data``."""
+        return {**data, "warped_label": _warped_labels(data["moving_label"], data["ddf"], self.mode)}
+
+
+def _correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's correlation of two images over the whole grid: -1 to 1."""
+    return float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).double())[0, 1])
+
+
+class SaveRegistrationd(Transform):
+    """Write what a registration found, into one folder.
+
+    ``warped.nii.gz`` (the moving image's own intensities, on the fixed image's grid), ``displacement.nii.gz`` and
+    ``inverse_displacement.nii.gz`` (for ITK, ANTs and 3D Slicer: vectors in LPS mm), ``jacobian.nii.gz``,
+    ``report.png``, ``summary.json`` and, given labels, ``warped_label.nii.gz``. Needs the items ``moving``, ``fixed``
+    (from :class:`LoadScand`) and ``ddf``, ``warped`` (the network's); takes ``inverse_ddf``, else inverts ``ddf``;
+    takes ``moving_label`` and ``fixed_label`` for the Dice of each label.
+
+    Args:
+        output_dir: the folder, made if need be.
+        overwrite: replace the files of an earlier registration; else they are an error.
+    """
+
+    def __init__(self, output_dir: str, overwrite: bool = False) -> None:
+        self.output_dir = Path(output_dir)
+        summary = self.output_dir / "summary.json"
+        if summary.exists() and not overwrite:
+            raise FileExistsError(f"output_dir must be new, or overwrite be true, but there is {summary}.")
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> Data:
+        """Write the files, ``summary.json`` last, and add its content to ``data`` as ``summary``."""
+        folder, fixed, ddf, warped = self.output_dir, data["fixed"], data["ddf"].cpu(), data["warped"][0].cpu().numpy()
+        folder.mkdir(parents=True, exist_ok=True)
+        for earlier in ("summary.json", "warped_label.nii.gz"):  # they would pass for parts of this registration
+            (folder / earlier).unlink(missing_ok=True)
+        assert isinstance(fixed, MetaTensor)
+        affine = fixed.affine.numpy()
+        inverse = data["inverse_ddf"].cpu() if "inverse_ddf" in data else invert(ddf[None])[0][0]
+        determinant = jacobian_determinant(ddf[None])[0, 0]
+        summary = self._summary(data, inverse, affine)
+        meta = data["moving"].meta  # type: ignore[attr-defined]
+        intensities = warped * (meta["maximum"] - meta["minimum"]) + meta["minimum"]
+        save_image(folder / "warped.nii.gz", intensities.astype(np.float32), affine)
+        save_displacement(folder / "displacement.nii.gz", ddf.numpy(), affine)
+        save_displacement(folder / "inverse_displacement.nii.gz", inverse.numpy(), affine)
+        save_image(folder / "jacobian.nii.gz", determinant.numpy(), affine)
+        if "moving_label" in data:
+            labels = _warped_labels(data["moving_label"], ddf, "nearest")
+            save_image(folder / "warped_label.nii.gz", labels[0].numpy(), affine)
+        save_registration_picture(
+            folder / "report.png",
+            np.asarray(data["moving"][0]),
+            np.asarray(fixed[0]),
+            warped,
+            ddf.numpy(),
+            determinant.numpy(),
+            affine,
+            title=f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}, "
+            f"folding {summary['folding_percent']:.4f} %",
+        )
+        with atomic(folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2))
+        return {**data, "summary": summary}
+
+    def _summary(self, data: Mapping[Hashable, Tensor], inverse: Tensor, affine: np.ndarray) -> dict[str, object]:
+        ddf, moving, fixed = data["ddf"].cpu(), data["moving"].as_subclass(Tensor), data["fixed"].as_subclass(Tensor)
+        summary: dict[str, object] = {
+            "similarity_before": _correlation(moving, fixed),
+            "similarity_after": _correlation(data["warped"].cpu(), fixed),
+            "folding_percent": float(folding(ddf[None])),
+            "sdlogj": float(log_jacobian_sd(ddf[None])),
+            "inverse_consistency_mm": float(
+                inverse_consistency(ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=fixed[None] > 0)
+            ),
+            "seconds": float(data["seconds"]) if "seconds" in data else None,
+        }
+        if "moving_label" in data and "fixed_label" in data:
+            labels = [data["moving_label"].as_subclass(Tensor), data["fixed_label"].as_subclass(Tensor)]
+            warped = _warped_labels(labels[0], ddf, "nearest")
+            num_labels = int(max(labels[0].max(), labels[1].max()))
+            before, after = (dice(x[None], labels[1][None], num_labels)[0] for x in (labels[0], warped))
+            present = [i for i in range(num_labels) if not after[i].isnan()]
+            summary["dice"] = {
+                "before": {str(i + 1): float(before[i]) for i in present} | {"mean": float(before.nanmean())},
+                "after": {str(i + 1): float(after[i]) for i in present} | {"mean": float(after.nanmean())},
+            }
+        return summary
