@@ -3,10 +3,12 @@
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
@@ -46,6 +48,15 @@ def brain(seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         labels[distance < 0.22] = number
     image = np.choose(labels, [0.0, 0.45, 0.9, 0.2, 0.3])
     return gaussian_filter(image, 0.6).clip(0, 1).astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On volumes as small as those of tests threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -128,25 +128,19 @@ def fails(mutant: Mutant) -> bool:
     """Run the tests of the mutant's module on a copy that holds it."""
     with TemporaryDirectory() as folder:
         copy = Path(folder)
+        tests = ROOT / "tests" / f"test_{mutant.module}.py"
         for name in (PACKAGE, "tests"):
-            # Without compiled files: Python would take one for current if size and second of the source agree.
-            shutil.copytree(ROOT / name, copy / name, ignore=lambda _, names: {n for n in names if n[-3:] != ".py"})
-        shutil.copy(ROOT / "pyproject.toml", copy)
+            (copy / name).mkdir()
+        # Sources alone: Python takes a compiled file for current if size and second of its source agree. And no
+        # conftest.py, whose imports take longer than most mutants live.
+        for path in [ROOT / "pyproject.toml", tests, *(ROOT / PACKAGE).glob("*.py")]:
+            shutil.copy(path, copy / path.relative_to(ROOT))
         target = copy / PACKAGE / f"{mutant.module}.py"
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.text, mutant.replacement), encoding="utf-8")
         # An editable install comes after PYTHONPATH and the working directory. Were the copy not what is imported, all
         # mutants would survive.
         env = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"tests/test_{mutant.module}.py",
-        ]
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", f"tests/{tests.name}"]
         try:
             run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired:

@@ -19,17 +19,10 @@ from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
 from voxelmorph_monai.metrics import dice
 from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 presets = pytest.mark.parametrize("preset", PRESETS)
 sizes = pytest.mark.parametrize("size", [(17, 35), (9, 21, 18)])
 EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64 through a dozen convolutions with other orders of summation
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on volumes this small threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_pair(size, seed=0, batch=2, dtype=torch.float64):

@@ -63,7 +63,8 @@ class PairDataset(Dataset[dict[str, object]]):
 
     Args:
         data: the scans, ``[{"image": ..., "label": ...}, ...]``.
-        transform: what loads and prepares one scan; its result must keep the key ``image``.
+        transform: what loads and prepares one scan; its result must keep the key ``image``. MONAI's transforms alone
+            are cached, up to the first random one.
         atlas: the scan that takes part in every pair.
         atlas_role: ``"moving"`` or ``"fixed"``.
         cache_rate: share of the scans that stay in memory (they are transformed before the first pair is asked for).

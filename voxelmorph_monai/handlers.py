@@ -127,7 +127,7 @@ class Resume:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name, stateful in self.objects.items():
                 stateful.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError, UnpicklingError) as error:
+        except (KeyError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
             raise ValueError(
                 f"checkpoint {self.path} must fit this training to be resumed (else name another output_dir), "
                 f"got: {error}"

@@ -1,9 +1,11 @@
 """Pictures of a registration, for people who would rather look than read."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
@@ -14,7 +16,10 @@ from voxelmorph_monai.spaces import atomic, spacing
 __all__ = ["save_registration_picture"]
 
 Array = NDArray[np.floating]
-_LINES = 40  # of the deformed grid, along the longer side of a slice
+_COLUMNS = ("moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "Jacobian determinant")
+_LINES = 30  # of the deformed grid, along the longer side of a slice
+_RANGE = 1.5  # shown of the determinant's logarithm to the base of 2
+_VOLUME = colormaps["PuOr"].with_extremes(under="red")
 
 
 def _slice(volume: Array, axis: int, index: int) -> Array:
@@ -22,11 +27,37 @@ def _slice(volume: Array, axis: int, index: int) -> Array:
     return np.swapaxes(np.take(volume, index, axis=volume.ndim - 3 + axis), -1, -2)
 
 
-def _draw_grid(axes: Axes, points: Array) -> None:
-    """Draw lines through ``points`` ``(2, rows, columns)``: where the map takes the fixed image's rows and columns."""
-    step = max(1, max(points.shape[1:]) // _LINES)
-    axes.plot(points[0, ::step].T, points[1, ::step].T, color="black", linewidth=0.4)
-    axes.plot(points[0, :, ::step], points[1, :, ::step], color="black", linewidth=0.4)
+def _draw_grid(axes: Axes, displacement: Array) -> None:
+    """Draw where the map takes the rows and columns of the fixed image: ``displacement`` ``(2, rows, columns)``."""
+    rows, columns = np.indices(displacement.shape[1:])
+    x, y = columns + displacement[0], rows + displacement[1]
+    step = max(1, max(rows.shape) // _LINES)
+    axes.plot(x[::step].T, y[::step].T, color="gold", linewidth=0.5)
+    axes.plot(x[:, ::step], y[:, ::step], color="gold", linewidth=0.5)
+    axes.set(xlim=(-0.5, columns.max() + 0.5), ylim=(-0.5, rows.max() + 0.5))  # the frame of the image below
+
+
+def _log2(determinant: Array) -> Array:
+    """Logarithm that ends at the range shown, but far below it for what folds."""
+    return np.where(determinant > 0, np.log2(np.maximum(determinant, 2.0**-_RANGE)), -9.0)
+
+
+def _draw_slices(
+    panels: Sequence[Axes], at: Sequence[Array], displacement: Array, aspect: float, bright: float
+) -> None:
+    """Draw one row of the picture: slices ``at`` of moving, fixed, warped and determinant, and the deformed grid."""
+    moving, fixed, warped, determinant = at
+    show = partial(Axes.imshow, origin="lower", aspect=aspect)
+    grey = partial(show, cmap="gray", vmin=0, vmax=bright)
+    difference = partial(show, cmap="RdBu_r", vmin=-bright, vmax=bright)
+    grey(panels[0], moving)
+    grey(panels[1], fixed)
+    grey(panels[2], warped)
+    difference(panels[3], moving - fixed)
+    difference(panels[4], warped - fixed)
+    grey(panels[5], moving / 2)
+    _draw_grid(panels[5], displacement)
+    show(panels[6], _log2(determinant), cmap=_VOLUME, vmin=-_RANGE, vmax=_RANGE)
 
 
 def _to_ras(affine: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -50,6 +81,8 @@ def save_registration_picture(
 ) -> None:
     """Write a PNG of three middle slices: moving, fixed, warped, what they differ by, deformed grid, change of volume.
 
+    The deformed grid lies on the moving image: its lines are where the fixed image's rows and columns look.
+
     Args:
         path: the PNG, written whole or not at all.
         moving: ``(X, Y, Z)``, on the fixed grid like all the others, intensities in [0, 1].
@@ -63,34 +96,25 @@ def save_registration_picture(
     change, source = _to_ras(affine)
     volumes: Sequence[Array] = [apply_orientation(v, change) for v in (moving, fixed, warped, determinant)]
     field = np.stack([sign * apply_orientation(ddf[old], change) for old, sign in source])
-    moving, fixed, warped, determinant = volumes
+    fixed = volumes[1]
     size = spacing(affine)[source[:, 0]]
     middle = [int(np.round(c)) for c in np.argwhere(fixed > 0.1 * fixed.max()).mean(axis=0)]
+    bright = float(np.percentile(fixed[fixed > 0], 99.5))  # a few bright vessels would leave the brain in the dark
     figure = Figure(figsize=(17.5, 8.4), layout="constrained")
     panels = figure.subplots(3, 7)
-    names = ["moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "Jacobian determinant"]
-    for row, axis in enumerate((0, 1, 2)):
-        plane = [a for a in range(3) if a != axis]
-        at = [_slice(v, axis, middle[axis]) for v in (moving, fixed, warped, determinant)]
-        shown = [*at[:3], at[0] - at[1], at[2] - at[1]]
-        aspect = size[plane[1]] / size[plane[0]]
-        for column, (panel, name) in enumerate(zip(panels[row], names, strict=True)):
+    for panel, name in zip(panels[0], _COLUMNS, strict=True):
+        panel.set_title(name, fontsize=11)
+    for axis, row in enumerate(panels):
+        across, up = (a for a in range(3) if a != axis)
+        at = [_slice(v, axis, middle[axis]) for v in volumes]
+        displacement = _slice(field, axis, middle[axis])[[across, up]]
+        _draw_slices(row, at, displacement, size[up] / size[across], bright)
+        if across == 0:
+            for x, side in ((0.04, "L"), (0.9, "R")):
+                row[0].text(x, 0.04, side, color="white", transform=row[0].transAxes)
+        for panel in row:
             panel.set_axis_off()
-            panel.set_title(name if row == 0 else "", fontsize=11)
-            if column < 3:
-                panel.imshow(shown[column], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect)
-            elif column < 5:
-                panel.imshow(shown[column], cmap="RdBu_r", vmin=-1, vmax=1, origin="lower", aspect=aspect)
-        displacement = _slice(field, axis, middle[axis])[plane]
-        rows, columns = np.indices(at[1].shape)
-        _draw_grid(panels[row][5], np.stack([columns, rows]) + displacement)
-        panels[row][5].set_aspect(aspect)
-        panels[row][5].set(xlim=(0, columns.max()), ylim=(0, rows.max()))
-        colours = panels[row][6].imshow(
-            np.log2(np.maximum(at[3], 2.0**-10)), cmap="PuOr", vmin=-1.5, vmax=1.5, origin="lower", aspect=aspect
-        )
-        panels[row][6].contourf(at[3] <= 0, levels=[0.5, 1.5], colors=["red"])
-    bar = figure.colorbar(colours, ax=panels[:, 6], shrink=0.6, ticks=[-1, 0, 1])
+    bar = figure.colorbar(panels[0, 6].images[0], ax=panels[:, 6], shrink=0.6, ticks=[-1, 0, 1], extend="min")
     bar.ax.set_yticklabels(["½", "1", "2"])
     figure.suptitle(title, fontsize=12)
     with atomic(path) as temporary:

@@ -40,6 +40,7 @@ from voxelmorph_monai.spaces import (
 
 __all__ = ["Grid", "mni152", "mni152_tissue", "prepare", "resample", "sample"]
 
+_ORANGE = [1.0, 0.35, 0.0]
 _LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: the direction (RAS) of an array axis
 
 
@@ -215,11 +216,11 @@ def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -
 def _read(scan: _Scan) -> tuple[NDArray[np.float32], NDArray[Any] | None, Affine]:
     """Intensities in [0, 1], labels if there are any, and the affine of both."""
     image, affine = read_image(scan.image)
-    litres = np.count_nonzero(image) * np.prod(spacing(affine)) * 1e-6
+    litres = np.count_nonzero(image > 0) * np.prod(spacing(affine)) * 1e-6
     if not 0.3 < litres < 2.5:
         raise ValueError(
-            f"{scan.image} must be a skull-stripped head: 0 around a brain of 0.3 to 2.5 litres, but {litres:.2g} "
-            "litres are not 0."
+            f"{scan.image} must be a skull-stripped head, 0 around a brain of 0.3 to 2.5 litres, got {litres:.2g} "
+            "litres above 0."
         )
     require_right_angles(affine, str(scan.image))
     if scan.label is None:
@@ -235,7 +236,7 @@ def _check(scan: _Scan) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _record(output: Path, name: str) -> Path:
@@ -266,7 +267,7 @@ def _prepare_scan(scan: _Scan, grid: Grid, output: Path) -> None:
 def _is_done(scan: _Scan, output: Path) -> bool:
     record = _record(output, scan.name)
     written = record.exists() and all((output / path).exists() for path in scan.outputs().values())
-    return written and json.loads(record.read_text())["inputs"] == scan.inputs()
+    return written and json.loads(record.read_text(encoding="utf-8"))["inputs"] == scan.inputs()
 
 
 def _start_process() -> None:
@@ -305,7 +306,7 @@ def _require_ours(output: Path, grid: Grid) -> None:
     """Raise ValueError unless ``output`` is a folder that is new, empty or of an earlier call with the same grid."""
     mark = output / "grid.json"
     if mark.exists():
-        found, asked = json.loads(mark.read_text()), _grid_json(grid)
+        found, asked = json.loads(mark.read_text(encoding="utf-8")), _grid_json(grid)
         if found != asked:
             raise ValueError(f"{output} must be asked for its own grid, {found}, or be another folder, got {asked}.")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -323,7 +324,7 @@ def _claim(output: Path, grid: Grid) -> None:
 
 def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
     try:
-        sections = json.loads(split.read_text())
+        sections = json.loads(split.read_text(encoding="utf-8"))
         listed = [name for section in sections.values() for name in section]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{split} must be a JSON object of lists of names of scans: {error}.") from error
@@ -358,7 +359,7 @@ def _write_datalist(scans: Sequence[_Scan], sections: Mapping[str, Sequence[str]
     }
     content["grid"] = _grid_json(grid)
     path = output / "datalist.json"
-    if path.exists() and json.loads(path.read_text()) != content:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != content:
         os.replace(path, output / "datalist.previous.json")  # it may have been edited
     _write_json(path, content)
     return path
@@ -374,26 +375,25 @@ def _slices(array: NDArray[Any]) -> NDArray[Any]:
 
 def _draw_contact_sheet(names: Sequence[str], grid: Grid, output: Path) -> None:
     """Middle slices of every scan with the template's outline and the correlation with it, the lowest first."""
-    ncc = {name: json.loads(_record(output, name).read_text())["ncc"] for name in names}
-    brain = _slices(_template(grid) > 0)
-    outline = brain & ~ndimage.binary_erosion(brain)
-    thin = max(1, round(max(grid.size) / 112))
-    outline = ndimage.maximum_filter(outline, thin)[::thin, ::thin]
+    ncc = {name: json.loads(_record(output, name).read_text(encoding="utf-8"))["ncc"] for name in names}
+    order = sorted(names, key=ncc.__getitem__)
+    step = max(1, round(max(grid.size) / 112))  # pictures of about 112 pixels
+    brain = _slices(_template(grid) > 0)[::step, ::step]
+    outline = (brain & ~ndimage.binary_erosion(brain))[..., None]
     head, columns = 16, 3
     tiles = []
-    for name in sorted(names, key=ncc.__getitem__):
-        grey = _slices(read_image(output / "images" / f"{name}.nii.gz")[0])[::thin, ::thin]
-        colour = np.where(outline[..., None], [1.0, 0.35, 0.0], grey[..., None])
-        tiles.append(np.pad(colour, [(head, 2), (0, 6), (0, 0)]))
+    for name in order:
+        grey = _slices(read_image(output / "images" / f"{name}.nii.gz")[0])[::step, ::step, None]
+        tiles.append(np.pad(np.where(outline, _ORANGE, grey), [(head, 2), (0, 6), (0, 0)]))
     height, width = tiles[0].shape[:2]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    sheet = np.concatenate(rows)
+    sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
     figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
     figure.figimage(sheet)
-    for i, name in enumerate(sorted(names, key=ncc.__getitem__)):
-        x, y = i % columns * width + 3, sheet.shape[0] - i // columns * height - head + 4
-        figure.text(x / sheet.shape[1], y / sheet.shape[0], f"{name}   NCC {ncc[name]:.2f}", color="w", fontsize=8)
+    for i, name in enumerate(order):
+        left, top = i % columns * width, sheet.shape[0] - i // columns * height
+        place = (left + 3) / sheet.shape[1], (top - head + 4) / sheet.shape[0]
+        figure.text(*place, f"{name}   NCC {ncc[name]:.2f}", color="w", fontsize=8)
     with atomic(output / "qc.png") as temporary:
         figure.savefig(temporary)
 
@@ -418,7 +418,8 @@ def prepare(
     sections ``training``, ``validation`` and ``test``, and ``qc.png`` to see at a glance which scans went wrong.
 
     All inputs are checked before the work starts. Called again it does only what is missing or whose input changed;
-    another grid needs another folder.
+    another grid needs another folder. The processes start afresh, so that a script must call this under
+    ``if __name__ == "__main__":``.
 
     Args:
         inputs: folders, or scans, NIfTI or MGZ.

@@ -226,7 +226,6 @@ def _save(path: str | Path, image: nib.Nifti1Image) -> None:
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"an image is saved as .nii or .nii.gz, got {path}.")
     affine = image.affine
-    _check_affine(affine, str(path))
     # Code 2, "aligned to another image": what this package writes lies on a grid that was chosen, not scanned. Readers
     # differ in which of the two forms they prefer, so both say the same; the qform cannot hold shear and is then left
     # unset (0) rather than wrong.
@@ -241,6 +240,7 @@ def save_image(path: str | Path, array: NDArray[Any], affine: Affine) -> None:
     """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; whole or not at all."""
     if array.ndim != 3:
         raise ValueError(f"{path} must be given a 3-D array, got shape {array.shape}.")
+    _check_affine(affine, str(path))
     _save(path, nib.Nifti1Image(array, affine, dtype=array.dtype))
 
 
@@ -260,6 +260,7 @@ def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine) -> No
         raise ValueError(f"ddf for {path} must be (3, X, Y, Z), got {ddf.shape}.")
     if not np.isfinite(ddf).all():
         raise ValueError(f"ddf for {path} must be finite, got NaN or Inf.")
+    _check_affine(affine, str(path))
     vectors = np.einsum("ij,j...->...i", (_LPS @ affine)[:3, :3], ddf)[:, :, :, None].astype(np.float32)
     image = nib.Nifti1Image(vectors, affine)
     image.header.set_intent("vector")

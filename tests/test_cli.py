@@ -1,0 +1,128 @@
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from voxelmorph_monai import cli, preparation
+from voxelmorph_monai.cli import main
+from voxelmorph_monai.preparation import Grid, Prepared, sample
+from voxelmorph_monai.spaces import save_image
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "voxelmorph_monai.cli", *words], capture_output=True, text=True)
+
+
+def test_help_comes_without_the_heavy_imports() -> None:
+    script = """
+import sys
+from voxelmorph_monai.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(sorted({"torch", "monai", "itk", "nibabel", "nilearn", "scipy", "matplotlib"} & set(sys.modules)))
+"""
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "prepare" in shown
+    assert shown.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_every_command_has_help_that_ends_in_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    example = cli._COMMANDS[command].example
+    assert " ".join(shown.split()).endswith(f"example: {example}")
+    assert example.startswith(f"vxm {command} ")
+
+
+def test_wrong_usage_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepaer"])
+    assert "invalid choice: 'prepaer'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    shown = run("prepare", str(tmp_path / "nothing"), str(tmp_path / "out"))
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    (line,) = shown.stderr.splitlines()
+    assert line == f"vxm prepare: inputs must be folders or scans, but these do not exist: {tmp_path / 'nothing'}."
+
+
+def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls: list[Any] = []
+    errors: dict[str, str] = {}
+
+    def noted(*args: Any, **options: Any) -> Prepared:
+        calls.append((args, options))
+        return Prepared(tmp_path / "datalist.json", errors)
+
+    monkeypatch.setattr(preparation, "prepare", noted)
+    assert main(["prepare", "a", "b.nii.gz", "out"]) == 0
+    defaults = {"images": "*.nii.gz", "labels": None, "split": None, "validation": 0.1, "test": 0.1, "seed": 0}
+    assert calls == [
+        (([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": os.cpu_count(), **defaults})
+    ]
+    errors["x7"] = "no space left"
+    words = "prepare a out --images *.mgz --labels *_l.mgz --size 80 96 112 --spacing 2 --split s.json "
+    words += "--validation 0.2 --test 0.3 --seed 4 --jobs 3"
+    assert main(words.split()) == 1
+    options = {"images": "*.mgz", "labels": "*_l.mgz", "split": Path("s.json"), "validation": 0.2, "test": 0.3}
+    assert calls[1][1] == {"grid": Grid((80, 96, 112), 2.0), "seed": 4, "jobs": 3, **options}
+    shown = capsys.readouterr()
+    assert shown.err == "vxm prepare: x7 failed: no space left\n"
+    assert "qc.png" in shown.out
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=interrupted))
+    assert main(["prepare", "a", "b"]) == 130
+    assert capsys.readouterr().err == "vxm prepare: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
+def test_ctrl_c_stops_the_processes_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "voxelmorph_monai.cli", "prepare", str(sample("colin27")), str(tmp_path / "out")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240  # the imports of two processes, on a machine that is busy
+        while not (tmp_path / "out" / "grid.json").exists():  # then the inputs are checked and the work begins
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, shown = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert shown.splitlines()[-1] == "vxm prepare: interrupted"
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out" / "datalist.json").exists()
+    assert not list((tmp_path / "out" / "images").iterdir())
+
+
+def test_the_module_can_be_run_where_the_script_is_not_on_the_path(tmp_path: Path) -> None:
+    save_image(tmp_path / "scan.nii.gz", np.ones((9, 9, 9), np.float32), np.eye(4))
+    (tmp_path / "split.json").write_text(json.dumps({"training": ["other"]}))
+    shown = run(
+        "prepare", str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), "--split", str(tmp_path / "split.json")
+    )
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (2, 1)
+    assert "split.json must name each scan once" in shown.stderr

@@ -1,0 +1,263 @@
+"""A training that is stopped at any moment goes on as if nothing had happened: bit by bit."""
+
+import random
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
+from monai.engines import SupervisedTrainer
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset
+
+from voxelmorph_monai.data import PairDataset, PairSampler
+from voxelmorph_monai.engines import prepare_pair
+from voxelmorph_monai.handlers import EpochSeed, KeepBest, Resume
+from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
+from voxelmorph_monai.networks import Registration, VoxelMorph
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Killed(BaseException):
+    """What a signal would raise."""
+
+
+# EpochSeed
+
+
+def draws(epochs, seed=0, start=0, disturb=False):
+    """What each epoch of an engine draws from each generator, and the epoch its sampler is told."""
+    found = []
+    sampler = PairSampler(PairDataset([{"image": 1}, {"image": 2}], cache_rate=0))
+
+    def step(engine, item):
+        found.append((torch.rand(()).item(), np.random.rand(), random.random(), sampler.epoch))
+
+    engine = Engine(step)
+    EpochSeed(seed, sampler).attach(engine)
+    if disturb:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda _: (torch.rand(7), np.random.rand(7), random.random()))
+    if start:
+        engine.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "epoch", start))
+    engine.run([0, 1], max_epochs=epochs)
+    return found
+
+
+def test_an_epoch_draws_the_same_whatever_came_before():
+    whole = draws(3)
+    assert draws(3, disturb=True) == whole
+    assert draws(3, start=2) == whole[4:]
+    assert [epoch for *_, epoch in whole] == [1, 1, 2, 2, 3, 3]
+    for generator in range(3):
+        assert len({draw[generator] for draw in whole}) == 6  # no epoch and no step repeats another
+
+
+def test_seeds_and_processes_draw_apart(monkeypatch):
+    first = draws(1)
+    other = draws(1, seed=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert draws(1) == first
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    second = draws(1)
+    monkeypatch.undo()
+    for generator in range(3):
+        assert len({run[0][generator] for run in (first, other, second)}) == 3
+
+
+# KeepBest
+
+
+def evaluate(values, keep, network):
+    """Run an evaluator once for each value of its metric, each time after the network has learned something."""
+    evaluator = Engine(lambda engine, item: None)
+    evaluator.add_event_handler(Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(dice=values[e.number]))
+    keep.attach(evaluator)
+    for evaluator.number in range(len(values)):
+        nn.init.constant_(network.weight, evaluator.number)
+        evaluator.run([0])
+
+
+def test_keep_best_keeps_the_best(tmp_path):
+    network, path = nn.Linear(1, 1), tmp_path / "new" / "model.pt"
+    keep = KeepBest(network, str(path), "dice")
+    evaluate([0.5, 0.4, 0.7, 0.7, float("nan"), 0.6], keep, network)
+    assert torch.load(path, weights_only=True)["weight"].item() == 2
+    again = KeepBest(network, str(path), "dice")
+    again.load_state_dict(deepcopy(keep.state_dict()))
+    evaluate([0.69], again, network)
+    assert torch.load(path, weights_only=True)["weight"].item() == 2
+    evaluate([0.71], again, network)
+    assert torch.load(path, weights_only=True)["weight"].item() == 0
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.pt"]
+
+
+def test_one_process_writes(tmp_path, monkeypatch):
+    network, trainer = nn.Linear(1, 1), Engine(lambda engine, item: None)
+    keep = KeepBest(network, str(tmp_path / "model.pt"), "dice")
+    Resume(str(tmp_path / "checkpoint.pt"), {"network": network}).attach(trainer)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    evaluate([0.5], keep, network)
+    trainer.run([0])
+    assert keep.best == 0.5
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    trainer.run([0], max_epochs=1)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+# Resume
+
+
+class Images(Dataset):
+    """Pairs as MONAI's loader gives them."""
+
+    def __init__(self, num_pairs=6):
+        self.images = torch.rand(num_pairs, 2, 1, 8, 17, 9, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"moving": self.images[index, 0], "fixed": self.images[index, 1]}
+
+
+class Training:
+    """A whole training in small: network that samples, Adam, scheduler, early stop, an order drawn anew each epoch."""
+
+    def __init__(self, folder, max_epochs, num_samples=3, width=2, handlers=()):
+        torch.manual_seed(0)
+        self.network = VoxelMorph(encoder=(width, 2), decoder=((2,), (2,)), num_steps=2)
+        registration = Registration(self.network)
+        dataset = Images()
+        self.seen = []
+        self.sampler = PairSampler(dataset, num_samples)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-2)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=0.7)
+        self.trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=max_epochs,
+            train_data_loader=DataLoader(dataset, sampler=self.sampler),
+            network=registration,
+            optimizer=self.optimizer,
+            loss_function=RegistrationLoss(nn.MSELoss(), GradientLoss(), smoothness_weight=0.1),
+            prepare_batch=prepare_pair,
+            train_handlers=[EpochSeed(0, self.sampler)],
+            decollate=False,
+        )
+        self.early_stop = EarlyStopping(100, lambda trainer: -trainer.state.epoch, self.trainer)
+        epoch = Events.EPOCH_COMPLETED
+        self.trainer.add_event_handler(epoch, lambda _: self.scheduler.step())
+        self.trainer.add_event_handler(epoch, self.early_stop)
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self.watch)
+        self.objects = {
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "early_stop": self.early_stop,
+        }
+        self.resume = Resume(str(folder / "checkpoint.pt"), self.objects)
+        self.resume.attach(self.trainer)
+        for event, handler in handlers:
+            self.trainer.add_event_handler(event, handler)
+
+    def watch(self, trainer):
+        self.seen.append((trainer.state.epoch, trainer.state.iteration, trainer.state.output["loss"].item()))
+
+    def run(self):
+        self.trainer.run()
+        return self
+
+
+def kill(trainer):
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return Training(tmp_path_factory.mktemp("whole"), 4).run()
+
+
+def assert_same_end(training, whole):
+    ours, theirs = ({name: each.state_dict() for name, each in t.objects.items()} for t in (training, whole))
+    assert_close(ours.pop("network"), theirs.pop("network"), rtol=0, atol=0)
+    assert_close(ours["optimizer"].pop("state"), theirs["optimizer"].pop("state"), rtol=0, atol=0)
+    assert ours == theirs  # numbers and names
+    assert training.trainer.state.epoch == whole.trainer.state.epoch
+    assert training.trainer.state.iteration == whole.trainer.state.iteration
+
+
+@pytest.mark.parametrize(
+    ("event", "epochs_kept"),
+    [
+        (Events.ITERATION_COMPLETED(once=2), 0),  # in the first epoch, before anything was saved
+        (Events.ITERATION_COMPLETED(once=8), 2),  # in the middle of the third
+        (Events.EPOCH_COMPLETED(once=3), 3),  # right after it was saved
+        (Events.EPOCH_STARTED(once=3), 2),
+    ],
+)
+def test_killed_and_started_again_ends_the_same(tmp_path, uninterrupted, event, epochs_kept):
+    with pytest.raises(Killed):
+        Training(tmp_path, 4, handlers=[(event, kill)]).run()
+    torch.manual_seed(99)  # another process
+    second = Training(tmp_path, 4).run()
+    assert second.seen == uninterrupted.seen[3 * epochs_kept :]
+    assert_same_end(second, uninterrupted)
+    assert uninterrupted.early_stop.counter == 3
+    assert len({loss for *_, loss in uninterrupted.seen}) == 12
+
+
+def test_killed_while_saving_keeps_the_last_checkpoint(tmp_path, uninterrupted, monkeypatch):
+    save = torch.save
+
+    def half(state, path):
+        save(state, path)
+        if state["epoch"] == 3:
+            path.write_bytes(path.read_bytes()[:1000])
+            raise Killed
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(Killed):
+        Training(tmp_path, 4).run()
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+    second = Training(tmp_path, 4).run()
+    assert second.seen == uninterrupted.seen[6:]
+    assert_same_end(second, uninterrupted)
+
+
+def test_more_epochs_go_on_and_none_do_nothing(tmp_path, uninterrupted):
+    Training(tmp_path, 2).run()
+    longer = Training(tmp_path, 4).run()
+    assert longer.seen == uninterrupted.seen[6:]
+    assert_same_end(longer, uninterrupted)
+    finished = Training(tmp_path, 4).run()
+    assert finished.seen == []
+    assert_same_end(finished, uninterrupted)
+    assert Training(tmp_path, 3).run().seen == []
+
+
+def test_epochs_may_become_longer_or_shorter(tmp_path):
+    Training(tmp_path, 2, num_samples=5).run()
+    shorter = Training(tmp_path, 4, num_samples=2).run()
+    assert [(epoch, iteration) for epoch, iteration, _ in shorter.seen] == [(3, 5), (3, 6), (4, 7), (4, 8)]
+
+
+def test_checkpoint_that_does_not_fit(tmp_path):
+    Training(tmp_path, 1).run()
+    message = rf"checkpoint {tmp_path / 'checkpoint.pt'} must fit this training .* name another output_dir\), got: "
+    with pytest.raises(ValueError, match=message + r"[\s\S]*size mismatch"):
+        Training(tmp_path, 2, width=3).run()
+    training = Training(tmp_path, 2)
+    training.objects["other"] = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=message + "'other'"):
+        training.run()
+    for content in (b"", b"half a file", (tmp_path / "checkpoint.pt").read_bytes()[:1000]):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            Training(tmp_path, 2).run()

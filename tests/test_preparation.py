@@ -1,0 +1,449 @@
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import itk
+import make_sample
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.data import load_decathlon_datalist
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from voxelmorph_monai import preparation
+from voxelmorph_monai.preparation import Grid, mni152, mni152_tissue, prepare, resample, sample
+from voxelmorph_monai.spaces import Affine, from_itk, read_image, read_labels, save_image, to_itk, transform_affine
+
+GRID = Grid((54, 60, 70), 3.0)
+
+
+@cache
+def small_brain() -> tuple[NDArray[Any], NDArray[Any], Affine]:
+    """MNI152 and its tissue at 4 mm."""
+    image, affine = mni152()
+    tissue, _ = mni152_tissue()
+    step = (slice(None, None, 4),) * 3
+    return ndimage.uniform_filter(image, 4)[step] * (tissue[step] > 0), tissue[step], affine @ np.diag([4, 4, 4, 1])
+
+
+def write_scan(folder: Path, name: str, pose: Affine | None = None) -> Path:
+    """A scan and its labels (tissue numbers times 50, int16), the header moved by ``pose``."""
+    image, tissue, affine = small_brain()
+    folder.mkdir(parents=True, exist_ok=True)
+    affine = affine if pose is None else pose @ affine
+    save_image(folder / f"{name}_t1.nii.gz", 900 * image, affine)
+    save_image(folder / f"{name}_labels.nii.gz", (50 * tissue).astype(np.int16), affine)
+    return folder / f"{name}_t1.nii.gz"
+
+
+PATTERNS = {"images": "*_t1.nii.gz", "labels": "*_labels.nii.gz"}
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    for name in "abcdefg":
+        write_scan(tmp_path / "scans", name)
+    return tmp_path / "scans"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No processes and no registration, for what does not depend on them; lists the scans that were registered."""
+    names: list[str] = []
+    process = preparation._prepare_scan
+    identity = itk.AffineTransform[itk.D, 3].New()
+
+    def noted(scan: Any, *args: Any) -> None:
+        names.append(scan.name)
+        process(scan, *args)
+
+    monkeypatch.setattr(preparation, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(preparation, "register_affine", lambda moving, fixed: identity)
+    monkeypatch.setattr(preparation, "_prepare_scan", noted)
+    return names
+
+
+def dice(first: NDArray[Any], second: NDArray[Any]) -> float:
+    return float(2 * (first & second).sum() / (first.sum() + second.sum()))
+
+
+def test_scans_in_any_pose_come_out_aligned_on_the_grid(tmp_path: Path) -> None:
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", (140, -30, 20), degrees=True).as_matrix()
+    pose[:3, 3] = (50, -70, 40)
+    write_scan(tmp_path / "scans", "turned", pose)
+    write_scan(tmp_path / "scans", "straight")
+    out = tmp_path / "out"
+    prepared = prepare([tmp_path / "scans"], out, **PATTERNS, grid=GRID)
+    assert prepared == (out / "datalist.json", {})
+    affine = preparation._grid_affine(GRID)
+    template = resample(mni152(), GRID.size, affine, np.eye(4))
+    tissue = resample(mni152_tissue(), GRID.size, affine, np.eye(4), order=0)
+    for name in ("turned", "straight"):
+        image, found = read_image(out / "images" / f"{name}.nii.gz")
+        assert image.shape == GRID.size
+        np.testing.assert_allclose(found, affine, atol=1e-4)  # a header's float32
+        assert (image.min(), image.max()) == (0, pytest.approx(1, abs=0.05))  # the brightest voxel may be cut off
+        # One brain, thinned from 1 mm to 4 and sampled at 3: turned by a degree or shifted by 2 mm it is below these.
+        assert np.corrcoef(image[template > 0], template[template > 0])[0, 1] > 0.9
+        labels, _ = read_labels(out / "labels" / f"{name}.nii.gz")
+        assert labels.dtype == np.int16
+        assert set(np.unique(labels)) == {0, 50, 100, 150}
+        assert dice(labels > 0, tissue > 0) > 0.95
+        assert dice(labels == 150, tissue == 3) > 0.75
+    # The file that is left is enough to do it again: ITK resamples the scan to the same image.
+    (transform,) = itk.transformread(str(out / "transforms" / "turned.txt"))
+    turned, turned_affine = read_image(tmp_path / "scans" / "turned_t1.nii.gz")
+    again = itk.resample_image_filter(
+        to_itk(preparation._rescale(turned), turned_affine),
+        transform=transform,
+        reference_image=to_itk(template, affine),
+        use_reference_image=True,
+    )
+    image, _ = read_image(out / "images" / "turned.nii.gz")
+    assert np.abs(from_itk(again)[0] - image)[template > 0].max() < 1e-3  # float32 coordinates inside ITK's filter
+
+
+def test_resampling_is_that_of_itk() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.uniform(size=(12, 9, 11)).astype(np.float32)
+    labels = rng.integers(0, 30000, array.shape).astype(np.int16)
+    affine = np.array([[0, -1.5, 0, 7], [0, 0, 2, -9], [1, 0, 0, -4], [0, 0, 0, 1.0]])
+    transform = itk.AffineTransform[itk.D, 3].New()
+    transform.SetParameters(itk.OptimizerParameters[itk.D]([0.9, 0.1, 0.2, -0.1, 1.1, 0.05, 0, 0.2, 1, 1, -2, 0.5]))
+    grid = np.diag([-1.013, 0.717, 1.219, 1])  # no voxel falls halfway between two others
+    grid[:3, 3] = (3, -6, -7)
+    size = (10, 13, 14)
+    reference = to_itk(np.zeros(size, np.float32), grid)
+    for image, order, interpolator in (
+        (array, 1, itk.LinearInterpolateImageFunction),
+        (labels, 0, itk.NearestNeighborInterpolateImageFunction),
+    ):
+        ours = resample((image, affine), size, grid, transform_affine(transform), order=order)
+        moving = to_itk(image, affine)
+        theirs = from_itk(
+            itk.resample_image_filter(
+                moving,
+                transform=transform,
+                interpolator=interpolator.New(moving),
+                reference_image=reference,
+                use_reference_image=True,
+            )
+        )[0]
+        inside = ours > 0  # ITK goes on for half a voxel beyond the outermost ones
+        assert inside.mean() > 0.2
+        assert ours.dtype == image.dtype
+        np.testing.assert_allclose(ours[inside], theirs[inside], atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid((80, 96, 112), 2.0), Grid((61, 67, 75), 2.5)])
+def test_the_grid_runs_left_down_forward_around_the_middle_of_the_template(grid: Grid) -> None:
+    affine = preparation._grid_affine(grid)
+    assert nib.aff2axcodes(affine) == ("L", "I", "A")
+    np.testing.assert_allclose(nib.affines.voxel_sizes(affine), grid.spacing)
+    brain = np.argwhere(resample(mni152(), grid.size, affine, np.eye(4)) > 0)
+    middle = (brain.min(axis=0) + brain.max(axis=0)) / 2
+    # Half a voxel on either side, and the brain's outermost voxels may fall between those of a coarse grid.
+    np.testing.assert_allclose(middle, (np.array(grid.size) - 1) / 2, atol=1.0)
+
+
+def test_intensities_do_not_depend_on_their_scale() -> None:
+    image = np.random.default_rng(0).gamma(3.0, 100.0, (30, 20, 25)).astype(np.float32)
+    image[:10] = -4
+    scaled = preparation._rescale(image)
+    assert (scaled.min(), scaled.max()) == (0, 1)
+    np.testing.assert_allclose(preparation._rescale(7 * image), scaled, rtol=1e-6)
+    assert np.mean(scaled[10:] == 1) == pytest.approx(0.005, abs=1e-4)  # the 0.5 % that are cut off: 1 voxel in 10000
+
+
+def test_a_finer_scan_is_smoothed_to_the_grid(tmp_path: Path, quick: list[str]) -> None:
+    tissue, affine = mni152_tissue()
+    stripes = (tissue > 0) * (100 + 50 * (-1.0) ** np.arange(tissue.shape[1])[:, None])
+    save_image(tmp_path / "scan.nii.gz", stripes.astype(np.float32), affine)
+    prepare([tmp_path / "scan.nii.gz"], tmp_path / "out", grid=GRID)
+    prepared, _ = read_image(tmp_path / "out" / "images" / "scan.nii.gz")
+    inside = ndimage.binary_erosion(prepared > 0.5, iterations=3)
+    # Stripes of 1 mm cannot be seen at 3 mm. Sampled as they are they would stay, with a deviation of 1/3.
+    assert prepared[inside].std() < 0.01
+    assert prepared[inside].mean() == pytest.approx(100 / 150, abs=0.01)
+
+
+def test_the_datalist_is_one_of_monai(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+    path, _ = prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID, validation=0.3, test=0.15)
+    for section, number in (("training", 4), ("validation", 2), ("test", 1)):
+        entries = load_decathlon_datalist(str(path), data_list_key=section)
+        assert len(entries) == number
+        assert all(Path(entry["image"]).is_file() and Path(entry["label"]).is_file() for entry in entries)
+        assert all(set(entry) == {"image", "label"} for entry in entries)
+    assert json.loads(path.read_text())["grid"] == {"size": [54, 60, 70], "spacing": 3.0, "orientation": "LIA"}
+
+
+def test_scans_without_labels_have_none(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+    path, _ = prepare([scans / "a_t1.nii.gz"], tmp_path / "out", images="*_t1.nii.gz", grid=GRID)
+    assert json.loads(path.read_text())["training"] == [{"image": "images/a.nii.gz"}]
+    assert not list((tmp_path / "out" / "labels").iterdir())
+
+
+def test_the_draw_depends_on_the_seed_alone() -> None:
+    names = [f"{i:02}" for i in range(40)]
+    first = preparation._random_sections(names, 0.1, 0.2, seed=3)
+    assert first == preparation._random_sections(names, 0.1, 0.2, seed=3)
+    assert first != preparation._random_sections(names, 0.1, 0.2, seed=4)
+    assert [len(part) for part in first.values()] == [28, 4, 8]
+    assert sorted(name for part in first.values() for name in part) == names
+
+
+def test_a_given_split_is_kept(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"training": list("gcab"), "test": ["d"], "rescan": ["e", "f"]}))
+    path, _ = prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID, split=split)
+    datalist = json.loads(path.read_text())
+    assert [entry["image"][7] for entry in datalist["training"]] == list("gcab")
+    assert [len(datalist[section]) for section in ("validation", "test", "rescan")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"must be a JSON object of lists of names of scans: Expecting"),
+        ("[1]", r"must be a JSON object of lists of names of scans"),
+        ('{"training": 3}', r"must be a JSON object of lists of names of scans"),
+        ('{"training": ["a", "b", "b"]}', r"misses \[c, d, e, f, g\], repeats \[b\] and names \[\]"),
+        ('{"training": ["a","b","c","d","e","f","g"], "test": ["h"]}', r"misses \[\], repeats \[\] and names \[h\]"),
+        ('{"grid": ["a","b","c","d","e","f","g"]}', "must not name a section 'grid'"),
+    ],
+)
+def test_a_bad_split_is_refused(tmp_path: Path, scans: Path, content: str, message: str) -> None:
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(ValueError, match=r"split\.json .*" + message):
+        prepare([scans], tmp_path / "out", **PATTERNS, split=tmp_path / "split.json")
+
+
+def test_only_what_is_missing_or_changed_is_done_again(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+    def again(**options: Any) -> list[str]:
+        quick.clear()
+        prepare([scans], tmp_path / "out", **{**PATTERNS, "grid": GRID, **options})
+        return sorted(quick)
+
+    assert again() == list("abcdefg")
+    assert again() == []
+    (tmp_path / "out" / "labels" / "c.nii.gz").unlink()
+    (tmp_path / "out" / "transforms" / "d.json").unlink()  # what is written last: d was interrupted
+    (tmp_path / "out" / "images" / ".17.d.nii.gz").write_text("half a file")
+    os.utime(scans / "e_t1.nii.gz", (1, 1))
+    os.utime(scans / "f_labels.nii.gz", (1, 1))
+    assert again() == list("cdef")
+    assert not list((tmp_path / "out").glob("*/.*"))
+    assert again(labels=None) == list("abcdefg")
+    assert again(labels=None, jobs=2) == []
+    with pytest.raises(
+        ValueError, match=r"out must be asked for its own grid, .*3\.0.*, or be another folder, got .*4"
+    ):
+        again(grid=Grid((54, 60, 70), 4.0))
+
+
+def test_a_datalist_that_changes_is_kept_aside(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+    path, _ = prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID)
+    previous = path.with_name("datalist.previous.json")
+    prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID)
+    assert not previous.exists()
+    before = path.read_text()
+    prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID, seed=1)
+    assert previous.read_text() == before
+    assert path.read_text() != before
+
+
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path, scans: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out must be new, empty or made by 'vxm prepare', but something else"):
+        prepare([scans], out, **PATTERNS)
+    with pytest.raises(ValueError, match=r"thesis\.txt must be new, empty or made by 'vxm prepare'"):
+        prepare([scans], out / "thesis.txt", **PATTERNS)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("thesis.txt", "mine")]
+
+
+def test_one_scan_that_fails_does_not_stop_the_others(
+    tmp_path: Path, scans: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = preparation.save_image
+
+    def full(path: Path, *args: Any) -> None:
+        if path.name == "c.nii.gz" and path.parent.name == "labels":
+            raise OSError("no space left")
+        save(path, *args)
+
+    monkeypatch.setattr(preparation, "save_image", full)
+    path, errors = prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID, validation=0, test=0)
+    assert errors == {"c": "no space left"}
+    assert [entry["image"][7] for entry in json.loads(path.read_text())["training"]] == list("abdefg")
+    monkeypatch.setattr(preparation, "save_image", save)
+    quick.clear()
+    _, errors = prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID, validation=0, test=0)
+    assert (quick, errors) == (["c"], {})
+
+
+def test_the_contact_sheet_shows_every_scan_the_worst_first(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+    shift = np.eye(4)
+    shift[:3, 3] = (0, 30, 0)
+    write_scan(scans, "d", shift)  # without registration it stays 30 mm too far to the front
+    prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID)
+    sheet = matplotlib.image.imread(tmp_path / "out" / "qc.png")[..., :3]
+    width = 70 + 54 + 54 + 6  # sagittal (I, A), coronal (I, L), axial (A, L), a margin
+    height = 16 + 70 + 2
+    assert sheet.shape == (3 * height, 3 * width, 3)  # 7 scans in 3 columns
+    outline = np.isclose(sheet, [1.0, 0.35, 0.0], atol=0.01).all(axis=-1)  # 8 bits a colour
+    tiles = [
+        (slice(row * height + 16, (row + 1) * height), slice(column * width, (column + 1) * width))
+        for row in range(3)
+        for column in range(3)
+    ]
+    assert [outline[tile].sum() > 400 for tile in tiles] == [True] * 7 + [False] * 2
+    brain, _ = read_image(tmp_path / "out" / "images" / "d.nii.gz")
+    drawn = np.where(outline[tiles[0]], 0, sheet[tiles[0]][..., 0])[:60, :70]
+    assert np.corrcoef(drawn.ravel(), brain[27].ravel())[0, 1] > 0.9  # the middle sagittal slice, but for the outline
+
+
+def test_slices_are_seen_from_the_left_the_front_and_below() -> None:
+    marked = np.zeros((4, 6, 8))  # left, inferior, anterior
+    marked[2, 1, 6], marked[3, 3, 4], marked[0, 2, 4] = 1, 2, 3
+    sheet = preparation._slices(marked)
+    assert sheet.shape == (8, 8 + 4 + 4)
+    assert sheet[1, 6] == 1  # sagittal: down, forward
+    assert sheet[3, 8 + 3] == 2  # coronal: down, left
+    assert sheet[8 - 1 - 4, 12 + 3] == 2  # axial: back, left
+    assert (sheet == 3).sum() == 1  # coronal alone
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files", "names"),
+    [
+        ("*_t1.nii.gz", ["a_t1.nii.gz", "b_t1.nii.gz", "b_t2.nii.gz", "._b_t1.nii.gz"], ["a", "b"]),
+        ("*/mri/norm.mgz", ["s1/mri/norm.mgz", "s2/mri/norm.mgz", "s2/mri/orig.mgz"], ["s1", "s2"]),
+        ("sub-*/anat/sub-*_T1w.nii.gz", ["sub-1/anat/sub-1_T1w.nii.gz", "sub-2/anat/sub-3_T1w.nii.gz"], ["1"]),
+        ("*.nii.gz", ["x.y.nii.gz", "xynniixgz"], ["x.y"]),
+    ],
+)
+def test_the_star_stands_for_the_name(tmp_path: Path, pattern: str, files: list[str], names: list[str]) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    found = preparation._find_scans([tmp_path], pattern, None)
+    assert [scan.name for scan in found] == names
+    assert all(scan.image.is_file() and scan.label is None for scan in found)
+    one = preparation._find_scans([found[0].image], pattern, None)
+    assert one == found[:1]
+
+
+def test_inputs_that_cannot_be_found_are_refused(tmp_path: Path, scans: Path) -> None:
+    def find(*inputs: Path, images: str = "*_t1.nii.gz", labels: str | None = None) -> None:
+        prepare(inputs, tmp_path / "out", images=images, labels=labels)
+
+    with pytest.raises(FileNotFoundError, match=r"inputs must be folders or scans, but these do not exist: .*nowhere"):
+        find(scans, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"there must be scans that match '\*\.mgz', got none in .*scans"):
+        find(scans, images="*.mgz")
+    with pytest.raises(ValueError, match="got none in no input"):
+        find()
+    with pytest.raises(ValueError, match=r"a_labels\.nii\.gz must match '\*_t1\.nii\.gz'"):
+        find(scans / "a_labels.nii.gz")
+    for pattern in ("t1.nii.gz", "**/*.nii.gz", "/data/*.nii.gz"):
+        with pytest.raises(ValueError, match=r"a pattern must be relative, with '\*' for the name of a scan, got"):
+            find(scans, images=pattern)
+    (scans / "b_labels.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"each scan must have labels, .* do not exist: .*b_labels\.nii\.gz"):
+        find(scans, labels="*_labels.nii.gz")
+    (scans / "b_t1.nii.gz").unlink()
+    (scans / "a_t1.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"all labels must belong to a scan .* but not these: .*a_labels\.nii\.gz"):
+        find(scans, labels="*_labels.nii.gz")
+    write_scan(tmp_path / "more", "c")
+    with pytest.raises(ValueError, match=r"each scan must have a name of its own, got one name for .*c_t1.*c_t1"):
+        find(scans, tmp_path / "more")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image, affine: (image * np.nan, affine), "must hold finite numbers"),
+        (lambda image, affine: (image * 0, affine), "must show something"),
+        (lambda image, affine: (image + 1, affine), r"must be a skull-stripped head, .* got 9\.1 litres above 0"),
+        (lambda image, affine: (-image, affine), r"must be a skull-stripped head, .* got 0 litres above 0"),
+        (lambda image, affine: (image, affine + 0.5 * np.eye(4, k=3)), r"must lie on one grid .* 0\.5 mm apart"),
+        (lambda image, affine: (image[:-1], affine), "must have one shape"),
+        (lambda image, affine: (image, affine + 0.5 * np.eye(4, k=1) * (affine[3] == 0)), "must be at right angles"),
+    ],
+)
+def test_bad_scans_are_found_before_the_work(
+    tmp_path: Path, scans: Path, quick: list[str], change: Any, message: str
+) -> None:
+    image, affine = read_image(scans / "f_t1.nii.gz")
+    save_image(scans / "f_t1.nii.gz", *change(image, affine))
+    found = rf"all scans must be fit for use, but 1 of 7 scans \(f\) are not; f: .*f_t1\.nii\.gz.* {message}"
+    with pytest.raises(ValueError, match=found):
+        prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID)
+    assert not quick
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:
+    for options, message in (
+        ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"validation": 0.7, "test": 0.4}, r"must be shares >= 0 of at most 1 in all, got 0\.7 and 0\.4"),
+        ({"validation": -0.1}, r"must be shares >= 0 of at most 1 in all, got -0\.1 and 0\.1"),
+        ({"grid": Grid((0, 10, 10))}, "a grid must have three sizes > 0 and a spacing > 0"),
+        ({"grid": Grid((10, 10), 20.0)}, "a grid must have three sizes > 0 and a spacing > 0"),  # type: ignore[arg-type]
+        ({"grid": Grid(spacing=float("nan"))}, "a grid must have three sizes > 0 and a spacing > 0"),
+        ({"grid": Grid((80, 96, 112))}, r"a grid must hold the template's brain, .* but has \[80\.0, 96\.0, 112\.0\]"),
+        # Axes in another order: 224 voxels from left to right, 160 to the front where the brain is 180 mm long.
+        ({"grid": Grid((224, 192, 160))}, "a grid must hold the template's brain"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare([scans], tmp_path / "out", **{**PATTERNS, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_template_is_a_brain_whose_tissues_differ() -> None:
+    image, affine = mni152()
+    tissue, tissue_affine = mni152_tissue()
+    np.testing.assert_array_equal(affine, tissue_affine)
+    assert image.dtype == np.float32
+    assert (image.min(), image.max()) == (0, 1)
+    assert nib.aff2axcodes(affine) == ("R", "A", "S")
+    assert tissue.dtype == np.uint8
+    check_tissue(image, tissue)
+
+
+def test_the_sample_is_a_brain_whose_tissues_differ() -> None:
+    image, affine = read_image(sample("colin27"))
+    tissue, tissue_affine = read_labels(sample("colin27_tissue"))
+    np.testing.assert_array_equal(affine, tissue_affine)
+    check_tissue(image, tissue)
+    with pytest.raises(ValueError, match=r"sample must be one of \['colin27', 'colin27_tissue'\], got 'colin'"):
+        sample("colin")
+    assert "MRIcron" in sample("colin27").with_name("NOTICE.txt").read_text()
+
+
+def check_tissue(image: NDArray[Any], tissue: NDArray[Any]) -> None:
+    fluid, grey, white = (float(np.median(image[tissue == number])) for number in (1, 2, 3))
+    assert fluid < 0.9 * grey < 0.9 * 0.9 * white  # T1
+    volumes = np.bincount(tissue.ravel())[1:] / 1e6  # litres, at 1 mm
+    assert 0.1 < volumes[0] < 0.3
+    assert 0.6 < volumes[1] < 1.2  # grey and white matter of an adult
+    assert 0.4 < volumes[2] < 0.8
+
+
+def test_the_tissue_of_the_sample_can_be_computed_again() -> None:
+    image, affine = read_image(sample("colin27"))
+    tissue, _ = read_labels(sample("colin27_tissue"))
+    part = (slice(20, 160), slice(60, 130), slice(30, 110))
+    again = make_sample.tissue(image[part], affine)
+    assert np.mean(again == tissue[part]) > 0.95  # the means of a part differ a little: 0.97 was seen

@@ -1,0 +1,350 @@
+import gzip
+from pathlib import Path
+from typing import Any
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from voxelmorph_monai.blocks import warp
+from voxelmorph_monai.spaces import (
+    Affine,
+    atomic,
+    from_itk,
+    read_image,
+    read_labels,
+    require_right_angles,
+    require_same_grid,
+    save_displacement,
+    save_image,
+    spacing,
+    to_itk,
+    to_lps,
+    transform_affine,
+)
+
+SIZE = (9, 12, 7)
+HEADER = 1e-4  # mm: headers are float32, and the qform keeps a rotation as three of its four quaternion entries
+
+
+def grid(axes: NDArray[Any], sides: tuple[float, float, float], angles: tuple[float, float, float]) -> Affine:
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ axes @ np.diag(sides)
+    affine[:3, 3] = [-31.0, 17.5, 44.25]
+    return affine
+
+
+RAS, LAS, LIA = np.eye(3), np.diag([-1, 1, 1]), np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])
+AFFINES = {
+    "straight": grid(RAS, (1, 1, 1), (0, 0, 0)),
+    "flipped": grid(LAS, (1, 1, 1), (0, 0, 0)),
+    "permuted": grid(LIA, (1.5, 0.8, 2), (0, 0, 0)),
+    "oblique": grid(LIA, (0.9, 1.1, 3), (20, -35, 50)),
+    "mirrored oblique": grid(LAS, (0.7, 1.3, 2.1), (-8, 15, 100)),
+}
+affines = pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES.keys())
+SHEARED = AFFINES["oblique"] @ np.array([[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def noise(dtype: Any = np.float32) -> NDArray[Any]:
+    return np.random.default_rng(0).uniform(0, 200, SIZE).astype(dtype)
+
+
+def lps_of_voxel(affine: Affine, index: Any) -> NDArray[Any]:
+    return ((affine @ [*index, 1])[:3]) * [-1, -1, 1]
+
+
+@affines
+@pytest.mark.parametrize("name", ["image.nii", "image.nii.gz"])
+def test_simpleitk_finds_each_voxel_of_a_saved_image_at_its_point(tmp_path: Path, affine: Affine, name: str) -> None:
+    array = noise()
+    save_image(tmp_path / name, array, affine)
+    image = sitk.ReadImage(str(tmp_path / name))
+    for index in [(0, 0, 0), (8, 0, 0), (0, 11, 0), (0, 0, 6), (5, 3, 2)]:
+        point = image.TransformIndexToPhysicalPoint(index)
+        np.testing.assert_allclose(point, lps_of_voxel(affine, index), atol=HEADER)
+        assert image.GetPixel(index) == array[index]
+
+
+@affines
+def test_a_saved_image_comes_back(tmp_path: Path, affine: Affine) -> None:
+    array = noise()
+    save_image(tmp_path / "image.nii.gz", array, affine)
+    again, found = read_image(tmp_path / "image.nii.gz")
+    np.testing.assert_array_equal(again, array)
+    np.testing.assert_allclose(found, affine, atol=HEADER)
+    header = nib.load(tmp_path / "image.nii.gz").header
+    np.testing.assert_allclose(header.get_qform(), header.get_sform(), atol=HEADER)
+    assert (header["sform_code"], header["qform_code"], header.get_xyzt_units()[0]) == (2, 2, "mm")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.float32, np.float64])
+def test_saving_keeps_the_type(tmp_path: Path, dtype: Any) -> None:
+    save_image(tmp_path / "image.nii", noise(dtype), np.eye(4))
+    image = nib.load(tmp_path / "image.nii")
+    assert image.get_data_dtype() == dtype
+    np.testing.assert_array_equal(np.asanyarray(image.dataobj), noise(dtype))
+
+
+def test_a_sheared_image_is_saved_without_a_qform(tmp_path: Path) -> None:
+    save_image(tmp_path / "image.nii", noise(), SHEARED)
+    header = nib.load(tmp_path / "image.nii").header
+    np.testing.assert_allclose(header.get_sform(), SHEARED, atol=HEADER)
+    assert header["qform_code"] == 0
+
+
+def test_mgz_is_read(tmp_path: Path) -> None:
+    nib.save(nib.MGHImage(noise(np.int16), AFFINES["oblique"]), tmp_path / "scan.mgz")
+    array, affine = read_image(tmp_path / "scan.mgz")
+    assert array.dtype == np.float32
+    assert array.dtype.isnative  # MGZ is big-endian, which torch refuses
+    np.testing.assert_array_equal(array, noise(np.int16))
+    np.testing.assert_allclose(affine, AFFINES["oblique"], atol=HEADER)
+    labels, _ = read_labels(tmp_path / "scan.mgz")
+    assert labels.dtype == np.int16
+    assert labels.dtype.isnative
+
+
+def test_a_fourth_axis_of_length_one_is_dropped(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(noise()[..., None], np.eye(4)), tmp_path / "image.nii")
+    assert read_image(tmp_path / "image.nii")[0].shape == SIZE
+
+
+def test_stored_scaling_is_applied(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(noise(np.int16), np.eye(4))
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, tmp_path / "image.nii")
+    expected = np.asanyarray(nib.load(tmp_path / "image.nii").dataobj)
+    np.testing.assert_allclose(read_image(tmp_path / "image.nii")[0], expected, rtol=1e-6)  # float32
+
+
+@affines
+def test_itk_images_have_the_points_of_the_affine(affine: Affine) -> None:
+    array = noise()
+    image = to_itk(array, affine)
+    for index in [(0, 0, 0), (8, 11, 6), (5, 3, 2)]:
+        point = np.asarray(image.TransformIndexToPhysicalPoint(index))
+        np.testing.assert_allclose(point, lps_of_voxel(affine, index), atol=1e-9)  # double all the way
+        assert image.GetPixel(index) == array[index]
+    again, found = from_itk(image)
+    np.testing.assert_array_equal(again, array)
+    np.testing.assert_allclose(found, affine, atol=1e-9)
+
+
+def test_the_matrix_of_an_itk_transform_moves_points_as_it_does() -> None:
+    transform = itk.AffineTransform[itk.D, 3].New()
+    transform.SetCenter([3.0, -20.0, 11.0])
+    transform.SetParameters(itk.OptimizerParameters[itk.D]([0.9, 0.1, 0.2, -0.3, 1.1, 0.05, 0, 0.2, 1, 4, -7, 12]))
+    matrix = transform_affine(transform)
+    for point in np.random.default_rng(1).uniform(-90, 90, (5, 3)):
+        moved = matrix[:3, :3] @ point + matrix[:3, 3]
+        expected = np.asarray(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
+        np.testing.assert_allclose(moved, expected, atol=1e-9)
+        np.testing.assert_allclose(to_lps(point), point * [-1, -1, 1])
+
+
+def displaced(affine: Affine) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """A moving image, a displacement in voxels that differs by axis, and the warped image by ``blocks.warp``."""
+    x = np.indices(SIZE) / np.reshape(SIZE, (3, 1, 1, 1))
+    ddf = np.stack([1.3 * np.sin(3 * x[1]), 0.4 - 2 * x[2], 0.9 * x[0] - 0.6])
+    moving = noise(np.float64)
+    warped = warp(torch.from_numpy(moving)[None, None], torch.from_numpy(ddf)[None])[0, 0].numpy()
+    return moving, ddf, warped
+
+
+@affines
+def test_itk_applies_a_saved_displacement_as_warp_does(tmp_path: Path, affine: Affine) -> None:
+    moving, ddf, warped = displaced(affine)
+    save_image(tmp_path / "moving.nii.gz", moving, affine)
+    save_displacement(tmp_path / "ddf.nii.gz", ddf, affine)
+    assert nib.load(tmp_path / "ddf.nii.gz").header["intent_code"] == 1007
+    field = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / "ddf.nii.gz"), sitk.sitkVectorFloat64))
+    image = sitk.ReadImage(str(tmp_path / "moving.nii.gz"))
+    resampled = sitk.GetArrayFromImage(sitk.Resample(image, image, field, sitk.sitkLinear, -1.0)).T
+    sampled = np.indices(SIZE) + ddf  # beyond the outermost voxels the two fill in different values
+    inside = np.all([(p > 0.01) & (p < n - 1.01) for p, n in zip(sampled, SIZE, strict=True)], axis=0)
+    assert inside.sum() > 200
+    # float32 displacements and headers (1e-4 voxels at worst) times a slope of 200 per voxel
+    np.testing.assert_allclose(resampled[inside], warped[inside], atol=0.02)
+
+
+def test_spacing_is_the_length_of_the_columns() -> None:
+    np.testing.assert_allclose(spacing(AFFINES["oblique"]), [0.9, 1.1, 3])
+
+
+def test_images_on_one_grid_may_differ_by_rounding() -> None:
+    image, moved = noise(), AFFINES["oblique"].copy()
+    moved[0, 3] += 0.09
+    require_same_grid((image, AFFINES["oblique"]), (image, moved), ("a", "b"))
+    turned = AFFINES["oblique"] @ np.diag([1.05, 1, 1, 1])  # 8 voxels of 0.9 mm: the last ones are 0.36 mm apart
+    with pytest.raises(ValueError, match=r"a\.nii and b\.nii must lie on one grid within 0\.1 mm.* 0\.36 mm apart"):
+        require_same_grid((image, AFFINES["oblique"]), (image, turned), ("a.nii", "b.nii"))
+    require_same_grid((image, AFFINES["oblique"]), (image, turned), ("a", "b"), tolerance=0.4)
+    with pytest.raises(ValueError, match=r"a and b must have one shape, got \(9, 12, 7\) and \(7, 12, 9\)"):
+        require_same_grid((image, np.eye(4)), (image.T, np.eye(4)), ("a", "b"))
+
+
+def write(path: Path, array: NDArray[Any], affine: Affine | None = None) -> Path:
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def with_value(value: float) -> NDArray[Any]:
+    array = noise()
+    array[2, 3, 4] = value
+    return array
+
+
+RGB = np.zeros(SIZE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+BAD_ARRAYS = {
+    "4-D": (np.zeros((*SIZE, 2), np.float32), r"must be one 3-D volume, got shape \(9, 12, 7, 2\)"),
+    "2-D": (np.zeros(SIZE[:2], np.float32), r"must be one 3-D volume, got shape \(9, 12\)"),
+    "slice": (np.zeros((9, 1, 7), np.float32), r"must be one 3-D volume, got shape \(9, 1, 7\)"),
+    "colour": (RGB, "must hold one real number a voxel, got"),
+    "complex": (np.ones(SIZE, np.complex64), "must hold one real number a voxel, got complex64"),
+}
+
+
+@pytest.mark.parametrize("read", [read_image, read_labels])
+@pytest.mark.parametrize(("array", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_arrays_that_are_no_volume_are_refused(tmp_path: Path, read: Any, array: NDArray[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"bad\.nii " + message):
+        read(write(tmp_path / "bad.nii", array))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (with_value(np.nan), "must hold finite numbers, got 1 voxels of NaN or Inf"),
+        (with_value(-np.inf), "must hold finite numbers, got 1 voxels of NaN or Inf"),
+        (with_value(0).astype(np.float64) * 1e300, "must hold finite numbers"),
+        (np.zeros(SIZE, np.int16), "must show something, but all its voxels are 0"),
+        (np.full(SIZE, 7.5, np.float32), "must show something, but all its voxels are 7.5"),
+    ],
+)
+def test_images_that_show_nothing_are_refused(tmp_path: Path, array: NDArray[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"bad\.nii " + message):
+        read_image(write(tmp_path / "bad.nii", array))
+
+
+@pytest.mark.parametrize(
+    ("affine", "message"),
+    [
+        (np.diag([0.0, 1, 1, 1]), "affine of .*bad.nii must have an inverse"),
+        (
+            np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+            "affine of .*bad.nii must have an inverse",
+        ),
+        (np.diag([np.nan, 1, 1, 1]), "affine of .*bad.nii must be 4 x 4 finite numbers"),
+    ],
+)
+def test_affines_without_inverse_are_refused(tmp_path: Path, affine: Affine, message: str) -> None:
+    image = nib.Nifti1Image(noise(), np.eye(4))
+    image.header.set_sform(affine, 1)
+    image.header.set_qform(None, 0)
+    raw = image.to_bytes()  # nibabel itself would not save it
+    (tmp_path / "bad.nii").write_bytes(raw)
+    content = bytearray(raw)
+    for row in range(3):
+        content[280 + 16 * row : 296 + 16 * row] = affine[row].astype("<f4").tobytes()
+    (tmp_path / "bad.nii").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / "bad.nii")
+
+
+@pytest.mark.parametrize("cut", [10, 400, -200])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_truncated_files_are_refused(tmp_path: Path, cut: int, compressed: bool) -> None:
+    whole = nib.Nifti1Image(noise(), np.eye(4)).to_bytes()
+    content = gzip.compress(whole)[:cut] if compressed else whole[:cut]
+    path = tmp_path / ("bad.nii.gz" if compressed else "bad.nii")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.nii.* must be a whole NIfTI or MGZ file, but reading it failed"):
+        read_image(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.nii must be a NIfTI or MGZ file, but there is no such file"):
+        read_image(tmp_path / "nothing.nii")
+    nib.save(nib.Spm2AnalyzeImage(noise(), np.eye(4)), tmp_path / "old.img")
+    with pytest.raises(ValueError, match=r"old\.img must be a NIfTI or MGZ file, got a Spm2AnalyzeImage"):
+        read_image(tmp_path / "old.img")
+
+
+@pytest.mark.parametrize(("most", "dtype"), [(3, np.uint8), (300, np.uint16), (70000, np.uint32)])
+def test_labels_stored_as_floats_become_the_smallest_integers(tmp_path: Path, most: int, dtype: Any) -> None:
+    array = np.zeros(SIZE)
+    array[1, 2, 3] = most
+    labels, _ = read_labels(write(tmp_path / "labels.nii", array))
+    assert labels.dtype == dtype
+    np.testing.assert_array_equal(labels, array)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
+def test_labels_keep_their_type(tmp_path: Path, dtype: Any) -> None:
+    labels, _ = read_labels(write(tmp_path / "labels.nii", noise(dtype)))
+    assert labels.dtype == dtype
+    np.testing.assert_array_equal(labels, noise(dtype))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (with_value(2.5).round() + 0.25, "must hold whole numbers as labels, got 756 others"),
+        (with_value(np.nan).round(), "must hold labels >= 0, one of them > 0, got values from nan"),
+        (with_value(np.inf).round(), "must hold labels >= 0, one of them > 0, got values from 0.0 to inf"),
+        (with_value(-1).astype(np.int16), "must hold labels >= 0, one of them > 0, got values from -1"),
+        (np.zeros(SIZE, np.uint8), "must hold labels >= 0, one of them > 0, got values from 0 to 0"),
+    ],
+)
+def test_bad_labels_are_refused(tmp_path: Path, array: NDArray[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"bad\.nii " + message):
+        read_labels(write(tmp_path / "bad.nii", array))
+
+
+def test_shear_is_refused_where_it_cannot_be_expressed() -> None:
+    with pytest.raises(ValueError, match="axes of an image for ITK must be at right angles, got the affine"):
+        to_itk(noise(), SHEARED)
+    with pytest.raises(ValueError, match="axes of a scan must be at right angles"):
+        require_right_angles(SHEARED, "a scan")
+    for affine in AFFINES.values():
+        require_right_angles(affine.astype(np.float32).astype(np.float64), "a header's rounding")
+
+
+def test_saving_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"an image is saved as \.nii or \.nii\.gz, got .*image\.png"):
+        save_image(tmp_path / "image.png", noise(), np.eye(4))
+    with pytest.raises(ValueError, match=r"must be given a 3-D array, got shape \(1, 9, 12, 7\)"):
+        save_image(tmp_path / "image.nii", noise()[None], np.eye(4))
+    with pytest.raises(ValueError, match=r"ddf for .* must be \(3, X, Y, Z\), got \(2, 9, 12, 7\)"):
+        save_displacement(tmp_path / "ddf.nii", np.zeros((2, *SIZE)), np.eye(4))
+    with pytest.raises(ValueError, match=r"ddf for .*ddf\.nii must be finite, got NaN or Inf"):
+        save_displacement(tmp_path / "ddf.nii", np.full((3, *SIZE), np.nan), np.eye(4))
+    with pytest.raises(ValueError, match=r"affine of .*image\.nii must have an inverse"):
+        save_image(tmp_path / "image.nii", noise(), np.diag([1.0, 0, 1, 1]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+    assert path.read_text() == "old"
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+    assert path.read_text() == "new"
