@@ -4,6 +4,7 @@ What they show is computed by the package, so that a picture cannot contradict t
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def _show(axes: Axes, image: torch.Tensor, title: str, colour: str) -> None:
 
 def _lines(axes: Axes, points: NDArray[np.float32], colour: str) -> None:
     """Draw the lines through ``points`` ``(2, rows, columns)``, given as array axis 0, array axis 1."""
-    style = {"color": colour, "linewidth": 0.6, "alpha": 0.7}
+    style: dict[str, Any] = {"color": colour, "linewidth": 0.6, "alpha": 0.7}
     axes.plot(points[1].T, points[0].T, **style)
     axes.plot(points[1], points[0], **style)
 
@@ -90,7 +91,7 @@ def conventions(path: Path) -> None:
     left.add_patch(Rectangle((x[1] - 0.5, x[0] - 0.5), 1, 1, fill=False, edgecolor=FIXED, linewidth=2.2))
     _label(left, f"voxel x = ({VOXEL[0]}, {VOXEL[1]})", at=(8.2, 10.2), to=(x[0] + 0.5, x[1]), colour=FIXED)
     arrow = {"arrowstyle": "-|>", "color": MOVING, "linewidth": 2.4, "shrinkA": 4, "shrinkB": 0, "mutation_scale": 18}
-    right.annotate("", target[::-1], x[::-1], arrowprops=arrow, zorder=4)
+    right.annotate("", tuple(target[::-1]), tuple(x[::-1]), arrowprops=arrow, zorder=4)
     right.plot(x[1], x[0], "o", markersize=7, markerfacecolor="white", markeredgecolor=FIXED, zorder=5)
     _label(right, "x", at=(3.4, 11.4), to=x, colour=FIXED)
     _label(right, f"u(x) = ({u[0]:+.1f}, {u[1]:+.1f}) voxels", at=(9.1, 9.2), to=x + 0.5 * u, colour=MOVING)

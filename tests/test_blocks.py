@@ -173,7 +173,6 @@ def test_nearest_keeps_values_and_dtype(dtype: torch.dtype) -> None:
     assert_close(shifted[..., :-1, :-1], labels[..., 1:, 1:], rtol=0, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="the way to [-1, 1] and back rounds halves to either side")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nearest_takes_halves_to_the_even_voxel(dtype: torch.dtype) -> None:
     for n in range(2, 60):
@@ -389,7 +388,6 @@ def test_resize_refuses_sizes(size: tuple[int, ...]) -> None:
         resize(torch.zeros(1, 2, 5, 4), list(size))
 
 
-@pytest.mark.xfail(strict=True, reason="resize looks at the field only when it has to resample")
 @pytest.mark.parametrize("shape", [(1, 3, 5, 4), (1, 1, 5)])
 def test_resize_refuses_fields_of_other_spaces(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^size for a field of shape \["):
@@ -526,7 +524,12 @@ def test_warp_labels_takes_one_channel() -> None:
         warp_labels(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
 
 
-@pytest.mark.xfail(strict=True, reason="corners does not look at the shape")
+@pytest.mark.parametrize(("option", "value"), [("mode", "bicubic"), ("padding_mode", "reflection")])
+def test_warp_refuses_modes_that_are_not_ours(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{option} must be '\w+' or '\w+', got '{value}'\.$"):
+        warp(torch.zeros(1, 1, 5, 4), torch.zeros(1, 2, 5, 4), **{option: value})
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 5, 4), (1, 2, 5, 4, 3), (1, 1, 5)])
 def test_corners_refuse_fields_of_other_spaces(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^ddf for an image of shape .* in 2-D or 3-D, got \["):
@@ -585,7 +588,6 @@ def test_gradients(size: tuple[int, ...]) -> None:
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.xfail(strict=True, reason="invert turns a tensor that needs a gradient into a number: torch warns")
 @pytest.mark.usefixtures("_warn_always")
 def test_gradient_of_the_inverse() -> None:
     ddf = off_voxels((3, 4), 0.3)
@@ -666,17 +668,9 @@ def test_memory_layout_does_not_matter(
         same(call(function, names, options, layout), expected)
 
 
-SCRIPTED = [
-    pytest.param(f, marks=pytest.mark.xfail(strict=True, reason="scripted, the ratio is rounded to float32"))
-    if f is resize
-    else f
-    for f in dict.fromkeys(f for f, _, _ in CALLS)
-]
-
-
 # Deprecated or not, it is what MONAI exports a bundle with.
 @pytest.mark.filterwarnings("ignore:`torch.jit.(script|save|load)` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("function", SCRIPTED)
+@pytest.mark.parametrize("function", dict.fromkeys(f for f, _, _ in CALLS))
 def test_scripts_give_the_same(function: Callable[..., Any]) -> None:
     scripted, file = torch.jit.script(function), io.BytesIO()
     torch.jit.save(scripted, file)

@@ -1,5 +1,4 @@
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -8,13 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from voxelmorph_monai import cli, preparation
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import Grid, Prepared, sample
-from voxelmorph_monai.spaces import save_image
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -116,13 +113,3 @@ def test_ctrl_c_stops_the_processes_and_leaves_nothing_half_done(tmp_path: Path)
     assert "Traceback" not in shown
     assert not (tmp_path / "out" / "datalist.json").exists()
     assert not list((tmp_path / "out" / "images").iterdir())
-
-
-def test_the_module_can_be_run_where_the_script_is_not_on_the_path(tmp_path: Path) -> None:
-    save_image(tmp_path / "scan.nii.gz", np.ones((9, 9, 9), np.float32), np.eye(4))
-    (tmp_path / "split.json").write_text(json.dumps({"training": ["other"]}))
-    shown = run(
-        "prepare", str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), "--split", str(tmp_path / "split.json")
-    )
-    assert (shown.returncode, len(shown.stderr.splitlines())) == (2, 1)
-    assert "split.json must name each scan once" in shown.stderr

@@ -23,7 +23,12 @@ BUNDLE = ROOT / "bundles" / "brain_t1_registration"
 README, BUNDLE_README = ROOT / "README.md", BUNDLE / "docs" / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), BUNDLE_README]
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+def of_pages(*pages: Path) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=[str(page.relative_to(ROOT)) for page in pages])
+
+
+every_page = of_pages(*PAGES)
 
 # printed for every config that is parsed; what it asks is said in the README
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file.*")
@@ -140,7 +145,7 @@ def options(words: list[str]) -> dict[str, str]:
     return {word[2:]: words[i + 1] for i, word in enumerate(words) if word.startswith("--") and i + 1 < len(words)}
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "tutorial.md", BUNDLE_README], ids=lambda page: page.name)
+@of_pages(README, ROOT / "docs" / "tutorial.md", BUNDLE_README)
 def test_bundle_commands_name_what_the_configs_hold(page: Path) -> None:
     """MONAI adds a misspelt option to the config without a word."""
     runs = [words for words in commands(page) if "monai.bundle" in words and "run" in words]
@@ -157,6 +162,21 @@ def test_bundle_commands_name_what_the_configs_hold(page: Path) -> None:
 
 
 @every_page
+def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options in the text stand alone: of a config, or of ``vxm prepare``."""
+    known: set[str] = set()
+    for files in (["train.json", "evaluate.json"], ["inference.json"]):
+        parser = ConfigParser()
+        parser.read_config([str(BUNDLE / "configs" / file) for file in files])
+        known |= set(parser.config)
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--help"])
+    known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    named = set(re.findall(r"`--(\w+)", prose(page)))
+    assert named <= known, f"{page.name} names {sorted(named - known)}"
+
+
+@every_page
 def test_named_vxm_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"\bvxm ([a-z]\w*)", page.read_text(encoding="utf-8")))
     for name in named:
@@ -170,7 +190,7 @@ def test_named_vxm_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]
                     assert re.search(rf"{option}\b", text), f"{page.name}: vxm {name} has no {option}"
 
 
-@pytest.mark.parametrize("page", [README, BUNDLE_README], ids=["README.md", "bundle"])
+@of_pages(README, BUNDLE_README)
 def test_presets_and_their_sizes_are_right(page: Path) -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert {name for name, _ in rows} == set(PRESETS)

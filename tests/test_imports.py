@@ -21,12 +21,13 @@ ALLOWED = {
     "metrics": {"blocks"},
     "spaces": set(),
     "data": {"spaces"},
-    "transforms": {"blocks", "spaces"},
+    "transforms": {"blocks", "metrics", "pictures", "spaces"},
     "pictures": {"spaces"},
     "affine": {"spaces"},
     "preparation": {"affine", "spaces"},
-    "engines": {"blocks", "losses", "metrics", "networks"},
-    "handlers": {"blocks", "losses", "metrics", "networks"},
+    "engines": {"networks"},
+    "handlers": {"data", "spaces"},
+    "quickstart": {"preparation", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

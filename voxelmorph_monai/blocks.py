@@ -83,7 +83,8 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
         image: any dtype; the result has the same. Integers only with ``mode="nearest"``, and then exactly.
         ddf: displacement in voxels.
         mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"`` (halves go to the even voxel).
-        padding_mode: ``"border"`` repeats the outermost voxel, ``"zeros"`` surrounds the image with 0.
+        padding_mode: ``"border"`` repeats the outermost voxel, ``"zeros"`` surrounds the image with 0 (but not along
+            an axis of one voxel, which has no outside).
 
     >>> image = torch.tensor([[[[0.0, 1.0, 4.0]]]])
     >>> half_a_voxel_right = torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(1, 2, 1, 3)
@@ -91,6 +92,10 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     tensor([[[[0.5000, 2.5000, 4.0000]]]])
     """
     _check_ddf(image, ddf)
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f"mode must be 'bilinear' or 'nearest', got '{mode}'.")
+    if padding_mode not in ("border", "zeros"):
+        raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{padding_mode}'.")
     ddf = _exact(ddf)
     dtype = torch.float64 if image.dtype == torch.float64 else ddf.dtype
     if not image.is_floating_point():
@@ -99,7 +104,10 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
         dtype = torch.float64  # float32 would round labels past 2^24
     unit = []  # grid_sample counts from -1 to 1, last array axis first
     for d in range(ddf.shape[1] - 1, -1, -1):
-        unit.append((ddf[:, d] + _axis(ddf, d)) * (2.0 / max(ddf.shape[d + 2] - 1, 1)) - 1.0)
+        point = ddf[:, d] + _axis(ddf, d)
+        if mode == "nearest":
+            point = point.round()  # here, where halves are exact: the way to [-1, 1] and back is not
+        unit.append(point * (2.0 / max(ddf.shape[d + 2] - 1, 1)) - 1.0)
     grid = torch.stack(unit, dim=-1).to(dtype)
     return _grid_sample(image.to(dtype), grid, mode, padding_mode).to(image.dtype)
 
@@ -138,7 +146,8 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3) -> t
     r"""Inverse of a displacement that comes without a velocity, and how far it is from one.
 
     Fixed point :math:`u^{-1} \leftarrow -u \circ (id + u^{-1})` (Chen et al., Medical Physics 2008). It converges where
-    ``u`` stretches nothing by 100 % or more; where the map folds there is no inverse, and the residual says so.
+    ``u`` stretches nothing by 100 % or more; elsewhere the residual tells what is left. A small residual does not rule
+    out folds, as of several points that meet in one it finds one: :func:`jacobian_determinant` sees them.
 
     Args:
         ddf: displacement in voxels, ``(B, D, *spatial)``.
@@ -152,7 +161,7 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3) -> t
     inverse = -ddf
     error = compose(ddf, inverse)
     for _ in range(max_iterations):
-        if float(_length(error).max()) <= tolerance:
+        if float(_length(error.detach()).max()) <= tolerance:
             break
         inverse = inverse - error
         error = compose(ddf, inverse)
@@ -165,15 +174,15 @@ def resize(field: Tensor, size: list[int]) -> Tensor:
     The corner voxels of the two grids coincide: component ``d`` is scaled by ``(new - 1) / (old - 1)``.
     """
     field = _exact(field)
+    if len(size) not in (2, 3) or field.ndim - 2 != len(size) or field.shape[1] != len(size) or min(size) < 1:
+        raise ValueError(f"size for a field of shape {list(field.shape)} must be as many sizes > 0, got {list(size)}.")
     if list(field.shape[2:]) == list(size):
         return field
-    if field.ndim - 2 != len(size) or field.shape[1] != len(size) or min(size) < 1:
-        raise ValueError(f"size for a field of shape {list(field.shape)} must be as many sizes > 0, got {list(size)}.")
-    ratio = [(size[d] - 1) / max(field.shape[d + 2] - 1, 1) for d in range(len(size))]
-    shape = [-1] + [1] * len(size)
     mode = "bilinear" if len(size) == 2 else "trilinear"
-    scale = torch.tensor(ratio, dtype=field.dtype, device=field.device).view(shape)
-    return F.interpolate(field, list(size), mode=mode, align_corners=True) * scale
+    resampled = F.interpolate(field, list(size), mode=mode, align_corners=True)
+    # One number for each component: a tensor of them would be rounded to float32 by TorchScript.
+    ratio = [(size[d] - 1) / max(field.shape[d + 2] - 1, 1) for d in range(len(size))]
+    return torch.stack([resampled[:, d] * ratio[d] for d in range(len(size))], dim=1)
 
 
 def _difference(field: Tensor, axis: int, scheme: str) -> Tensor:
@@ -228,6 +237,7 @@ def corners(ddf: Tensor) -> list[tuple[Tensor, Tensor]]:
     (int64, into the grid of one batch item) and its weight ``(B, *spatial)``, differentiable in ``ddf``. The weights of
     a point sum to 1. What a warp does to label maps can so be computed for all labels at once, without one-hot images.
     """
+    _check_ddf(ddf, ddf)
     ddf = _exact(ddf)
     found = [(torch.zeros_like(ddf[:, 0], dtype=torch.int64), torch.ones_like(ddf[:, 0]))]
     for d in range(ddf.shape[1]):
