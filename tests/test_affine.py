@@ -1,4 +1,5 @@
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import itk
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from voxelmorph_monai.affine import register_affine
+from voxelmorph_monai.affine import _transform, register_affine
 from voxelmorph_monai.preparation import mni152, sample
 from voxelmorph_monai.spaces import Affine, read_image, transform_affine
 
@@ -88,6 +89,22 @@ def test_another_brain_is_aligned_alike_from_any_pose() -> None:
     # The optimum is shallow: 0.2 mm between starts on the same image, and the moved image is a smoothed one.
     assert distance(np.linalg.inv(matrix) @ turned, alignment()) < 0.5
     assert distance(alignment(), np.eye(4)) < 12  # both lie in the space of MNI already, and differ in size alone
+
+
+@pytest.mark.parametrize("name", ["1005", "1014"])
+def test_real_scans_are_aligned_alike_from_any_pose(malf: Path, name: str) -> None:
+    scan, matrix = thinned(*read_image(malf / f"{name}_t1.nii.gz")), pose(40, 60, 0.1, 0.05)
+    straight = transform_affine(register_affine(scan, template()))
+    turned = transform_affine(register_affine(moved(scan, matrix), template()))
+    assert distance(np.linalg.inv(matrix) @ turned, straight) < 0.5
+
+
+@pytest.mark.parametrize(("kind", "stretch"), [("rigid", 0.0), ("similarity", 0.0), ("affine", 0.2)])
+def test_the_centre_of_the_parameters_does_not_change_the_map(kind: str, stretch: float) -> None:
+    matrix, centre = pose(70, 30, stretch), np.array([3.0, -18.0, 11.0])
+    transform = _transform(kind, matrix, centre)
+    np.testing.assert_allclose(transform_affine(transform), matrix, atol=1e-9)  # double
+    np.testing.assert_allclose(transform.GetCenter(), [-3, 18, 11])  # LPS
 
 
 def test_the_result_depends_neither_on_the_number_of_threads_nor_on_earlier_calls() -> None:

@@ -113,6 +113,7 @@ NEW_KEYS = {
     "evaluate.json": {"weights", "section", "evaluation_dir", "evaluating"},
     "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
+    "probabilistic.yaml": {"image_sigma", "prior_lambda", "loss#prior"},
 }
 
 
@@ -205,6 +206,12 @@ def test_every_combination_of_overlays_trains(
     assert 0 < trained.evaluator.state.metrics["val_mean_dice"] <= 1
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     VoxelMorph(preset.removesuffix(".yaml")).load_state_dict(weights)
+
+
+def test_probabilistic_recipe_trains(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    trained = train(prepared, tmp_path / "out", "probabilistic.yaml")
+    assert np.isfinite(trained.trainer.state.output["loss"].item())
+    assert trained.trainer.loss_function.prior is not None
 
 
 def test_structures_are_measured_one_by_one(bundle: Path, prepared: Path, tmp_path: Path) -> None:
@@ -329,17 +336,29 @@ def test_wrong_input_to_training_is_met_before_the_work(bundle: Path, prepared: 
     nan = image.copy()
     nan[3, 4, 5] = np.nan
     _fails("must hold a datalist.json", ["train.json"], dataset_dir=str(tmp_path / "nowhere"))
-    _fails("must hold at least 2, got 0", ["train.json"], **scans(training=[]))
+    _fails("must be at least 2, got 0", ["train.json"], **scans(training=[]))
     _fails("there is no such file", ["train.json"], **scans(training=[{"image": "a.nii.gz"}, {"image": "b.nii.gz"}]))
     _fails(
-        "each scan must have ['image', 'label']", ["train.json"], **scans(validation=[{"image": "images/4.nii.gz"}] * 2)
+        "each scan must have ['image', 'label']",
+        ["train.json"],
+        **scans(validation=[{"image": f"images/{n}.nii.gz"} for n in (4, 5)]),
     )
     _fails("must be one 3-D volume", ["train.json"], **broken(np.stack([image, image], axis=-1)))
     _fails("must hold finite numbers", ["train.json"], **broken(nan))
     _fails("must show something", ["train.json"], **broken(np.zeros_like(image)))
     _fails("must have one shape", ["train.json"], **broken(image[:-2]))
     _fails("preset must be one of", ["train.json"], **scans(), preset="vm3")
-    assert not (tmp_path / "out" / "model.pt").exists()
+    _fails("must hold labels up to num_labels = 2, got 4", ["train.json"], **{**scans(), "num_labels": 2})
+    twice = [{"image": "images/1.nii.gz"}, {"image": "./images/1.nii.gz"}]
+    _fails("must all be different", ["train.json"], **scans(training=twice))
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    train(prepared, tmp_path / "out", "ncc.yaml")
+    options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4, "max_epochs": 2}
+    _fails("must fit this training to be resumed", ["train.json", "mse.yaml"], **options)
+    _fails("must fit this training to be resumed", ["train.json", "vm2.yaml"], **options)
 
 
 def test_wrong_input_to_inference_is_met_before_the_work(bundle: Path, prepared: Path, tmp_path: Path) -> None:
@@ -350,6 +369,10 @@ def test_wrong_input_to_inference_is_met_before_the_work(bundle: Path, prepared:
     _fails("there is no such file", ["inference.json"], "infer", moving="nowhere.nii.gz", fixed=good, **output)
     _fails("must have one shape", ["inference.json"], "infer", moving=other, fixed=good, **output)
     _fails("preset must be one of", ["inference.json"], "infer", moving=good, fixed=good, preset="vm3", **output)
+    _fails(
+        "there is no nowhere.pt", ["inference.json"], "infer", moving=good, fixed=good, weights="nowhere.pt", **output
+    )
+    _fails("of the network's own preset", ["inference.json"], "infer", moving=good, fixed=good, preset="vm2", **output)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.json").write_text("{}")

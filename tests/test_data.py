@@ -2,6 +2,7 @@
 
 import json
 from itertools import permutations
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -42,23 +43,29 @@ def test_load_scans_without_datalist(tmp_path, prepared):
 
 
 def test_check_scans_accepts_what_is_right(prepared):
-    check_scans(load_scans(str(prepared), "training"), keys=("image", "label"), num_scans=3)
+    check_scans(load_scans(str(prepared), "training"), keys=("image", "label"))
     image_only = [{"image": scan["image"]} for scan in load_scans(str(prepared), "training")]
     check_scans(image_only)
+    check_scans(image_only[:1], image_only[1])  # with an atlas one is enough
 
 
 def test_check_scans_names_what_is_wrong(prepared, tmp_path):
     scans = load_scans(str(prepared), "training")
-    with pytest.raises(ValueError, match=r"the list of scans must hold at least 4, got 3\."):
-        check_scans(scans, num_scans=4)
-    with pytest.raises(ValueError, match=r"must hold at least 1, got 0\."):
-        check_scans([])
+    with pytest.raises(ValueError, match=r"the scans for validation must be at least 2, got 1\."):
+        check_scans(scans[:1], purpose="validation")
+    with pytest.raises(ValueError, match=r"the scans for training must be at least 1, got 0\."):
+        check_scans([], scans[0])
+    again = Path(scans[0]["image"]).parent / ".." / "images" / Path(scans[0]["image"]).name
+    with pytest.raises(ValueError, match=rf"must all be different, got {scans[0]['image']} more than once\."):
+        check_scans([*scans, {"image": str(again)}])
     with pytest.raises(ValueError, match=r"each scan must have \['image', 'label'\], got one with \{'image': "):
-        check_scans([*scans, {"image": scans[0]["image"]}], keys=("image", "label"))
+        check_scans([*scans[1:], {"image": scans[0]["image"]}], keys=("image", "label"))
+    with pytest.raises(ValueError, match=r"each scan must have \['image', 'label'\], got one with"):
+        check_scans(scans[1:], {"image": scans[0]["image"]}, keys=("image", "label"))
     missing = str(tmp_path / "missing.nii.gz")
     with pytest.raises(FileNotFoundError, match=missing):
         check_scans([*scans, {"image": missing, "label": missing}])
-    check_scans([{**scans[0], "label": missing}])  # what is not asked for need not be there
+    check_scans([scans[1], {**scans[0], "label": missing}])  # what is not asked for need not be there
 
 
 @pytest.mark.parametrize("key", ["image", "label"])
@@ -196,6 +203,12 @@ def test_processes_share_an_epoch(monkeypatch, world, num_samples, shuffle):
 def test_sampler_needs_samples():
     with pytest.raises(ValueError, match=r"num_samples must be at least 1, got 0\."):
         PairSampler(PairDataset(SCANS, cache_rate=0), 0)
+
+
+def test_each_process_needs_a_pair(monkeypatch):
+    processes(monkeypatch, 0, 3)
+    with pytest.raises(ValueError, match=r"each of 3 processes needs a pair, got 2 altogether\."):
+        PairSampler(PairDataset(SCANS[:2], cache_rate=0))
 
 
 def test_datalist_holds_paths_relative_to_its_folder(prepared):

@@ -59,7 +59,9 @@ def test_an_epoch_draws_the_same_whatever_came_before():
 def test_seeds_and_processes_draw_apart(monkeypatch):
     first = draws(1)
     other = draws(1, seed=1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     assert draws(1) == first
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -85,7 +87,7 @@ def evaluate(values, keep, network):
 def test_keep_best_keeps_the_best(tmp_path):
     network, path = nn.Linear(1, 1), tmp_path / "new" / "model.pt"
     keep = KeepBest(network, str(path), "dice")
-    evaluate([0.5, 0.4, 0.7, 0.7, float("nan"), 0.6], keep, network)
+    evaluate([0.5, 0.4, 0.7, 0.7, 0.6], keep, network)
     assert torch.load(path, weights_only=True)["weight"].item() == 2
     again = KeepBest(network, str(path), "dice")
     again.load_state_dict(deepcopy(keep.state_dict()))
@@ -94,6 +96,19 @@ def test_keep_best_keeps_the_best(tmp_path):
     evaluate([0.71], again, network)
     assert torch.load(path, weights_only=True)["weight"].item() == 0
     assert [entry.name for entry in path.parent.iterdir()] == ["model.pt"]
+
+
+def test_keep_best_wants_a_number(tmp_path):
+    network = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"^dice must be a number to keep the best weights, got NaN"):
+        evaluate([float("nan")], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
+
+
+def test_nothing_is_the_best_of_what_cannot_be_measured(tmp_path):
+    network = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"dice must be a number to keep the best weights, got NaN"):
+        evaluate([float("nan")], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_writes(tmp_path, monkeypatch):
@@ -130,7 +145,7 @@ class Images(Dataset):
 class Training:
     """A whole training in small: network that samples, Adam, scheduler, early stop, an order drawn anew each epoch."""
 
-    def __init__(self, folder, max_epochs, num_samples=3, width=2, handlers=()):
+    def __init__(self, folder, max_epochs, num_samples=3, width=2, patience=100, settings=None, handlers=()):
         torch.manual_seed(0)
         self.network = VoxelMorph(encoder=(width, 2), decoder=((2,), (2,)), num_steps=2)
         registration = Registration(self.network)
@@ -150,7 +165,7 @@ class Training:
             train_handlers=[EpochSeed(0, self.sampler)],
             decollate=False,
         )
-        self.early_stop = EarlyStopping(100, lambda trainer: -trainer.state.epoch, self.trainer)
+        self.early_stop = EarlyStopping(patience, lambda trainer: -trainer.state.epoch, self.trainer)
         epoch = Events.EPOCH_COMPLETED
         self.trainer.add_event_handler(epoch, lambda _: self.scheduler.step())
         self.trainer.add_event_handler(epoch, self.early_stop)
@@ -161,7 +176,7 @@ class Training:
             "scheduler": self.scheduler,
             "early_stop": self.early_stop,
         }
-        self.resume = Resume(str(folder / "checkpoint.pt"), self.objects)
+        self.resume = Resume(str(folder / "checkpoint.pt"), self.objects, settings)
         self.resume.attach(self.trainer)
         for event, handler in handlers:
             self.trainer.add_event_handler(event, handler)
@@ -242,6 +257,13 @@ def test_more_epochs_go_on_and_none_do_nothing(tmp_path, uninterrupted):
     assert Training(tmp_path, 3).run().seen == []
 
 
+def test_early_stop_stays_stopped_until_it_has_more_patience(tmp_path, uninterrupted):
+    first = Training(tmp_path, 4, patience=2).run()
+    assert first.seen == uninterrupted.seen[:9]
+    assert Training(tmp_path, 4, patience=2).run().seen == []
+    assert Training(tmp_path, 4, patience=3).run().seen == uninterrupted.seen[9:]
+
+
 def test_epochs_may_become_longer_or_shorter(tmp_path):
     Training(tmp_path, 2, num_samples=5).run()
     shorter = Training(tmp_path, 4, num_samples=2).run()
@@ -253,6 +275,8 @@ def test_checkpoint_that_does_not_fit(tmp_path):
     message = rf"checkpoint {tmp_path / 'checkpoint.pt'} must fit this training .* name another output_dir\), got: "
     with pytest.raises(ValueError, match=message + r"[\s\S]*size mismatch"):
         Training(tmp_path, 2, width=3).run()
+    with pytest.raises(ValueError, match=message + r"settings \{\}, now \{'preset': 'vm2'\}"):
+        Training(tmp_path, 2, settings={"preset": "vm2"}).run()
     training = Training(tmp_path, 2)
     training.objects["other"] = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=message + "'other'"):

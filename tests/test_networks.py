@@ -17,7 +17,7 @@ from voxelmorph_monai import networks
 from voxelmorph_monai.blocks import compose, integrate, resize, warp
 from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
 from voxelmorph_monai.metrics import dice
-from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph
+from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph, load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 presets = pytest.mark.parametrize("preset", PRESETS)
@@ -238,7 +238,7 @@ def test_weights_survive_a_file(tmp_path):
     network, pair = trained("diffeomorphic", 3), random_pair((16, 9, 20))
     torch.save(network.state_dict(), tmp_path / "model.pt")
     other = VoxelMorph("diffeomorphic").double()
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    load_weights(other, str(tmp_path / "model.pt"))
     assert_close(other(pair), network(pair), rtol=0, atol=0)
 
 
@@ -330,7 +330,9 @@ def smoothed(pair):
     sigma = 3**0.5 / (2 * (2 * np.log(2)) ** 0.5)
     edges = (np.arange(-6, 8) - 0.5) / sigma
     for axis in range(2, pair.ndim):
-        pair = correlate1d(pair, np.diff(norm.cdf(edges)), axis, mode="constant")
+        weights, ones = np.diff(norm.cdf(edges)), np.ones_like(pair)
+        # at the border the weights of what is there count for all
+        pair = correlate1d(pair, weights, axis, mode="constant") / correlate1d(ones, weights, axis, mode="constant")
     return torch.from_numpy(pair)
 
 
@@ -447,6 +449,21 @@ def test_wrong_pair(spatial_dims, shape):
     message = rf"pair must be \(B, 2, and {spatial_dims} sizes\), moving image first, got \[{shape[0]}, "
     with pytest.raises(ValueError, match=message):
         VoxelMorph("vm1", spatial_dims)(torch.zeros(shape))
+
+
+def test_wrong_weights(tmp_path):
+    path = tmp_path / "model.pt"
+    with pytest.raises(FileNotFoundError, match=rf"weights must be a file .*, but there is no {path}\."):
+        load_weights(VoxelMorph("vm1", 2), str(path))
+    wrong = rf"weights {path} must be of the network's own preset, got another content: "
+    for content in (VoxelMorph("vm2", 2).state_dict(), VoxelMorph("vm1", 3).state_dict(), [1, 2]):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=wrong):
+            load_weights(VoxelMorph("vm1", 2), str(path))
+    for half in (path.read_bytes()[:100], b""):
+        path.write_bytes(half)
+        with pytest.raises(ValueError, match=wrong):
+            load_weights(VoxelMorph("vm1", 2), str(path))
 
 
 def test_wrong_registration():

@@ -31,17 +31,30 @@ def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
     return load_decathlon_datalist(str(datalist), is_segmentation=True, data_list_key=section)
 
 
-def check_scans(scans: Sequence[Scan], *, keys: Sequence[str] = ("image",), num_scans: int = 1) -> None:
-    """Check the headers of ``scans`` before any long work: each has all ``keys``, all files are there, on one grid.
+def check_scans(
+    scans: Sequence[Scan], atlas: Scan | None = None, *, keys: Sequence[str] = ("image",), purpose: str = "training"
+) -> None:
+    """Check the headers of ``scans`` before any long work: enough for a pair, complete, all files there, on one grid.
+
+    Args:
+        scans: what pairs are made of.
+        atlas: the scan that takes part in every pair, if there is one.
+        keys: what each of them must have.
+        purpose: what they are for, to be named in errors.
 
     Raises:
-        ValueError: fewer than ``num_scans`` scans; a scan without one of ``keys``; grids that differ.
+        ValueError: no pair can be made; a scan without one of ``keys`` or given twice; grids that differ.
         FileNotFoundError: an image or label that is not there.
     """
+    num_scans = 1 if atlas else 2
     if len(scans) < num_scans:
-        raise ValueError(f"the list of scans must hold at least {num_scans}, got {len(scans)}.")
+        raise ValueError(f"the scans for {purpose} must be at least {num_scans}, got {len(scans)}.")
+    files = [_file(scan) for scan in scans if "image" in scan]
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise ValueError(f"the scans for {purpose} must all be different, got {twice} more than once.")
     first = None
-    for scan in scans:
+    for scan in [*scans, *([atlas] if atlas else [])]:
         for key in keys:
             if key not in scan:
                 raise ValueError(f"each scan must have {list(keys)}, got one with {dict(scan)}.")
@@ -56,6 +69,10 @@ def pair(moving: str, fixed: str, moving_label: str | None = None, fixed_label: 
     """One pair of files, its labels left out where they are None."""
     items = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
     return {key: path for key, path in items.items() if path is not None}
+
+
+def _file(scan: Scan) -> Path:
+    return Path(str(scan["image"])).resolve()
 
 
 class PairDataset(Dataset[dict[str, object]]):
@@ -88,7 +105,8 @@ class PairDataset(Dataset[dict[str, object]]):
     ) -> None:
         if atlas_role not in ("moving", "fixed"):
             raise ValueError(f"atlas_role must be 'moving' or 'fixed', got '{atlas_role}'.")
-        data = [scan for scan in data if scan != atlas]  # the atlas may be one of them, but is no pair with itself
+        if atlas is not None:  # it may be one of the scans, but is no pair with itself
+            data = [scan for scan in data if _file(scan) != _file(atlas)]
         n = len(data)
         if n < (1 if atlas else 2):
             raise ValueError(f"pairs need at least 2 scans, or an atlas and 1 other, got {n} and atlas {atlas}.")
@@ -130,6 +148,8 @@ class PairSampler(Sampler[int]):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         self.num_pairs = len(dataset)
         self.num_samples = num_samples or self.num_pairs
+        if self.num_samples < self._share()[1]:
+            raise ValueError(f"each of {self._share()[1]} processes needs a pair, got {self.num_samples} altogether.")
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0

@@ -1,5 +1,6 @@
 """Ignite handlers for a training that can be stopped at any moment and goes on as if nothing had happened."""
 
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed
 from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping
 from torch import nn
 
 from voxelmorph_monai.data import PairSampler
@@ -88,6 +90,8 @@ class KeepBest:
     def __call__(self, engine: Engine) -> None:
         """Save the weights if the evaluation that ``engine`` completed is the best so far."""
         value = float(engine.state.metrics[self.metric])
+        if math.isnan(value):
+            raise ValueError(f"{self.metric} must be a number to keep the best weights, got NaN: nothing to measure.")
         if value > self.best:
             self.best = value
             if _rank() == 0:
@@ -108,11 +112,15 @@ class Resume:
     Args:
         path: the checkpoint; if it exists when the training starts, it is loaded.
         objects: what has a state, by name: network, optimiser, scheduler, :class:`KeepBest`, early stop.
+        settings: plain values that must be what they were when the checkpoint was written.
     """
 
-    def __init__(self, path: str, objects: Mapping[str, Stateful]) -> None:
+    def __init__(
+        self, path: str, objects: Mapping[str, Stateful], settings: Mapping[str, str | float] | None = None
+    ) -> None:
         self.path = Path(path)
         self.objects = objects
+        self.settings = dict(settings or {})
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after everything that changes what is saved (so: last)."""
@@ -125,6 +133,8 @@ class Resume:
             return
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["settings"] != self.settings:
+                raise ValueError(f"settings {state['settings']}, now {self.settings}")
             for name, stateful in self.objects.items():
                 stateful.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
@@ -135,10 +145,12 @@ class Resume:
         engine.state.epoch = state["epoch"]
         # Of whole epochs as long as they are now: Ignite would take a remainder for the place to start within one.
         engine.state.iteration = engine.state.epoch * engine.state.epoch_length  # type: ignore[operator] # it is set
+        if any(isinstance(o, EarlyStopping) and o.counter >= o.patience for o in self.objects.values()):
+            engine.terminate()  # it had stopped before
         engine.logger.info(f"Resumed from {self.path} after epoch {engine.state.epoch}.")
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, from one process."""
         if _rank() == 0:
             state: dict[str, object] = {name: stateful.state_dict() for name, stateful in self.objects.items()}
-            _save(state | {"epoch": engine.state.epoch}, self.path)
+            _save(state | {"epoch": engine.state.epoch, "settings": self.settings}, self.path)

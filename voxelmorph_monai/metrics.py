@@ -93,7 +93,8 @@ def dice(labels: Tensor, reference: Tensor, num_labels: int) -> Tensor:
     r"""Overlap of each structure, :math:`2 |A \cap B| / (|A| + |B|)` (Dice, Ecology 1945): ``(B, num_labels)``.
 
     Column ``k - 1`` is label ``k``; background is left out. 0 where only one of the two has the structure, NaN where
-    neither has it. One count of the pairs of labels gives all structures at once, without one-hot images.
+    neither has it. Three counts of labels (of either map, and of where they agree) give all structures at once, without
+    one-hot images.
 
     Args:
         labels: integer label map ``(B, 1, *spatial)``, values 0 to ``num_labels``.
@@ -106,10 +107,12 @@ def dice(labels: Tensor, reference: Tensor, num_labels: int) -> Tensor:
     _check_labels(labels, reference, num_labels)
     batch, n = labels.shape[0], num_labels + 1
     item = torch.arange(batch, device=labels.device).unsqueeze(1)
-    pairs = (item * n + labels.flatten(1)) * n + reference.flatten(1)
-    counts = torch.bincount(pairs.flatten(), minlength=batch * n * n).view(batch, n, n)
-    both = counts.diagonal(dim1=1, dim2=2)
-    return (2 * both.double() / (counts.sum(1) + counts.sum(2)))[:, 1:]
+    index, other = item * n + labels.flatten(1), item * n + reference.flatten(1)
+    both, one, two = (
+        torch.bincount(i, minlength=batch * n).view(batch, n)
+        for i in (index[index == other], index.flatten(), other.flatten())
+    )
+    return (2 * both.double() / (one + two))[:, 1:]
 
 
 def folding(ddf: Tensor, mask: Tensor | None = None, *, scheme: str = "central") -> Tensor:

@@ -5,6 +5,8 @@ channels first, and one tensor out, the displacement field in voxels. :class:`Re
 evaluation and names everything that losses and metrics need.
 """
 
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from voxelmorph_monai.blocks import integrate, resize, warp
 
-__all__ = ["PRESETS", "Architecture", "Registration", "UNet", "VoxelMorph", "has_fast_bfloat16"]
+__all__ = ["PRESETS", "Architecture", "Registration", "UNet", "VoxelMorph", "has_fast_bfloat16", "load_weights"]
 
 
 class Architecture(NamedTuple):
@@ -245,6 +247,24 @@ class VoxelMorph(nn.Module):
         return self.displacement(mean, list(pair.shape[2:]))
 
 
+def load_weights(network: VoxelMorph, path: str) -> None:
+    """Load a state dict, from whatever device it was saved, into ``network``; the file can hold nothing but tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not the weights of a network of this preset.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights must be a file that a training wrote (model.pt), but there is no {path}.")
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, TypeError, EOFError, UnpicklingError) as error:
+        reason = (str(error) or "an empty file").splitlines()[0]
+        raise ValueError(
+            f"weights {path} must be of the network's own preset, got another content: {reason}"
+        ) from error
+
+
 class Registration(nn.Module):
     """What a training or an evaluation needs of a network, all of it from one ``forward`` (so that DDP can wrap it).
 
@@ -292,10 +312,9 @@ class Registration(nn.Module):
         if self.scale_factor == 1:
             return pair
         size = [max(round(n * self.scale_factor), 2) for n in pair.shape[2:]]
+        smooth = self.smooth(pair) / self.smooth(torch.ones_like(pair[:1, :1]))  # MONAI's filter pads with 0
         # The corners of the grids coincide, as they do in blocks.resize, which takes the displacement back.
-        return F.interpolate(
-            self.smooth(pair), size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=True
-        )
+        return F.interpolate(smooth, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=True)
 
     def forward(self, pair: Tensor) -> dict[str, Tensor]:
         """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""

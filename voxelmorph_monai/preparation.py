@@ -11,8 +11,10 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,15 +273,29 @@ def _is_done(scan: _Scan, output: Path) -> bool:
 
 
 def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # die in silence: the parent says that it was interrupted
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of Ctrl-C in silence: the parent says that it was interrupted
     itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C; a process that is started meanwhile does so too until it has imported :func:`_start_process`."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may say so
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _for_each(
     pool: ProcessPoolExecutor, title: str, function: Callable[..., None], scans: Sequence[_Scan], *args: Any
 ) -> dict[str, str]:
     """Call ``function(scan, *args)`` for every scan; the errors by name of scan."""
-    tasks = {pool.submit(function, scan, *args): scan.name for scan in scans}
+    with _deaf_to_interrupts():
+        tasks = {pool.submit(function, scan, *args): scan.name for scan in scans}
     errors = {}
     for task in tqdm(as_completed(tasks), title, len(tasks), unit="scan"):
         error = task.exception()

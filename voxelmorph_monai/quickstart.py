@@ -44,7 +44,9 @@ def _run_bundle(bundle: Path, run_id: str, *configs: str, **options: object) -> 
     command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     print("\n$", shlex.join(["python", *command[1:]]), flush=True)
-    subprocess.run(command, cwd=bundle, check=True)
+    code = subprocess.run(command, cwd=bundle, check=False).returncode
+    if code != 0:
+        raise ValueError(f"the command above must succeed, but it ended with exit code {code}.")
 
 
 def quickstart(output: str | Path, jobs: int = 2) -> dict[str, object]:

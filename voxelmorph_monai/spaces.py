@@ -208,10 +208,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     Nobody ever sees half a file: after an error the temporary file is gone and ``path`` is what it was.
 
-    >>> with atomic("/tmp/notes.txt") as temporary:
-    ...     _ = temporary.write_text("whole")
-    >>> Path("/tmp/notes.txt").read_text()
-    'whole'
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic(f"{folder}/notes.txt") as temporary:
+    ...         number_of_characters = temporary.write_text("whole")
+    ...     os.listdir(folder)
+    ['notes.txt']
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending stays: writers choose the format by it

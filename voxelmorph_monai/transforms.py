@@ -3,6 +3,7 @@
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from voxelmorph_monai.blocks import invert, jacobian_determinant, warp, warp_lab
 from voxelmorph_monai.metrics import dice, folding, inverse_consistency, log_jacobian_sd
 from voxelmorph_monai.pictures import save_registration_picture
 from voxelmorph_monai.spaces import (
-    atomic,
     read_image,
     read_labels,
     require_same_grid,
@@ -70,6 +70,7 @@ class MergeLabelsd(MapTransform):
     Args:
         keys: label maps, integers.
         structures: name to the labels that make up the structure; None leaves the map as it is.
+        num_labels: largest label allowed in the result; what is measured later counts to it.
         allow_missing_keys: merge what is there.
 
     >>> merge = MergeLabelsd("label", {"left thalamus": [10], "cortex": [1000, 1001]})
@@ -81,24 +82,29 @@ class MergeLabelsd(MapTransform):
         self,
         keys: KeysCollection,
         structures: Mapping[str, Sequence[int]] | None = None,
+        num_labels: int | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.table = None if structures is None else merging_table(structures)
+        self.table = None if structures is None else _merging_table(structures)
+        self.num_labels = num_labels
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Renumber the label maps of ``data``."""
         merged = dict(data)
-        if self.table is not None:
-            for key in self.key_iterator(merged):
-                labels = merged[key]
-                assert isinstance(labels, Tensor)
+        for key in self.key_iterator(merged):
+            labels = merged[key]
+            assert isinstance(labels, Tensor)
+            if self.table is not None:
                 known = labels.long().clamp(0, len(self.table) - 1)  # the last entry of the table is 0
                 merged[key] = self.table.to(labels.device)[known]
+            elif self.num_labels is not None and int(labels.max()) > self.num_labels:
+                name = labels.meta["filename_or_obj"] if isinstance(labels, MetaTensor) else key
+                raise ValueError(f"{name} must hold labels up to num_labels = {self.num_labels}, got {labels.max()}.")
         return merged
 
 
-def merging_table(structures: Mapping[str, Sequence[int]]) -> Tensor:
+def _merging_table(structures: Mapping[str, Sequence[int]]) -> Tensor:
     """Give the number (1, 2, ... in order; 0 for none) of each label's structure: ``(largest label + 2,)`` int32."""
     table = torch.zeros(max((max(labels) for labels in structures.values()), default=0) + 2, dtype=torch.int32)
     for number, (name, labels) in enumerate(structures.items(), start=1):
@@ -136,6 +142,17 @@ def _correlation(first: Tensor, second: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).double())[0, 1])
 
 
+_FILES = (
+    "warped.nii.gz",
+    "warped_label.nii.gz",
+    "displacement.nii.gz",
+    "inverse_displacement.nii.gz",
+    "jacobian.nii.gz",
+    "report.png",
+    "summary.json",  # last: where it is, the others are
+)
+
+
 class SaveRegistrationd(Transform):
     """Write what a registration found, into one folder.
 
@@ -152,16 +169,26 @@ class SaveRegistrationd(Transform):
 
     def __init__(self, output_dir: str, overwrite: bool = False) -> None:
         self.output_dir = Path(output_dir)
-        summary = self.output_dir / "summary.json"
-        if summary.exists() and not overwrite:
-            raise FileExistsError(f"output_dir must be new, or overwrite be true, but there is {summary}.")
+        there = [name for name in _FILES if (self.output_dir / name).exists()]
+        if there and not overwrite:
+            raise FileExistsError(f"output_dir must be new, or overwrite be true, but {output_dir} holds {there}.")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise NotADirectoryError(f"output_dir must be a folder, got the file {output_dir}.")
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> Data:
-        """Write the files, ``summary.json`` last, and add its content to ``data`` as ``summary``."""
-        folder, fixed, ddf, warped = self.output_dir, data["fixed"], data["ddf"].cpu(), data["warped"][0].cpu().numpy()
-        folder.mkdir(parents=True, exist_ok=True)
-        for earlier in ("summary.json", "warped_label.nii.gz"):  # they would pass for parts of this registration
-            (folder / earlier).unlink(missing_ok=True)
+        """Write the files, all or none of them, and add the content of ``summary.json`` to ``data`` as ``summary``."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.output_dir, prefix=".") as temporary:
+            summary = self._write(Path(temporary), data)
+            for name in _FILES:  # what is not written anew would pass for a part of this registration
+                (self.output_dir / name).unlink(missing_ok=True)
+            for name in _FILES:
+                if (Path(temporary) / name).exists():
+                    (Path(temporary) / name).replace(self.output_dir / name)
+        return {**data, "summary": summary}
+
+    def _write(self, folder: Path, data: Mapping[Hashable, Tensor]) -> dict[str, object]:
+        fixed, ddf, warped = data["fixed"], data["ddf"].cpu(), data["warped"][0].cpu().numpy()
         assert isinstance(fixed, MetaTensor)
         affine = fixed.affine.numpy()
         inverse = data["inverse_ddf"].cpu() if "inverse_ddf" in data else invert(ddf[None])[0][0]
@@ -187,9 +214,8 @@ class SaveRegistrationd(Transform):
             title=f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}, "
             f"folding {summary['folding_percent']:.4f} %",
         )
-        with atomic(folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2))
-        return {**data, "summary": summary}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        return summary
 
     def _summary(self, data: Mapping[Hashable, Tensor], inverse: Tensor, affine: np.ndarray) -> dict[str, object]:
         ddf, moving, fixed = data["ddf"].cpu(), data["moving"].as_subclass(Tensor), data["fixed"].as_subclass(Tensor)
@@ -199,7 +225,7 @@ class SaveRegistrationd(Transform):
             "folding_percent": float(folding(ddf[None])),
             "sdlogj": float(log_jacobian_sd(ddf[None])),
             "inverse_consistency_mm": float(
-                inverse_consistency(ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=fixed[None] > 0)
+                inverse_consistency(ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=moving[None] > 0)
             ),
             "seconds": float(data["seconds"]) if "seconds" in data else None,
         }
