@@ -7,7 +7,6 @@ voxels of 1 mm the grid of the literature.
 
 import json
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -218,6 +217,8 @@ def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -
 def _read(scan: _Scan) -> tuple[NDArray[np.float32], NDArray[Any] | None, Affine]:
     """Intensities in [0, 1], labels if there are any, and the affine of both."""
     image, affine = read_image(scan.image)
+    if image.min() < -0.1 * image.max():  # interpolation overshoots by less
+        raise ValueError(f"{scan.image} must have a background of 0 and nothing far below it, got {image.min():.3g}.")
     litres = np.count_nonzero(image > 0) * np.prod(spacing(affine)) * 1e-6
     if not 0.3 < litres < 2.5:
         raise ValueError(
@@ -269,7 +270,12 @@ def _prepare_scan(scan: _Scan, grid: Grid, output: Path) -> None:
 def _is_done(scan: _Scan, output: Path) -> bool:
     record = _record(output, scan.name)
     written = record.exists() and all((output / path).exists() for path in scan.outputs().values())
-    return written and json.loads(record.read_text(encoding="utf-8"))["inputs"] == scan.inputs()
+    if not written:
+        return False
+    try:
+        return bool(json.loads(record.read_text(encoding="utf-8"))["inputs"] == scan.inputs())
+    except (ValueError, KeyError, TypeError):  # what cannot be read records nothing
+        return False
 
 
 def _start_process() -> None:
@@ -334,14 +340,17 @@ def _claim(output: Path, grid: Grid) -> None:
     for part in ("images", "labels", "transforms"):
         (output / part).mkdir(parents=True, exist_ok=True)
     _write_json(output / "grid.json", _grid_json(grid))
-    for leftover in output.glob("*/.*"):  # of a process that was killed while it wrote
-        leftover.unlink()
+    for leftover in output.glob("*/.[0-9]*.*"):  # named by `atomic`, of a process that was killed while it wrote
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
     try:
         sections = json.loads(split.read_text(encoding="utf-8"))
-        listed = [name for section in sections.values() for name in section]
+        if not all(isinstance(section, list) for section in sections.values()):
+            raise TypeError("a section is not a list")
+        listed = [str(name) for section in sections.values() for name in section]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{split} must be a JSON object of lists of names of scans: {error}.") from error
     if "grid" in sections:
@@ -360,7 +369,9 @@ def _random_sections(names: Sequence[str], validation: float, test: float, seed:
     if not (validation >= 0 and test >= 0 and validation + test <= 1):
         raise ValueError(f"validation and test must be shares >= 0 of at most 1 in all, got {validation} and {test}.")
     shuffled = random.Random(seed).sample(names, len(names))
-    first, second = round(validation * len(names)), round(test * len(names))
+    # Two scans make a pair: a share that is asked for has at least two, if as many remain for training.
+    least = 2 if len(names) >= 6 else 0
+    first, second = (max(least, round(share * len(names))) if share > 0 else 0 for share in (validation, test))
     return {
         "training": sorted(shuffled[first + second :]),
         "validation": sorted(shuffled[:first]),
@@ -375,9 +386,10 @@ def _write_datalist(scans: Sequence[_Scan], sections: Mapping[str, Sequence[str]
     }
     content["grid"] = _grid_json(grid)
     path = output / "datalist.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != content:
-        os.replace(path, output / "datalist.previous.json")  # it may have been edited
-    _write_json(path, content)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if path.exists() and path.read_bytes() != temporary.read_bytes():
+            path.replace(output / "datalist.previous.json")  # it may have been edited
     return path
 
 
