@@ -387,7 +387,7 @@ def register_files(
             "space": space,
             "transform": transform,
             "preset": preset if weights is not None else None,
-            "grid": grid._asdict(),
+            "grid": {"size": list(grid.size), "spacing": grid.spacing},
         },
     }
     with atomic_folder(output) as folder:

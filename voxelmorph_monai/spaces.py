@@ -398,7 +398,7 @@ def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> 
     if not isinstance(model, nib.Nifti1Pair):
         save_image(path, array, cast(nib.MGHImage, model).affine)
         return
-    kind = nib.Nifti2Image if isinstance(model, nib.Nifti2Pair) else nib.Nifti1Image
+    kind = nib.Nifti2Image if isinstance(model.header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array.reshape(model.shape), model.affine, model.header, dtype=array.dtype)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the range to show was that of other intensities
     with atomic(path) as temporary:
