@@ -29,7 +29,7 @@ ALLOWED = {
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
     "quickstart": {"preparation", "spaces"},
     "engines": {"blocks", "losses", "metrics", "networks"},
-    "handlers": {"blocks", "losses", "metrics", "networks"},
+    "handlers": {"blocks", "data", "losses", "metrics", "networks", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs
