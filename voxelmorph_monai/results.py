@@ -70,8 +70,7 @@ def _number(labels: NDArray[Any], structures: NDArray[Any]) -> torch.Tensor:
     """Number the ``structures`` 1, 2, ... and everything else 0: ``(1, 1, *spatial)``. Few labels take few counts."""
     place = np.searchsorted(structures, labels)
     known = structures[np.minimum(place, len(structures) - 1)] == labels if len(structures) else np.zeros_like(labels)
-    numbers = torch.from_numpy(np.where(known, place + 1, 0).astype(np.int32))[None, None]
-    return numbers if numbers.ndim > 3 else numbers[:, :, None]
+    return torch.from_numpy(np.where(known, place + 1, 0).astype(np.int32))[None, None]
 
 
 def regularity(ddf: Array) -> dict[str, float | None]:

@@ -185,6 +185,6 @@ class SaveRegistrationd(Transform):
         }
         if "moving_label" in data and "fixed_label" in data:
             labels = data["moving_label"].as_subclass(Tensor)
-            stages = {"before": labels.numpy(), "after": _warped_labels(labels, ddf, "nearest").numpy()}
-            summary["dice"] = overlap(stages, data["fixed_label"].as_subclass(Tensor).numpy())
+            stages = {"before": labels[0].numpy(), "after": _warped_labels(labels, ddf, "nearest")[0].numpy()}
+            summary["dice"] = overlap(stages, data["fixed_label"].as_subclass(Tensor)[0].numpy())
         return summary
