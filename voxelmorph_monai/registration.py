@@ -194,6 +194,12 @@ def register(
 ) -> RegistrationResult:
     """Register two scans ``(array, affine)``, as :func:`~voxelmorph_monai.spaces.read_image` gives them.
 
+    In three lines, for two files of skull-stripped brains::
+
+        moving, fixed = read_image("moving.nii.gz"), read_image("fixed.nii.gz")
+        result = register(moving, fixed, network=load_network("model.pt"))
+        points_in_moving = result.forward.points(points_in_fixed)  # (N, 3), RAS mm
+
     Args:
         moving: intensities ``(X, Y, Z)``, 0 around what is to be registered, and the affine (RAS, mm).
         fixed: the same.
@@ -292,8 +298,8 @@ def _save(
         save_image_like(folder / "warped_labels.nii.gz", warped, paths["fixed"])
     forward = result.forward
     save_transform(folder / "affine.txt", linear_transform(forward.linear))
-    save_transform(folder / "forward.h5", forward.to_itk())
-    save_transform(folder / "inverse.h5", result.inverse.to_itk())
+    forward.save(folder / "forward.h5")
+    result.inverse.save(folder / "inverse.h5")
     # What lies between the fixed and the affinely aligned image, which are drawn.
     bend = forward._replace(outer=np.linalg.inv(forward.inner)).on_grid(fixed[0].shape, fixed[1])
     save_results(folder, images, result.ddf, fixed[1], summary, bend=bend)

@@ -302,6 +302,15 @@ class Composite(NamedTuple):
         composite.AddTransform(linear_transform(self.inner, itk.F))
         return composite
 
+    def save(self, path: str | Path) -> None:
+        """Write the map as an ITK transform, ``.h5``; whole or not at all."""
+        with atomic(path) as temporary:
+            writer = itk.TransformFileWriterTemplate[itk.F].New()  # itk.transformwrite would write float64
+            writer.SetFileName(str(temporary))
+            writer.SetUseCompression(True)
+            writer.SetInput(self.to_itk())
+            writer.Update()
+
 
 def warp_scan(
     image: tuple[NDArray[Any], Affine], ddf: NDArray[np.float32], affine: Affine, order: int = 1
@@ -406,7 +415,7 @@ def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> 
 
 
 def save_transform(path: str | Path, transform: itk.Transform) -> None:
-    """Write an ITK transform as ``.h5`` or ``.txt``; whole or not at all."""
+    """Write an ITK transform as text, ``.txt``; whole or not at all."""
     with atomic(path) as temporary:
         itk.transformwrite([transform], str(temporary))
 
