@@ -456,3 +456,17 @@ def test_an_earlier_registration_is_overwritten_whole_or_not_at_all(
     register_files(output=out, overwrite=True, **paths, **ALIGNED)  # type: ignore[arg-type]
     assert {path.name for path in out.iterdir()} == registration._WRITTEN - {"warped_labels.nii.gz"}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_itk_cannot_align_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(
+            "itkImageToImageMetricv4.hxx:241:\nITK ERROR: All samples map outside moving image buffer.\n"
+        )
+
+    monkeypatch.setattr(registration, "register_affine", fail)
+    image = phantom(AFFINES["straight"])[0], AFFINES["straight"]
+    with pytest.raises(
+        ValueError, match=r"something alike, but ITK cannot align them: ITK ERROR: All samples map o.*\.$"
+    ):
+        register(image, image, space="fixed")
