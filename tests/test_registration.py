@@ -470,3 +470,23 @@ def test_what_itk_cannot_align_is_said_in_one_line(monkeypatch: pytest.MonkeyPat
         ValueError, match=r"something alike, but ITK cannot align them: ITK ERROR: All samples map o.*\.$"
     ):
         register(image, image, space="fixed")
+
+
+def test_the_displacement_fades_to_0_around_the_grid_of_the_network() -> None:
+    bend, seen = network(), []
+    torch.nn.init.constant_(bend.network.flow.bias, 1.0)  # a displacement at the border too
+    bend.register_forward_hook(lambda _, pair, found: seen.append(found["ddf"][0].numpy()))
+    images = [(phantom(AFFINES[name])[0], AFFINES[name]) for name in ("flipped", "oblique")]
+    field = register(*images, network=bend, **ALIGNED).forward.field  # type: ignore[arg-type]
+    assert field is not None
+    ddf, affine = field
+    margin = tuple(slice(registration._FADE, -registration._FADE) for _ in range(3))
+    np.testing.assert_array_equal(ddf[(slice(None), *margin)], seen[0])
+    for axis in (1, 2, 3):
+        assert not np.take(ddf, [0, -1], axis).any()
+        edge = np.abs(np.take(seen[0], [0, -1], axis)).max()
+        assert edge > 0.5
+        steps = np.abs(np.diff(ddf, axis=axis)).max()
+        assert steps <= max(np.abs(np.diff(seen[0], axis=axis)).max(), edge / registration._FADE) * 1.001  # float32
+    corner = grid_affine(GRID, images[1]) @ [0, 0, 0, 1]
+    np.testing.assert_allclose(affine @ [*[registration._FADE] * 3, 1], corner, atol=1e-9)
