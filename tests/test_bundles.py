@@ -370,7 +370,13 @@ def test_wrong_input_to_inference_is_met_before_the_work(bundle: Path, prepared:
     _fails("must have one shape", ["inference.json"], "infer", moving=other, fixed=good, **output)
     _fails("preset must be one of", ["inference.json"], "infer", moving=good, fixed=good, preset="vm3", **output)
     _fails(
-        "there is no nowhere.pt", ["inference.json"], "infer", moving=good, fixed=good, weights="nowhere.pt", **output
+        "weights nowhere.pt must be a file",
+        ["inference.json"],
+        "infer",
+        moving=good,
+        fixed=good,
+        weights="nowhere.pt",
+        **output,
     )
     _fails("of the network's own preset", ["inference.json"], "infer", moving=good, fixed=good, preset="vm2", **output)
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from voxelmorph_monai import cli, preparation
+from voxelmorph_monai import cli, preparation, registration
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import Grid, Prepared, sample
 
@@ -82,6 +82,37 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
     shown = capsys.readouterr()
     assert shown.err == "vxm prepare: x7 failed: no space left\n"
     assert "qc.png" in shown.out
+
+
+def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls: list[Any] = []
+    summary: dict[str, Any] = {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
+
+    def noted(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append((args, options))
+        return summary
+
+    monkeypatch.setattr(registration, "register_files", noted)
+    assert main(["register", "m.mgz", "f.nii", "--output", "out"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "no --weights: the registration is affine only",
+        "correlation 0.500 -> 0.750",
+        "out: look at report.png",
+    ]
+    summary["dice"] = {"before": {"mean": 0.25}, "after": {"mean": 0.625}}
+    words = "register m.mgz f.nii --output out --weights w.pt --preset vm1 --space fixed --transform rigid "
+    words += "--moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2 --overwrite"
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert "affine only" not in shown
+    assert "mean Dice 0.250 -> 0.625" in shown
+    inputs = Path("m.mgz"), Path("f.nii"), Path("out")
+    defaults = {"moving_labels": None, "fixed_labels": None, "weights": None, "preset": "diffeomorphic"}
+    defaults |= {"space": "mni152", "transform": "affine", "overwrite": False}  # type: ignore[dict-item]
+    assert calls[0] == (inputs, {"grid": Grid(), **defaults})
+    options = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid", "overwrite": True}
+    options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
+    assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
 
 
 def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

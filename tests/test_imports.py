@@ -21,13 +21,15 @@ ALLOWED = {
     "metrics": {"blocks"},
     "spaces": set(),
     "data": {"spaces"},
-    "transforms": {"blocks", "metrics", "pictures", "spaces"},
     "pictures": {"spaces"},
+    "results": {"blocks", "metrics", "pictures", "spaces"},
+    "transforms": {"blocks", "metrics", "results", "spaces"},
     "affine": {"spaces"},
     "preparation": {"affine", "spaces"},
     "engines": {"networks"},
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
+    "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

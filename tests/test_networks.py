@@ -453,7 +453,7 @@ def test_wrong_pair(spatial_dims, shape):
 
 def test_wrong_weights(tmp_path):
     path = tmp_path / "model.pt"
-    with pytest.raises(FileNotFoundError, match=rf"weights must be a file .*, but there is no {path}\."):
+    with pytest.raises(FileNotFoundError, match=rf"weights {path} must be a file .*, but there is no such file\."):
         load_weights(VoxelMorph("vm1", 2), str(path))
     wrong = rf"weights {path} must be of the network's own preset, got another content: "
     for content in (VoxelMorph("vm2", 2).state_dict(), VoxelMorph("vm1", 3).state_dict(), [1, 2]):

@@ -82,7 +82,7 @@ def test_scans_in_any_pose_come_out_aligned_on_the_grid(tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepared = prepare([tmp_path / "scans"], out, **PATTERNS, grid=GRID)
     assert prepared == (out / "datalist.json", {})
-    affine = preparation._grid_affine(GRID)
+    affine = preparation.grid_affine(GRID)
     template = resample(mni152(), GRID.size, affine, np.eye(4))
     tissue = resample(mni152_tissue(), GRID.size, affine, np.eye(4), order=0)
     for name in ("turned", "straight"):
@@ -101,7 +101,7 @@ def test_scans_in_any_pose_come_out_aligned_on_the_grid(tmp_path: Path) -> None:
     (transform,) = itk.transformread(str(out / "transforms" / "turned.txt"))
     turned, turned_affine = read_image(tmp_path / "scans" / "turned_t1.nii.gz")
     again = itk.resample_image_filter(
-        to_itk(preparation._rescale(turned), turned_affine),
+        to_itk(preparation.rescale(turned), turned_affine),
         transform=transform,
         reference_image=to_itk(template, affine),
         use_reference_image=True,
@@ -144,7 +144,7 @@ def test_resampling_is_that_of_itk() -> None:
 
 @pytest.mark.parametrize("grid", [Grid(), Grid((80, 96, 112), 2.0), Grid((61, 67, 75), 2.5)])
 def test_the_grid_runs_left_down_forward_around_the_middle_of_the_template(grid: Grid) -> None:
-    affine = preparation._grid_affine(grid)
+    affine = preparation.grid_affine(grid)
     assert nib.aff2axcodes(affine) == ("L", "I", "A")
     np.testing.assert_allclose(nib.affines.voxel_sizes(affine), grid.spacing)
     brain = np.argwhere(resample(mni152(), grid.size, affine, np.eye(4)) > 0)
@@ -156,9 +156,9 @@ def test_the_grid_runs_left_down_forward_around_the_middle_of_the_template(grid:
 def test_intensities_do_not_depend_on_their_scale() -> None:
     image = np.random.default_rng(0).gamma(3.0, 100.0, (30, 20, 25)).astype(np.float32)
     image[:10] = -4
-    scaled = preparation._rescale(image)
+    scaled = preparation.rescale(image)
     assert (scaled.min(), scaled.max()) == (0, 1)
-    np.testing.assert_allclose(preparation._rescale(7 * image), scaled, rtol=1e-6)
+    np.testing.assert_allclose(preparation.rescale(7 * image), scaled, rtol=1e-6)
     assert np.mean(scaled[10:] == 1) == pytest.approx(0.005, abs=1e-4)  # the 0.5 % that are cut off: 1 voxel in 10000
 
 

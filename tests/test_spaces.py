@@ -14,8 +14,11 @@ from scipy.spatial.transform import Rotation
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.spaces import (
     Affine,
+    Composite,
     atomic,
+    atomic_folder,
     from_itk,
+    linear_transform,
     read_image,
     read_labels,
     require_right_angles,
@@ -26,6 +29,7 @@ from voxelmorph_monai.spaces import (
     to_itk,
     to_lps,
     transform_affine,
+    warp_scan,
 )
 
 SIZE = (9, 12, 7)
@@ -348,3 +352,97 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
         assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
     assert path.read_text() == "new"
+
+
+def bent(affine: Affine) -> Composite:
+    """Linear, displaced and linear again; the field ends in zeros."""
+    rng = np.random.default_rng(5)
+    linear = []
+    for _ in range(2):
+        matrix = np.eye(4)
+        matrix[:3] += rng.normal(0, 0.1, (3, 4)) + np.array([0, 0, 0, 4.0])
+        linear.append(matrix)
+    ddf = np.pad(rng.normal(0, 0.4, (3, *(n - 2 for n in SIZE))), [(0, 0), *[(1, 1)] * 3])
+    return Composite(linear[0], linear[1], (ddf.astype(np.float32), affine))
+
+
+@affines
+def test_simpleitk_moves_points_by_a_saved_composite_as_we_do(tmp_path: Path, affine: Affine) -> None:
+    composite = bent(affine)
+    composite.save(tmp_path / "forward.h5")
+    theirs = sitk.ReadTransform(str(tmp_path / "forward.h5"))
+    index = np.random.default_rng(6).uniform(-3, np.add(SIZE, 3), (200, 3))  # of the field's grid, and around it
+    points = index @ affine[:3, :3].T + affine[:3, 3]
+    points = (points - composite.inner[:3, 3]) @ np.linalg.inv(composite.inner[:3, :3]).T
+    moved = composite.points(points)
+    expected = [np.array(theirs.TransformPoint(point)) * [-1, -1, 1] for point in points * [-1, -1, 1]]
+    np.testing.assert_allclose(moved, expected, atol=1e-4)  # float32 in the file
+    straight = points @ composite.linear[:3, :3].T + composite.linear[:3, 3]
+    assert np.linalg.norm(moved - straight, axis=1).max() > 0.5
+
+
+def test_a_composite_on_a_grid_is_where_the_voxels_go() -> None:
+    composite, affine = bent(AFFINES["oblique"]), AFFINES["mirrored oblique"]
+    size = (3, 1100, 1000)  # cut into slabs of one row
+    ddf = composite.on_grid(size, affine)
+    assert (ddf.dtype, ddf.shape) == (np.float32, (3, *size))
+    for index in [(0, 0, 0), (2, 7, 4), (1, 1099, 999)]:
+        target = affine @ [*(index + ddf[(slice(None), *index)].astype(float)), 1]
+        source = (affine @ [*index, 1])[None, :3]
+        # mm: a float32 of up to 1000 voxels
+        np.testing.assert_allclose(target[:3], composite.points(source)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("moving", "fixed"), [("straight", "permuted"), ("oblique", "mirrored oblique")])
+def test_a_scan_is_warped_as_simpleitk_warps_it(tmp_path: Path, moving: str, fixed: str, order: int) -> None:
+    array = noise(np.float32 if order else np.int16)
+    shift = AFFINES[moving].copy()
+    shift[:3, 3] += AFFINES[fixed][:3, :3] @ [4.0, 5.0, 3.0] - AFFINES[moving][:3, :3] @ [4.0, 5.0, 3.0]
+    ddf = np.random.default_rng(7).normal(0, 0.7, (3, *SIZE)).astype(np.float32)
+    ours = warp_scan((array, shift), ddf, AFFINES[fixed], order)
+    assert ours.dtype == array.dtype
+    save_image(tmp_path / "moving.nii", array, shift)
+    save_displacement(tmp_path / "displacement.nii", ddf, AFFINES[fixed])
+    field = sitk.ReadImage(str(tmp_path / "displacement.nii"), sitk.sitkVectorFloat64)
+    reference = sitk.ReadImage(str(tmp_path / "displacement.nii"))
+    theirs = sitk.GetArrayFromImage(
+        sitk.Resample(
+            sitk.ReadImage(str(tmp_path / "moving.nii")),
+            reference.GetSize(),
+            sitk.DisplacementFieldTransform(field),
+            sitk.sitkLinear if order else sitk.sitkNearestNeighbor,
+            reference.GetOrigin(),
+            reference.GetSpacing(),
+            reference.GetDirection(),
+            0.0,
+        )
+    ).T
+    # A point at the very border of the image or between two voxels falls to either side by rounding of the headers;
+    # elsewhere 1e-4 mm of voxels that differ by up to 200.
+    assert np.mean(np.abs(ours - theirs) > 0.1) < 0.005
+    assert 0.3 < np.mean(ours > 0) < 0.95  # inside, outside and the border between
+
+
+def test_a_matrix_becomes_the_transform_that_has_it() -> None:
+    matrix = np.array([[0.9, 0.1, 0, 4], [-0.2, 1.1, 0.3, -7], [0.05, 0, 1, 12], [0, 0, 0, 1]])
+    np.testing.assert_allclose(transform_affine(linear_transform(matrix)), matrix, atol=1e-12)  # double
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+
+    def fail() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "half").write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert list((tmp_path / "new").iterdir()) == []
+    for text in ("first", "second"):
+        with atomic_folder(target) as folder:
+            assert folder.parent == target.parent  # one file system: a rename is enough
+            (folder / text).write_text(text)
+        assert [path.name for path in target.iterdir()] == [text]
+    assert list((tmp_path / "new").iterdir()) == [target]

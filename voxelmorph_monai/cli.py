@@ -23,6 +23,11 @@ class _Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
+def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", nargs=3, type=int, default=[160, 192, 224], help="voxels along L-R, I-S, A-P")
+    parser.add_argument("--spacing", type=float, default=1.0, metavar="MM", help="side of a voxel (%(default)s)")
+
+
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", type=Path, help="folders of scans, or scans (NIfTI, MGZ)")
     parser.add_argument("output", type=Path, help="folder to write, new or of an earlier run")
@@ -30,8 +35,7 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", default="*.nii.gz", metavar="PATTERN", help="scans in a folder; * is the name (%(default)s)"
     )
     parser.add_argument("--labels", metavar="PATTERN", help="labels of the scan with that name (default: none)")
-    parser.add_argument("--size", nargs=3, type=int, default=[160, 192, 224], help="voxels along L-R, I-S, A-P")
-    parser.add_argument("--spacing", type=float, default=1.0, metavar="MM", help="side of a voxel (%(default)s)")
+    _add_grid_arguments(parser)
     parser.add_argument("--split", type=Path, metavar="JSON", help="names of scans by section (default: drawn)")
     parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
     parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
@@ -48,6 +52,43 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"vxm prepare: {name} failed: {reason}", file=sys.stderr)
     print(f"{prepared.datalist}\n{prepared.datalist.with_name('qc.png')}: look at it before you train")
     return 1 if prepared.errors else 0
+
+
+def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("moving", type=Path, help="scan to warp (NIfTI, MGZ)")
+    parser.add_argument("fixed", type=Path, help="scan to warp it to")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network (default: none, affine only)")
+    parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
+    parser.add_argument(
+        "--space",
+        choices=("mni152", "fixed"),
+        default="mni152",
+        help="align both to MNI152 (skull-stripped brains), or moving to fixed (anything) (%(default)s)",
+    )
+    parser.add_argument(
+        "--transform", choices=("affine", "rigid", "none"), default="affine", help="to align with (%(default)s)"
+    )
+    parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
+    parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
+    _add_grid_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier registration in DIR")
+
+
+def _register(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.preparation import Grid
+    from voxelmorph_monai.registration import register_files
+
+    names = ("moving_labels", "fixed_labels", "weights", "preset", "space", "transform", "overwrite")
+    options = {name: getattr(args, name) for name in names}
+    summary = register_files(args.moving, args.fixed, args.output, grid=Grid(tuple(args.size), args.spacing), **options)
+    if args.weights is None:
+        print("no --weights: the registration is affine only")
+    print(f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}")
+    if summary["dice"]:
+        print(f"mean Dice {summary['dice']['before']['mean']:.3f} -> {summary['dice']['after']['mean']:.3f}")
+    print(f"{args.output}: look at report.png")
+    return 0
 
 
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +109,12 @@ _COMMANDS = {
         "vxm prepare scans/ prepared/ --images '*_t1.nii.gz' --labels '*_labels.nii.gz'",
         _add_prepare_arguments,
         _prepare,
+    ),
+    "register": _Command(
+        "register two scans in physical space; write the warped scan, ITK transforms, a picture and a summary",
+        "vxm register moving.nii.gz fixed.nii.gz --output registered --weights model.pt",
+        _add_register_arguments,
+        _register,
     ),
     "quickstart": _Command(
         "register two brains that come with the project, from scratch: prepare, train, evaluate, register",

@@ -255,10 +255,10 @@ def load_weights(network: VoxelMorph, path: str) -> None:
         ValueError: not the weights of a network of this preset.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights must be a file that a training wrote (model.pt), but there is no {path}.")
+        raise FileNotFoundError(f"weights {path} must be a file that a training wrote, but there is no such file.")
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, TypeError, AttributeError, KeyError, EOFError, UnpicklingError) as error:
         reason = (str(error) or "an empty file").splitlines()[0]
         raise ValueError(
             f"weights {path} must be of the network's own preset, got another content: {reason}"

@@ -35,11 +35,23 @@ from voxelmorph_monai.spaces import (
     require_right_angles,
     require_same_grid,
     save_image,
+    save_transform,
     spacing,
     transform_affine,
 )
 
-__all__ = ["Grid", "mni152", "mni152_tissue", "prepare", "resample", "sample"]
+__all__ = [
+    "Grid",
+    "check_brain",
+    "grid_affine",
+    "mni152",
+    "mni152_tissue",
+    "prepare",
+    "resample",
+    "resample_intensities",
+    "rescale",
+    "sample",
+]
 
 _ORANGE = [1.0, 0.35, 0.0]
 _LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: the direction (RAS) of an array axis
@@ -121,23 +133,47 @@ def sample(name: str) -> Path:
     return folder / f"{name}.nii.gz"
 
 
-def _brain_box() -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lower and upper corner (RAS, mm) of the box around the outermost voxels of the template's brain."""
-    brain, affine = _mni152()
-    index = np.argwhere(brain > 0)
-    ends = np.stack([index.min(axis=0), index.max(axis=0)]) @ affine[:3, :3].T + affine[:3, 3]
-    return ends.min(axis=0), ends.max(axis=0)
+def _box(image: tuple[NDArray[Any], Affine]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Lower and upper corner (RAS, mm) of the box that holds all voxels above 0, whatever the axes of the array."""
+    array, affine = image
+    found = ndimage.find_objects((array > 0).astype(np.uint8))[0]
+    corners = np.stack(np.meshgrid(*[(edge.start, edge.stop - 1) for edge in found], [1], indexing="ij"))
+    ends = (affine @ corners.reshape(4, -1))[:3]
+    return ends.min(axis=1), ends.max(axis=1)
 
 
-def _grid_affine(grid: Grid) -> Affine:
+@cache
+def _template_box() -> tuple[NDArray[Any], NDArray[Any]]:
+    return _box(_mni152())
+
+
+def grid_affine(grid: Grid, image: tuple[NDArray[Any], Affine] | None = None) -> Affine:
+    """Affine (RAS, mm) of ``grid`` around what ``image`` ``(array, affine)`` shows above 0 (default: MNI152's brain).
+
+    Raises:
+        ValueError: the grid is none, or too small to hold it.
+    """
+    if len(grid.size) != 3 or min(grid.size) < 1 or not 0 < grid.spacing < np.inf:
+        raise ValueError(f"a grid must have three sizes > 0 and a spacing > 0, got {grid}.")
+    low, high = _template_box() if image is None else _box(image)
+    extent, needed = np.multiply(grid.size, grid.spacing), np.abs(_LIA.T @ (high - low))
+    if (extent < needed).any():
+        what = "the template's brain" if image is None else "the fixed image"
+        raise ValueError(
+            f"a grid must hold {what}, {needed.round(1).tolist()} mm, but has {extent.round(1).tolist()} mm."
+        )
     affine = np.eye(4)
     affine[:3, :3] = grid.spacing * _LIA
-    affine[:3, 3] = np.mean(_brain_box(), axis=0) - affine[:3, :3] @ ((np.array(grid.size) - 1) / 2)
+    affine[:3, 3] = (low + high) / 2 - affine[:3, :3] @ ((np.array(grid.size) - 1) / 2)
     return affine
 
 
 def resample(
-    image: tuple[NDArray[Any], Affine], size: Sequence[int], affine: Affine, mapping: Affine, order: int = 1
+    image: tuple[NDArray[Any], Affine],
+    size: Sequence[int],
+    affine: Affine,
+    mapping: NDArray[np.floating[Any]],
+    order: int = 1,
 ) -> NDArray[Any]:
     """Sample ``image`` ``(array, affine)`` on another grid; beyond its outermost voxels it is 0.
 
@@ -152,13 +188,25 @@ def resample(
     return ndimage.affine_transform(image[0], to_voxels, output_shape=tuple(size), order=order)
 
 
+def resample_intensities(
+    image: tuple[NDArray[np.float32], Affine], size: Sequence[int], affine: Affine, mapping: Affine
+) -> NDArray[np.float32]:
+    """Sample a scan as :func:`resample` does, smoothed along each axis that the other grid samples more coarsely.
+
+    A voxel of that grid then stands for all that lies within it.
+    """
+    sides = spacing(image[1])
+    width = np.sqrt(np.maximum(spacing(affine).max() ** 2 - sides**2, 0)) / sides  # at half height, in voxels
+    return resample((ndimage.gaussian_filter(image[0], width / 2.355), image[1]), size, affine, mapping)
+
+
 @cache
 def _template(grid: Grid) -> NDArray[np.float32]:
-    return resample(_mni152(), grid.size, _grid_affine(grid), np.eye(4))
+    return resample(_mni152(), grid.size, grid_affine(grid), np.eye(4))
 
 
-def _rescale(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Clip at 0 and divide by the 99.5th percentile of what is above it: [0, 1]."""
+def rescale(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Clip intensities at 0 and divide by the 99.5th percentile of what is above it: [0, 1]."""
     return np.clip(array / np.percentile(array[array > 0], 99.5), 0, 1)
 
 
@@ -214,23 +262,28 @@ def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -
     return sorted(scans)
 
 
+def check_brain(image: tuple[NDArray[Any], Affine], subject: str) -> None:
+    """Raise ValueError unless ``image`` ``(array, affine)`` can be a skull-stripped head, its axes at right angles."""
+    if image[0].min() < -0.1 * image[0].max():  # interpolation overshoots by less
+        raise ValueError(f"{subject} must have a background of 0 and nothing far below it, got {image[0].min():.3g}.")
+    litres = np.count_nonzero(image[0] > 0) * np.prod(spacing(image[1])) * 1e-6
+    if not 0.3 < litres < 2.5:
+        raise ValueError(
+            f"{subject} must be a skull-stripped head, 0 around a brain of 0.3 to 2.5 litres, got {litres:.2g} "
+            "litres above 0."
+        )
+    require_right_angles(image[1], subject)
+
+
 def _read(scan: _Scan) -> tuple[NDArray[np.float32], NDArray[Any] | None, Affine]:
     """Intensities in [0, 1], labels if there are any, and the affine of both."""
     image, affine = read_image(scan.image)
-    if image.min() < -0.1 * image.max():  # interpolation overshoots by less
-        raise ValueError(f"{scan.image} must have a background of 0 and nothing far below it, got {image.min():.3g}.")
-    litres = np.count_nonzero(image > 0) * np.prod(spacing(affine)) * 1e-6
-    if not 0.3 < litres < 2.5:
-        raise ValueError(
-            f"{scan.image} must be a skull-stripped head, 0 around a brain of 0.3 to 2.5 litres, got {litres:.2g} "
-            "litres above 0."
-        )
-    require_right_angles(affine, str(scan.image))
+    check_brain((image, affine), str(scan.image))
     if scan.label is None:
-        return _rescale(image), None, affine
+        return rescale(image), None, affine
     labels, label_affine = read_labels(scan.label)
     require_same_grid((image, affine), (labels, label_affine), (str(scan.image), str(scan.label)))
-    return _rescale(image), labels, affine
+    return rescale(image), labels, affine
 
 
 def _check(scan: _Scan) -> None:
@@ -251,17 +304,13 @@ def _prepare_scan(scan: _Scan, grid: Grid, output: Path) -> None:
     inputs = scan.inputs()
     image, labels, affine = _read(scan)
     transform = register_affine((image, affine), _mni152())
-    mapping, target = transform_affine(transform), _grid_affine(grid)
-    # A voxel of the grid stands for all that lies within it: what is sampled more finely is smoothed to its width.
-    width = np.sqrt(np.maximum(grid.spacing**2 - spacing(affine) ** 2, 0)) / spacing(affine)
-    smooth = ndimage.gaussian_filter(image, width / 2.355)
-    prepared = resample((smooth, affine), grid.size, target, mapping)
+    mapping, target = transform_affine(transform), grid_affine(grid)
+    prepared = resample_intensities((image, affine), grid.size, target, mapping)
     save_image(output / scan.outputs()["image"], prepared, target)
     if labels is not None:
         warped = resample((labels, affine), grid.size, target, mapping, order=0)
         save_image(output / scan.outputs()["label"], warped, target)
-    with atomic(output / "transforms" / f"{scan.name}.txt") as temporary:
-        itk.transformwrite([transform], str(temporary))
+    save_transform(output / "transforms" / f"{scan.name}.txt", transform)
     template = _template(grid)
     ncc = np.corrcoef(prepared[template > 0], template[template > 0])[0, 1]
     _write_json(_record(output, scan.name), {"inputs": inputs, "ncc": round(float(ncc), 4)})
@@ -308,16 +357,6 @@ def _for_each(
         if error:
             errors[tasks[task]] = str(error) or type(error).__name__
     return errors
-
-
-def _check_grid(grid: Grid) -> None:
-    if len(grid.size) != 3 or min(grid.size) < 1 or not 0 < grid.spacing < np.inf:
-        raise ValueError(f"a grid must have three sizes > 0 and a spacing > 0, got {grid}.")
-    extent = np.multiply(grid.size, grid.spacing)
-    low, high = _brain_box()
-    brain = np.abs(_LIA.T @ (high - low))
-    if (extent < brain).any():
-        raise ValueError(f"a grid must hold the template's brain, {brain.tolist()} mm, but has {extent.tolist()} mm.")
 
 
 def _grid_json(grid: Grid) -> dict[str, Any]:
@@ -468,7 +507,7 @@ def prepare(
     output = Path(output).absolute()
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
-    _check_grid(grid)
+    grid_affine(grid)  # raises on one that cannot be
     scans = _find_scans(inputs, images, labels)
     names = [scan.name for scan in scans]
     sections = _given_sections(Path(split), names) if split else _random_sections(names, validation, test, seed)

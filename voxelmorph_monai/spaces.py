@@ -6,11 +6,12 @@ Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the
 """
 
 import os
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import itk
 import nibabel as nib
@@ -18,10 +19,14 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
+from scipy import ndimage
 
 __all__ = [
+    "Composite",
     "atomic",
+    "atomic_folder",
     "from_itk",
+    "linear_transform",
     "open_volume",
     "read_image",
     "read_labels",
@@ -29,10 +34,13 @@ __all__ = [
     "require_same_grid",
     "save_displacement",
     "save_image",
+    "save_image_like",
+    "save_transform",
     "spacing",
     "to_itk",
     "to_lps",
     "transform_affine",
+    "warp_scan",
 ]
 
 Affine = NDArray[np.float64]
@@ -173,12 +181,17 @@ def to_itk(array: NDArray[Any], affine: Affine) -> itk.Image:
     """Copy ``array`` ``(X, Y, Z)`` with its affine (RAS) to an ITK image (LPS) of the same pixel type."""
     _check_affine(affine, "an image for ITK")
     require_right_angles(affine, "an image for ITK")
-    lps = _LPS @ affine
     image = itk.image_from_array(np.ascontiguousarray(array.T))
+    _set_grid(image, affine)
+    return image
+
+
+def _set_grid(image: itk.Image, affine: Affine) -> None:
+    """Put an ITK image where the affine (RAS) says."""
+    lps = _LPS @ affine
     image.SetSpacing(spacing(affine).tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection(itk.matrix_from_array(lps[:3, :3] / spacing(affine)))
-    return image
 
 
 def from_itk(image: itk.Image) -> tuple[NDArray[Any], Affine]:
@@ -189,7 +202,7 @@ def from_itk(image: itk.Image) -> tuple[NDArray[Any], Affine]:
     return itk.array_from_image(image).T, _LPS @ lps
 
 
-def to_lps(value: Affine) -> Affine:
+def to_lps(value: NDArray[np.floating[Any]]) -> Affine:
     """Restate a point ``(3,)`` or a map of points ``(4, 4)`` of RAS in LPS, or one of LPS in RAS."""
     return _LPS[:3, :3] @ value if value.ndim == 1 else _LPS @ value @ _LPS
 
@@ -200,6 +213,126 @@ def transform_affine(transform: itk.Transform) -> Affine:
     lps[:3, :3] = itk.array_from_matrix(transform.GetMatrix())
     lps[:3, 3] = transform.GetOffset()
     return to_lps(lps)
+
+
+def linear_transform(matrix: NDArray[np.floating[Any]], kind: Any = itk.D) -> itk.Transform:
+    """ITK transform (LPS) of a 4 x 4 map of points in RAS, mm; the inverse of :func:`transform_affine`.
+
+    Args:
+        matrix: the map.
+        kind: type of its parameters, ``itk.D`` or ``itk.F``.
+    """
+    transform = itk.AffineTransform[kind, 3].New()
+    lps = to_lps(matrix).astype(np.float64 if kind is itk.D else np.float32)
+    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:3, :3])))
+    transform.SetTranslation(lps[:3, 3].tolist())
+    return transform
+
+
+def _apply(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDArray[np.float64]:
+    """Map ``points`` ``(3, ...)`` by a 4 x 4 matrix."""
+    shift = matrix[:3, 3].reshape(3, *[1] * (points.ndim - 1))
+    return np.tensordot(matrix[:3, :3], points, axes=1) + shift
+
+
+def _slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Cut a grid along its first axis into parts of about a million voxels: the slice, and the indices ``(3, ...)``."""
+    step = max(1, 2**20 // (size[1] * size[2]))
+    for start in range(0, size[0], step):
+        stop = min(start + step, size[0])
+        index = np.indices((stop - start, size[1], size[2]), dtype=np.float64)
+        index[0] += start
+        yield slice(start, stop), index
+
+
+class Composite(NamedTuple):
+    r"""Map of points in RAS mm, :math:`p \mapsto O A (x + u(x))` with :math:`x = A^{-1} I p`: linear, bent, linear.
+
+    Attributes:
+        inner: 4 x 4 matrix :math:`I`, applied first: from the points' space to the field's.
+        outer: 4 x 4 matrix :math:`O`, applied last.
+        field: the displacement :math:`u` ``(3, X, Y, Z)`` in voxels of its own grid, and the affine :math:`A` of that
+            grid; None for no displacement. Beyond the grid the displacement is 0, as it is for ITK: a field should end
+            in zeros.
+    """
+
+    inner: NDArray[np.floating[Any]]
+    outer: NDArray[np.floating[Any]]
+    field: tuple[NDArray[np.float32], Affine] | None = None
+
+    @property
+    def linear(self) -> NDArray[np.floating[Any]]:
+        """The map without its displacement, a 4 x 4 matrix."""
+        return self.outer @ self.inner
+
+    def _map(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Map ``points`` ``(3, ...)``."""
+        points = _apply(self.inner, points)
+        if self.field is not None:
+            ddf, affine = self.field
+            index = _apply(np.linalg.inv(affine), points)
+            offset = np.stack([ndimage.map_coordinates(u, index, np.float64, order=1) for u in ddf])
+            points = points + np.tensordot(affine[:3, :3], offset, axes=1)
+        return _apply(self.outer, points)
+
+    def points(self, points: NDArray[Any]) -> NDArray[np.float64]:
+        """Map ``points`` ``(N, 3)`` in mm (RAS)."""
+        return self._map(np.asarray(points, dtype=np.float64).T).T
+
+    def on_grid(self, size: Sequence[int], affine: Affine) -> NDArray[np.float32]:
+        """The whole map as one displacement ``(3, *size)`` in voxels of the grid with this affine (RAS, mm)."""
+        ddf = np.empty((3, *size), dtype=np.float32)
+        back = np.linalg.inv(affine)
+        for part, index in _slabs(size):
+            ddf[:, part] = _apply(back, self._map(_apply(affine, index))) - index
+        return ddf
+
+    def to_itk(self) -> itk.Transform:
+        """Copy to an ITK composite transform (LPS) of the same maps, in float32: 1e-5 mm in a brain."""
+        composite = itk.CompositeTransform[itk.F, 3].New()
+        composite.AddTransform(linear_transform(self.outer, itk.F))  # ITK applies what was added last first
+        if self.field is not None:
+            ddf, affine = self.field
+            vectors = np.einsum("ij,jxyz->zyxi", (_LPS @ affine)[:3, :3].astype(np.float32), ddf)
+            image = itk.image_from_array(np.ascontiguousarray(vectors), ttype=itk.Image[itk.Vector[itk.F, 3], 3])
+            _set_grid(image, affine)
+            transform = itk.DisplacementFieldTransform[itk.F, 3].New()
+            transform.SetDisplacementField(image)
+            composite.AddTransform(transform)
+        composite.AddTransform(linear_transform(self.inner, itk.F))
+        return composite
+
+    def save(self, path: str | Path) -> None:
+        """Write the map as an ITK transform, ``.h5``; whole or not at all."""
+        with atomic(path) as temporary:
+            writer = itk.TransformFileWriterTemplate[itk.F].New()  # itk.transformwrite would write float64
+            writer.SetFileName(str(temporary))
+            writer.SetUseCompression(True)
+            writer.SetInput(self.to_itk())
+            writer.Update()
+
+
+def warp_scan(
+    image: tuple[NDArray[Any], Affine], ddf: NDArray[np.float32], affine: Affine, order: int = 1
+) -> NDArray[Any]:
+    """Pull ``image`` ``(array, affine)`` onto another grid along a displacement, by a single interpolation.
+
+    Outside the image, further than half a voxel from its outermost ones, the result is 0, as ITK has it.
+
+    Args:
+        image: what to warp; the result has its type.
+        ddf: ``(3, X, Y, Z)`` in voxels of the other grid, from its points to those of the image.
+        affine: of the other grid (RAS, mm).
+        order: 1 linear; 0 nearest, which invents no label.
+    """
+    array, to_voxels = image[0], np.linalg.inv(image[1]) @ affine
+    end = np.reshape(array.shape, (3, 1, 1, 1)) - 0.5
+    warped = np.zeros(ddf.shape[1:], dtype=array.dtype)
+    for part, index in _slabs(ddf.shape[1:]):
+        at = _apply(to_voxels, index + ddf[:, part])
+        values = ndimage.map_coordinates(array, at, array.dtype, order=order, mode="nearest")
+        warped[part] = np.where(((at >= -0.5) & (at < end)).all(axis=0), values, 0)
+    return warped
 
 
 @contextmanager
@@ -224,6 +357,26 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` to fill; it takes the place of ``path``, and of all in it, at the end.
+
+    Nobody ever sees half of it: after an error the temporary folder is gone and ``path`` is what it was.
+    """
+    path = Path(path).absolute()
+    temporary, former = (path.with_name(f".{os.getpid()}.{path.name}{end}") for end in ("", ".former"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, former)
+        os.replace(temporary, path)
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _save(path: str | Path, image: nib.Nifti1Image) -> None:
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"an image is saved as .nii or .nii.gz, got {path}.")
@@ -244,6 +397,29 @@ def save_image(path: str | Path, array: NDArray[Any], affine: Affine) -> None:
         raise ValueError(f"{path} must be given a 3-D array, got shape {array.shape}.")
     _check_affine(affine, str(path))
     _save(path, nib.Nifti1Image(array, affine, dtype=array.dtype))
+
+
+def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> None:
+    """Write ``array`` ``(X, Y, Z)`` in its own type with the header of the file ``like``; whole or not at all.
+
+    Shape, position (both forms and their codes), units and description are those of ``like``; of the header of an MGZ
+    file NIfTI holds only shape and position.
+    """
+    model = nib.load(like)
+    if not isinstance(model, nib.Nifti1Pair):
+        save_image(path, array, cast(nib.MGHImage, model).affine)
+        return
+    kind = nib.Nifti2Image if isinstance(model.header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(array.reshape(model.shape), model.affine, model.header, dtype=array.dtype)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the range to show was that of other intensities
+    with atomic(path) as temporary:
+        nib.save(image, temporary)
+
+
+def save_transform(path: str | Path, transform: itk.Transform) -> None:
+    """Write an ITK transform as text, ``.txt``; whole or not at all."""
+    with atomic(path) as temporary:
+        itk.transformwrite([transform], str(temporary))
 
 
 def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine) -> None:

@@ -1,6 +1,5 @@
 """Transforms of MONAI dictionaries: load scans, merge labels, warp labels, save a registration."""
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +11,9 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
-from voxelmorph_monai.blocks import invert, jacobian_determinant, warp, warp_labels
-from voxelmorph_monai.metrics import dice, folding, inverse_consistency, log_jacobian_sd
-from voxelmorph_monai.pictures import save_registration_picture
+from voxelmorph_monai.blocks import invert, warp, warp_labels
+from voxelmorph_monai.metrics import inverse_consistency
+from voxelmorph_monai.results import Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     read_image,
     read_labels,
@@ -137,11 +136,6 @@ class WarpLabelsd(Transform):
         return {**data, "warped_label": _warped_labels(data["moving_label"], data["ddf"], self.mode)}
 
 
-def _correlation(first: Tensor, second: Tensor) -> float:
-    """Pearson's correlation of two images over the whole grid: -1 to 1."""
-    return float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).double())[0, 1])
-
-
 _FILES = (
     "warped.nii.gz",
     "warped_label.nii.gz",
@@ -192,51 +186,33 @@ class SaveRegistrationd(Transform):
         assert isinstance(fixed, MetaTensor)
         affine = fixed.affine.numpy()
         inverse = data["inverse_ddf"].cpu() if "inverse_ddf" in data else invert(ddf[None])[0][0]
-        determinant = jacobian_determinant(ddf[None])[0, 0]
         summary = self._summary(data, inverse, affine)
         meta = data["moving"].meta  # type: ignore[attr-defined]
         intensities = warped * (meta["maximum"] - meta["minimum"]) + meta["minimum"]
         save_image(folder / "warped.nii.gz", intensities.astype(np.float32), affine)
-        save_displacement(folder / "displacement.nii.gz", ddf.numpy(), affine)
         save_displacement(folder / "inverse_displacement.nii.gz", inverse.numpy(), affine)
-        save_image(folder / "jacobian.nii.gz", determinant.numpy(), affine)
         if "moving_label" in data:
             labels = _warped_labels(data["moving_label"], ddf, "nearest")
             save_image(folder / "warped_label.nii.gz", labels[0].numpy(), affine)
-        save_registration_picture(
-            folder / "report.png",
-            np.asarray(data["moving"][0]),
-            np.asarray(fixed[0]),
-            warped,
-            ddf.numpy(),
-            determinant.numpy(),
-            affine,
-            title=f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}, "
-            f"folding {summary['folding_percent']:.4f} %",
-        )
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        images = Images(np.asarray(data["moving"][0]), np.asarray(fixed[0]), warped)
+        save_results(folder, images, ddf.numpy(), affine, summary)
         return summary
 
     def _summary(self, data: Mapping[Hashable, Tensor], inverse: Tensor, affine: np.ndarray) -> dict[str, object]:
         ddf, moving, fixed = data["ddf"].cpu(), data["moving"].as_subclass(Tensor), data["fixed"].as_subclass(Tensor)
+        consistency = inverse_consistency(
+            ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=moving[None] > 0
+        )
         summary: dict[str, object] = {
-            "similarity_before": _correlation(moving, fixed),
-            "similarity_after": _correlation(data["warped"].cpu(), fixed),
-            "folding_percent": float(folding(ddf[None])),
-            "sdlogj": float(log_jacobian_sd(ddf[None])),
-            "inverse_consistency_mm": float(
-                inverse_consistency(ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=moving[None] > 0)
-            ),
+            "dice": None,
+            "similarity_before": correlation(moving.numpy(), fixed.numpy()),
+            "similarity_after": correlation(data["warped"].cpu().numpy(), fixed.numpy()),
+            **regularity(ddf.numpy()),
+            "inverse_consistency_mm": float(consistency),
             "seconds": float(data["seconds"]) if "seconds" in data else None,
         }
         if "moving_label" in data and "fixed_label" in data:
-            labels = [data["moving_label"].as_subclass(Tensor), data["fixed_label"].as_subclass(Tensor)]
-            warped = _warped_labels(labels[0], ddf, "nearest")
-            num_labels = int(max(labels[0].max(), labels[1].max()))
-            before, after = (dice(x[None], labels[1][None], num_labels)[0] for x in (labels[0], warped))
-            present = [i for i in range(num_labels) if not after[i].isnan()]
-            summary["dice"] = {
-                "before": {str(i + 1): float(before[i]) for i in present} | {"mean": float(before.nanmean())},
-                "after": {str(i + 1): float(after[i]) for i in present} | {"mean": float(after.nanmean())},
-            }
+            labels = data["moving_label"].as_subclass(Tensor)
+            stages = {"before": labels[0].numpy(), "after": _warped_labels(labels, ddf, "nearest")[0].numpy()}
+            summary["dice"] = overlap(stages, data["fixed_label"].as_subclass(Tensor)[0].numpy())
         return summary

@@ -1,0 +1,492 @@
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nibabel.orientations import apply_orientation, inv_ornt_aff
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from voxelmorph_monai import registration
+from voxelmorph_monai.blocks import jacobian_determinant
+from voxelmorph_monai.cli import main
+from voxelmorph_monai.networks import Registration, VoxelMorph
+from voxelmorph_monai.preparation import Grid, grid_affine, sample
+from voxelmorph_monai.registration import load_network, register, register_files
+from voxelmorph_monai.spaces import Affine, read_image, save_image
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GRID = Grid((36, 40, 44), 4.0)
+ALIGNED = {"space": "fixed", "transform": "none", "grid": GRID}
+
+
+def placed(angles: tuple[float, float, float], sides: tuple[float, float, float], axes: NDArray[Any]) -> Affine:
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ axes @ np.diag(sides)
+    affine[:3, 3] = np.array([4.0, -6.0, 9.0]) - affine[:3, :3] @ ((np.array(SIZE) - 1) / 2)
+    return affine
+
+
+SIZE = (26, 31, 23)
+RAS, LAS, LIA = np.eye(3), np.diag([-1.0, 1, 1]), np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+AFFINES = {
+    "straight": placed((0, 0, 0), (4, 4, 4), RAS),
+    "flipped": placed((0, 0, 0), (4.4, 3.6, 4.8), LAS),
+    "oblique": placed((20, -35, 50), (4.2, 3.5, 5.1), LIA),
+    "mirrored oblique": placed((-8, 15, 100), (3.7, 4.3, 4.9), LAS),
+}
+
+
+def world(affine: Affine, size: tuple[int, ...] = SIZE) -> NDArray[Any]:
+    """Points (RAS, mm) of a grid: ``(3, *size)``."""
+    return np.tensordot(affine[:3, :3], np.indices(size), 1) + affine[:3, 3].reshape(3, 1, 1, 1)
+
+
+def phantom(affine: Affine, bend: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Image (0 to 800) and labels (0, 40, 7, 300) of a body without symmetry in the world, on the grid of an affine."""
+    x, y, z = world(affine) - np.array([4.0, -6.0, 9.0]).reshape(3, 1, 1, 1)
+    x = x + bend * np.sin(y / 15)
+    radius = np.sqrt((x / 34) ** 2 + (y / 42) ** 2 + (z / 30) ** 2 + 0.2 * (x + 10) * z / 1000)
+    core = np.sqrt(((x - 12) / 11) ** 2 + ((y + 9) / 16) ** 2 + ((z - 4) / 9) ** 2)
+    image = 400 / (1 + np.exp(12 * (radius - 0.9))) + 400 / (1 + np.exp(6 * (core - 1)))
+    labels = np.where(radius < 0.9, 40, 0) + np.where(core < 1, -33, 0) + np.where((radius < 0.9) & (y > 20), 260, 0)
+    return np.where(image > 8, image, 0).astype(np.float32), labels.clip(0).astype(np.int16)
+
+
+def network(preset: str = "diffeomorphic") -> Registration:
+    """Untrained, but it bends: by some 4 mm at most."""
+    torch.manual_seed(3)
+    decoder, std = {"diffeomorphic": (((8,), (8,)), 0.03), "vm1": (((8,), (8,), (8,)), 0.1)}[preset]
+    model = VoxelMorph(preset, encoder=(4, 8), decoder=decoder)
+    torch.nn.init.normal_(model.flow.weight, std=std)
+    return Registration(model, bidirectional=model.num_steps > 0, amp=False).eval()
+
+
+class Write:
+    """Scans and labels in files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, affine: Affine, bend: float = 0.0) -> dict[str, Path]:
+        image, labels = phantom(affine, bend)
+        paths = {name: self.folder / f"{name}.nii.gz", f"{name}_labels": self.folder / f"{name}_labels.nii.gz"}
+        for path, array in zip(paths.values(), (image, labels), strict=True):
+            save_image(path, array, affine)
+        return paths
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    return Write(tmp_path)
+
+
+@pytest.fixture
+def bent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Weights come from nowhere: the network of these tests."""
+
+    def use(preset: str) -> None:
+        monkeypatch.setattr(registration, "load_network", lambda weights, name: network(preset))
+
+    return use
+
+
+def sitk_array(image: sitk.Image) -> NDArray[Any]:
+    return sitk.GetArrayFromImage(image).T
+
+
+@pytest.mark.parametrize(
+    ("moving", "fixed", "preset"),
+    [
+        ("straight", "oblique", "diffeomorphic"),
+        ("oblique", "flipped", "vm1"),
+        ("mirrored oblique", "oblique", "diffeomorphic"),
+    ],
+)
+def test_simpleitk_applies_the_files_as_we_do(
+    tmp_path: Path, write: Write, bent: Callable[[str], None], moving: str, fixed: str, preset: str
+) -> None:
+    bent(preset)
+    paths = {**write("moving", AFFINES[moving], bend=4.0), **write("fixed", AFFINES[fixed])}
+    out, weights = tmp_path / "out", tmp_path / "weights.pt"
+    weights.write_bytes(b"never read")
+    summary = register_files(output=out, weights=weights, **paths, **ALIGNED)  # type: ignore[arg-type]
+    scan, target = (sitk.ReadImage(str(paths[name])) for name in ("moving", "fixed"))
+    forward = sitk.ReadTransform(str(out / "forward.h5"))
+    field = sitk.DisplacementFieldTransform(sitk.ReadImage(str(out / "displacement.nii.gz"), sitk.sitkVectorFloat64))
+    warped = sitk.ReadImage(str(out / "warped.nii.gz"))
+    assert np.abs(np.asarray(warped.GetOrigin()) - target.GetOrigin()).max() < 1e-4  # float32 in the headers
+    ours = sitk_array(warped)
+    straight = sitk_array(sitk.Resample(scan, target, sitk.Transform(), sitk.sitkLinear))
+    assert np.abs(ours - straight).max() > 80  # a tenth of the range: there is something to agree on
+    for transform in (forward, field):
+        theirs = sitk_array(sitk.Resample(scan, target, transform, sitk.sitkLinear, 0.0))
+        # 800 grey values over some 5 mm, times the 1e-4 mm of headers and of a field in float32
+        assert np.abs(ours - theirs).max() < 0.1
+    labels = sitk_array(sitk.ReadImage(str(out / "warped_labels.nii.gz")))
+    nearest = sitk.Resample(sitk.ReadImage(str(paths["moving_labels"])), target, forward, sitk.sitkNearestNeighbor, 0)
+    assert labels.dtype == np.int16
+    assert set(np.unique(labels)) == {0, 7, 40, 300}
+    assert np.mean(labels != sitk_array(nearest)) < 1e-4  # a point may fall halfway between two voxels
+    check_points(out, AFFINES[fixed], forward, field, summary)
+
+
+def check_points(
+    out: Path, fixed: Affine, forward: sitk.Transform, field: sitk.Transform, summary: dict[str, Any]
+) -> None:
+    """The files agree on where points go, back they come, and the inverse misses by what the summary says."""
+    inverse, determinant = sitk.ReadTransform(str(out / "inverse.h5")), nib.load(out / "jacobian.nii.gz").get_fdata()
+    image = nib.load(out.parent / "fixed.nii.gz").get_fdata()
+
+    def moved(index: NDArray[Any]) -> NDArray[Any]:
+        return np.array(forward.TransformPoint((fixed @ [*index, 1])[:3] * [-1, -1, 1]))
+
+    misses, inside = [], np.argwhere(image > 0)
+    for index in inside:
+        point = (fixed @ [*index, 1])[:3] * [-1, -1, 1]
+        assert np.linalg.norm(moved(index) - field.TransformPoint(point)) < 1e-3  # mm: the displacement is in float32
+        misses.append(np.linalg.norm(inverse.TransformPoint(moved(index)) - point))
+    for index in inside[::97]:
+        columns = [(moved(index + step) - moved(index - step)) / 2 for step in np.eye(3)]
+        change = np.linalg.det(np.stack(columns, axis=1)) / np.linalg.det(fixed[:3, :3] * [[-1], [-1], [1]])
+        assert determinant[tuple(index)] == pytest.approx(change, abs=1e-3)  # float32
+    assert determinant.std() > 0.01
+    assert np.mean(misses) == pytest.approx(summary["inverse_consistency_mm"], abs=1e-4)  # mm: float32 in the files
+    assert np.mean(misses) < 0.3  # mm, of displacements of 4 mm on voxels of 4 mm
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "ASR", "SLA", "IRP", "PIL"])
+@pytest.mark.parametrize("relabelled", ["moving", "fixed"])
+def test_the_order_of_the_axes_does_not_matter(orientation: str, relabelled: str) -> None:
+    affines = {"moving": AFFINES["oblique"], "fixed": AFFINES["mirrored oblique"]}
+    images = {name: (phantom(affine)[0], affine) for name, affine in affines.items()}
+    bend = network()
+    expected = register(**images, network=bend, **ALIGNED)  # type: ignore[arg-type]
+    array, affine = images[relabelled]
+    now = nib.orientations.io_orientation(affine)
+    change = nib.orientations.ornt_transform(now, nib.orientations.axcodes2ornt(orientation))
+    images[relabelled] = np.ascontiguousarray(apply_orientation(array, change)), affine @ inv_ornt_aff(change, SIZE)
+    found = register(**images, network=bend, **ALIGNED)  # type: ignore[arg-type]
+    warped = expected.warped if relabelled == "moving" else apply_orientation(expected.warped, change)
+    assert np.abs(found.ddf).max() > 0.5
+    # The same samples in another order: float32 rounding, which the network passes on.
+    np.testing.assert_allclose(found.warped, warped, atol=0.2)
+
+
+def test_the_map_is_that_of_the_three_parts_and_the_network_sees_aligned_scans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both scans show one body, each moved by a map of its own, which the alignment finds."""
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("xyz", (12, -20, 7), degrees=True).as_matrix() * 1.1
+    turn[:3, 3] = (14, -9, 5)
+    shift = np.eye(4)
+    shift[:3, :3] += [[0, 0.1, 0], [0, 0, -0.05], [0.03, 0, 0.1]]
+    shift[:3, 3] = (-20, 3, 11)
+    base, other = AFFINES["straight"], AFFINES["oblique"]
+    moving, fixed = (phantom(base)[0], turn @ base), (phantom(other)[0], shift @ other)
+    maps = iter([turn, shift])
+    monkeypatch.setattr(registration, "_align", lambda *_: next(maps))
+    monkeypatch.setattr(registration, "check_brain", lambda *_: None)
+    monkeypatch.setattr(registration, "require_right_angles", lambda *_: None)  # the maps shear the affines
+    monkeypatch.setattr(registration, "mni152", lambda: None)
+    seen: list[Tensor] = []
+    bend = network()
+    bend.register_forward_hook(lambda _, pair, found: seen.extend([pair[0], found["ddf"]]))
+    grid = Grid((150, 170, 190), 1.0)
+    result = register(moving, fixed, network=bend, grid=grid)
+    pair, ddf = seen[0][0].numpy(), seen[1][0].numpy()
+    # One body, sampled 4 mm apart along other axes.
+    assert np.corrcoef(pair[0].ravel(), pair[1].ravel())[0, 1] > 0.99
+    affine = grid_affine(grid)
+    for index in ([60, 80, 90], [80, 100, 110], [75, 71, 92]):
+        point = shift @ affine @ [*index, 1]
+        expected = turn @ affine @ [*(index + ddf[(slice(None), *index)]), 1]
+        np.testing.assert_allclose(result.forward.points(point[None, :3])[0], expected[:3], atol=1e-4)  # float32
+
+
+def test_a_real_scan_is_found_again_where_it_is_and_in_another_pose() -> None:
+    array, affine = read_image(sample("colin27"))
+    small = ndimage.uniform_filter(array, 3)[::3, ::3, ::3], affine @ np.diag([3, 3, 3, 1])
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", (25, -20, 30), degrees=True).as_matrix()
+    pose[:3, 3] = (30, -40, 35)
+    points = world(small[1], small[0].shape)[:, small[0] > 0].T
+    for matrix, transform in ((np.eye(4), "affine"), (pose, "rigid")):
+        result = register((small[0], matrix @ small[1]), small, space="fixed", transform=transform)
+        expected = points @ matrix[:3, :3].T + matrix[:3, 3]
+        # mm, a tenth of a voxel: where the optimiser stops. No image is interpolated to make the other one.
+        assert np.linalg.norm(result.forward.points(points) - expected, axis=1).mean() < 0.3
+        np.testing.assert_allclose(result.inverse.points(expected), points, atol=0.6)  # no further away at the rim
+        assert np.corrcoef(result.warped.ravel(), small[0].ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_the_warped_scan_has_the_header_of_the_fixed_one(tmp_path: Path, write: Write, kind: Any) -> None:
+    moving, fixed = write("moving", AFFINES["flipped"])["moving"], tmp_path / "fixed.nii"
+    affine = AFFINES["oblique"]
+    image = kind((phantom(affine)[0] * 10).astype(np.int16)[..., None], affine)
+    image.set_sform(affine, 4)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_slope_inter(0.25, 0)
+    image.header["descrip"] = b"scanner of the north"
+    nib.save(image, fixed)
+    register_files(moving, fixed, tmp_path / "out", **ALIGNED)  # type: ignore[arg-type]
+    given, found = nib.load(fixed).header, nib.load(tmp_path / "out" / "warped.nii.gz").header
+    kept = set(given) - {"magic", "datatype", "bitpix", "scl_slope", "scl_inter", "vox_offset", "cal_min", "cal_max"}
+    assert {"dim", "pixdim", "srow_x", "quatern_b", "sform_code", "qform_code", "descrip", "xyzt_units"} <= kept
+    for field in kept:
+        np.testing.assert_array_equal(found[field], given[field], err_msg=field)
+    assert type(found) is (nib.Nifti1Header if kind is nib.Nifti1Image else nib.Nifti2Header)
+    assert found.get_data_dtype() == np.float32
+
+
+def test_a_fixed_scan_in_mgz_gives_its_grid(tmp_path: Path, write: Write) -> None:
+    affine = AFFINES["oblique"]
+    nib.save(nib.MGHImage(phantom(affine)[0], affine), tmp_path / "fixed.mgz")
+    register_files(write("moving", AFFINES["flipped"])["moving"], tmp_path / "fixed.mgz", tmp_path / "out", **ALIGNED)  # type: ignore[arg-type]
+    warped = nib.load(tmp_path / "out" / "warped.nii.gz")
+    assert warped.shape == SIZE
+    np.testing.assert_allclose(warped.affine, affine, atol=1e-4)  # float32 in the headers
+
+
+def test_the_summary_says_what_was_done_and_how_good_it_is(
+    tmp_path: Path, write: Write, bent: Callable[[str], None]
+) -> None:
+    bent("diffeomorphic")
+    paths = {**write("moving", AFFINES["straight"], bend=4.0), **write("fixed", AFFINES["oblique"])}
+    paths["weights"] = tmp_path / "weights.pt"
+    paths["weights"].write_bytes(b"never read")
+    out = tmp_path / "deep" / "out"
+    summary = register_files(output=out, **paths, **ALIGNED)  # type: ignore[arg-type]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {path.name for path in out.iterdir()} == registration._WRITTEN
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    for role, path in paths.items():
+        assert summary["inputs"][role]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert summary["options"] == {
+        **ALIGNED,
+        "preset": "diffeomorphic",
+        "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
+    }
+    assert summary["seconds"].keys() == {"affine", "network", "compose", "warp"}
+    assert summary["versions"]["torch"] == torch.__version__
+    fixed, warped = (nib.load(path).get_fdata() for path in (paths["fixed"], out / "warped.nii.gz"))
+    assert summary["similarity_after"] == pytest.approx(np.corrcoef(fixed.ravel(), warped.ravel())[0, 1], abs=1e-6)
+    assert summary["similarity_before"] == summary["similarity_affine"] != summary["similarity_after"]
+    labels, reference = (
+        np.asarray(nib.load(path).dataobj) for path in (out / "warped_labels.nii.gz", paths["fixed_labels"])
+    )
+    after = {}
+    for label in (7, 40, 300):
+        a, b = labels == label, reference == label
+        after[str(label)] = 2 * (a & b).sum() / (a.sum() + b.sum())
+    after["mean"] = np.mean(list(after.values()))
+    assert summary["dice"]["after"] == pytest.approx(after, abs=1e-9)
+    assert summary["dice"]["before"].keys() == after.keys()
+    ddf = register(read_image(paths["moving"]), read_image(paths["fixed"]), network=network(), **ALIGNED).ddf  # type: ignore[arg-type]
+    determinant = jacobian_determinant(torch.from_numpy(ddf)[None]).numpy()
+    found = nib.load(out / "jacobian.nii.gz").get_fdata()
+    np.testing.assert_allclose(found, determinant[0, 0], atol=1e-5)  # float32
+    assert summary["folding_percent"] == 100 * np.mean(determinant <= 0)
+    assert summary["sdlogj"] == pytest.approx(np.log(determinant[determinant > 0]).std(), rel=1e-4)
+
+
+def test_without_a_network_the_map_is_the_affine(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    pose = np.eye(4)
+    pose[:3, 3] = (8, -4, 6)
+    monkeypatch.setattr(registration, "_align", lambda *_: pose)
+    paths = {**write("moving", AFFINES["straight"]), **write("fixed", AFFINES["oblique"])}
+    summary = register_files(output=tmp_path / "out", space="fixed", **paths)  # type: ignore[arg-type]
+    assert summary["options"]["preset"] is None
+    point = (3.0, -20.0, 7.0)
+    for name in ("affine.txt", "forward.h5"):
+        moved = sitk.ReadTransform(str(tmp_path / "out" / name)).TransformPoint(point)
+        np.testing.assert_allclose(moved, np.add(point, (-8, 4, 6)), atol=1e-5)  # LPS; float32
+    assert summary["similarity_before"] != pytest.approx(summary["similarity_affine"], abs=1e-3)
+    assert summary["similarity_affine"] == pytest.approx(summary["similarity_after"], abs=1e-6)  # float32
+
+
+def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:
+    torch.save(VoxelMorph("vm2").state_dict(), tmp_path / "vm2.pt")
+    loaded = load_network(tmp_path / "vm2.pt", "vm2")
+    assert not loaded.training
+    assert loaded.bidirectional is False
+    for name, tensor in torch.load(tmp_path / "vm2.pt").items():
+        assert torch.equal(loaded.network.state_dict()[name].cpu(), tensor)
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"weights .*vm2.pt must be of the network's own preset, got"):
+        load_network(tmp_path / "vm2.pt", "vm1")
+    for name in ("text.pt", "list.pt"):
+        with pytest.raises(ValueError, match=f"{name} must be of the network's own preset, got"):
+            load_network(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        load_network(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"space": "moving"}, "space must be one of mni152, fixed, got 'moving'"),
+        ({"transform": "bspline"}, "transform must be one of affine, rigid, none, got 'bspline'"),
+        ({"network": network().train()}, "network must be in evaluation mode"),
+        ({"network": Registration(VoxelMorph(spatial_dims=2)).eval()}, "network must take two 3-D images"),
+        ({"space": "mni152"}, "moving must be a skull-stripped head, 0 around a brain of 0.3 to 2.5 litres"),
+        ({"network": network(), "grid": Grid((9, 9, 9))}, r"a grid must hold the fixed image, .* but has \[9\.0, 9"),
+        ({"moving": (np.zeros(SIZE, np.float32), np.eye(4))}, "moving must be one 3-D volume of finite numbers"),
+        ({"fixed": (np.ones(SIZE[:2], np.float32), np.eye(4))}, "fixed must be one 3-D volume of finite numbers"),
+        ({"moving": (np.full(SIZE, np.nan, np.float32), np.eye(4))}, "0 finite numbers and 0 above 0"),
+        ({"fixed": (phantom(np.diag([2.0, 2, 2, 1]))[0], np.eye(4) + np.eye(4, k=1))}, "axes of fixed must be at righ"),
+        ({"moving": (phantom(AFFINES["straight"])[0], np.eye(4) + 900 * np.eye(4, k=3))}, "must overlap"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(options: dict[str, Any], match: str) -> None:
+    affine = AFFINES["straight"]
+    image = phantom(affine)[0] * (phantom(affine)[0] > 300), affine
+    with pytest.raises(ValueError, match=match):
+        register(**{"moving": image, "fixed": image, **ALIGNED, **options})
+
+
+def bad_files(folder: Path, write: Write) -> dict[str, tuple[list[str], str]]:
+    """Words after ``vxm register`` and what the one line on stderr must say, by what is wrong."""
+    write("moving", AFFINES["straight"])
+    write("fixed", AFFINES["oblique"])
+    moving, fixed, labels, out = (str(folder / name) for name in ("moving.nii.gz", "fixed.nii.gz", "l.nii.gz", "out"))
+    image = phantom(AFFINES["straight"])[0]
+    made = {
+        "four": np.stack([image, image], axis=-1),
+        "nan": np.where(image > 700, np.nan, image),
+        "empty": np.zeros_like(image),
+        "negative": -image - 1,
+        "complex": image.astype(np.complex64),
+        "thin": image[:, :, :1],
+    }
+    for name, array in made.items():
+        nib.save(nib.Nifti1Image(array, AFFINES["straight"]), folder / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(image, AFFINES["straight"] @ (np.eye(4) + np.eye(4, k=1))), folder / "sheared.nii.gz")
+    save_image(labels, phantom(AFFINES["straight"])[1][1:], AFFINES["straight"])
+    (folder / "cut.nii.gz").write_bytes((folder / "moving.nii.gz").read_bytes()[:3000])
+    (folder / "text.pt").write_text("no weights")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "cat.jpg").write_text("meow")
+
+    def scan(name: str) -> list[str]:
+        return [str(folder / f"{name}.nii.gz"), fixed, "--output", out]
+
+    good = [moving, fixed, "--output", out]
+    return {
+        "missing": (scan("nowhere"), "there is no such file"),
+        "4-D": (scan("four"), "must be one 3-D volume, got shape"),
+        "NaN": (scan("nan"), "must hold finite numbers"),
+        "empty": (scan("empty"), "must show something"),
+        "negative": (scan("negative"), "some of them above 0"),
+        "complex": (scan("complex"), "must hold one real number a voxel"),
+        "one slice": (scan("thin"), "must be one 3-D volume"),
+        "sheared": (scan("sheared"), "must be at right angles"),
+        "truncated": (scan("cut"), "must be a whole NIfTI or MGZ file"),
+        "folder": ([str(folder), fixed, "--output", out], "there is no such file"),
+        "other grid's labels": ([*good, "--moving-labels", labels], "must have one shape"),
+        "labels elsewhere": ([*good, "--fixed-labels", str(folder / "moving_labels.nii.gz")], "lie on one grid"),
+        "labels that are an image": ([*good, "--moving-labels", moving], "must hold whole numbers"),
+        "no labels": ([*good, "--moving-labels", str(folder / "none.nii.gz")], "there is no such file"),
+        "no weights": ([*good, "--weights", str(folder / "none.pt")], "there is no such file"),
+        "no network": ([*good, "--weights", str(folder / "text.pt")], "must be of the network's own preset"),
+        "no preset": ([*good, "--weights", str(folder / "text.pt"), "--preset", "vm3"], "preset must be one of"),
+        "output among the inputs": ([moving, fixed, "--output", str(folder), "--overwrite"], "must not hold an input"),
+        "output exists": ([moving, fixed, "--output", str(folder / "photos")], "must be new"),
+        "output of others": (
+            [moving, fixed, "--output", str(folder / "photos"), "--overwrite"],
+            "made by 'vxm register",
+        ),
+        "output a file": ([moving, fixed, "--output", labels, "--overwrite"], "made by 'vxm register'"),
+        "no brain": ([moving, fixed, "--output", out, "--space", "mni152"], "must be a skull-stripped head"),
+    }
+
+
+def test_bad_input_ends_in_one_line_and_nothing_is_written(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = bad_files(tmp_path, write)
+    for name in ("moving", "fixed"):  # twice as long, these are no brains
+        image, affine = read_image(tmp_path / f"{name}.nii.gz")
+        save_image(tmp_path / f"{name}.nii.gz", image, affine @ np.diag([2, 2, 2, 1]))
+        labels = np.asarray(nib.load(tmp_path / f"{name}_labels.nii.gz").dataobj)
+        save_image(tmp_path / f"{name}_labels.nii.gz", labels, affine @ np.diag([2, 2, 2, 1]))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, (words, message) in cases.items():
+        space = [] if "--space" in words else ["--space", "fixed", "--transform", "none"]
+        assert main(["register", *words, *space]) == 2, name
+        shown = capsys.readouterr()
+        assert (shown.out, len(shown.err.splitlines())) == ("", 1), name
+        assert shown.err.startswith("vxm register: "), name
+        assert message in shown.err, name
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, name
+
+
+def test_an_earlier_registration_is_overwritten_whole_or_not_at_all(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {**write("moving", AFFINES["straight"], bend=4.0), **write("fixed", AFFINES["oblique"])}
+    out = tmp_path / "out"
+    register_files(output=out, **paths, **ALIGNED)  # type: ignore[arg-type]
+    del paths["moving_labels"]
+    with pytest.raises(FileExistsError, match="out must be new, or be overwritten"):
+        register_files(output=out, **paths, **ALIGNED)  # type: ignore[arg-type]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registration, "save_results", full)
+        with pytest.raises(OSError, match="No space left"):
+            register_files(output=out, overwrite=True, **paths, **ALIGNED)  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    register_files(output=out, overwrite=True, **paths, **ALIGNED)  # type: ignore[arg-type]
+    assert {path.name for path in out.iterdir()} == registration._WRITTEN - {"warped_labels.nii.gz"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_itk_cannot_align_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(
+            "itkImageToImageMetricv4.hxx:241:\nITK ERROR: All samples map outside moving image buffer.\n"
+        )
+
+    monkeypatch.setattr(registration, "register_affine", fail)
+    image = phantom(AFFINES["straight"])[0], AFFINES["straight"]
+    with pytest.raises(
+        ValueError, match=r"something alike, but ITK cannot align them: ITK ERROR: All samples map o.*\.$"
+    ):
+        register(image, image, space="fixed")
+
+
+def test_the_displacement_fades_to_0_around_the_grid_of_the_network() -> None:
+    bend, seen = network(), []
+    torch.nn.init.constant_(bend.network.flow.bias, 1.0)  # a displacement at the border too
+    bend.register_forward_hook(lambda _, pair, found: seen.append(found["ddf"][0].numpy()))
+    images = [(phantom(AFFINES[name])[0], AFFINES[name]) for name in ("flipped", "oblique")]
+    field = register(*images, network=bend, **ALIGNED).forward.field  # type: ignore[arg-type]
+    assert field is not None
+    ddf, affine = field
+    margin = tuple(slice(registration._FADE, -registration._FADE) for _ in range(3))
+    np.testing.assert_array_equal(ddf[(slice(None), *margin)], seen[0])
+    for axis in (1, 2, 3):
+        assert not np.take(ddf, [0, -1], axis).any()
+        edge = np.abs(np.take(seen[0], [0, -1], axis)).max()
+        assert edge > 0.5
+        steps = np.abs(np.diff(ddf, axis=axis)).max()
+        assert steps <= max(np.abs(np.diff(seen[0], axis=axis)).max(), edge / registration._FADE) * 1.001  # float32
+    corner = grid_affine(GRID, images[1]) @ [0, 0, 0, 1]
+    np.testing.assert_allclose(affine @ [*[registration._FADE] * 3, 1], corner, atol=1e-9)

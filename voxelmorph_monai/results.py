@@ -1,0 +1,115 @@
+"""What every registration leaves, whoever ran it: how good it is, in numbers and a picture, and its displacement."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from voxelmorph_monai.blocks import jacobian_determinant
+from voxelmorph_monai.metrics import dice, folding, log_jacobian_sd
+from voxelmorph_monai.pictures import save_registration_picture
+from voxelmorph_monai.spaces import Affine, atomic, save_displacement, save_image
+
+__all__ = ["Images", "correlation", "overlap", "regularity", "save_results"]
+
+Array = NDArray[np.floating[Any]]
+
+
+class Images(NamedTuple):
+    """What a registration is seen by: images ``(X, Y, Z)`` on the fixed grid, intensities in [0, 1].
+
+    Attributes:
+        moving: the moving image before it was bent.
+        fixed: the fixed image.
+        warped: the moving image after.
+    """
+
+    moving: Array
+    fixed: Array
+    warped: Array
+
+
+def correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Pearson's correlation of two images over the whole grid: -1 to 1, and 0 where one of them shows nothing."""
+    a, b = (image.astype(np.float64) - image.mean(dtype=np.float64) for image in (first, second))
+    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum()) / scale if scale > 0 else 0.0
+
+
+def overlap(stages: Mapping[str, NDArray[Any]], fixed: NDArray[Any]) -> dict[str, dict[str, float]]:
+    """Dice of each structure, and their mean, with the fixed label map at every stage of a registration.
+
+    Args:
+        stages: the moving label map on the fixed grid, by the name of the stage; the last one is the result.
+        fixed: label map of the same shape.
+
+    Returns:
+        For each stage the overlap by label, 0 to 1, of the labels that the result or the fixed map has, and ``mean``.
+
+    >>> overlap({"before": np.array([[7, 0, 0]]), "after": np.array([[7, 7, 0]])}, np.array([[7, 7, 0]]))
+    {'before': {'7': 0.6666666666666666, 'mean': 0.6666666666666666}, 'after': {'7': 1.0, 'mean': 1.0}}
+    """
+    *_, result = stages.values()
+    structures = np.union1d(result, fixed)
+    structures = structures[structures > 0]
+    reference = _number(fixed, structures)
+    table = {}
+    for stage, labels in stages.items():
+        # Before the end a stage may lack what the fixed map lacks too: NaN, which counts as no overlap.
+        values = dice(_number(labels, structures), reference, max(len(structures), 1))[0].nan_to_num(0.0).tolist()
+        row = {str(label): value for label, value in zip(structures.tolist(), values, strict=False)}
+        table[stage] = row | {"mean": float(np.mean(values))}
+    return table
+
+
+def _number(labels: NDArray[Any], structures: NDArray[Any]) -> torch.Tensor:
+    """Number the ``structures`` 1, 2, ... and everything else 0: ``(1, 1, *spatial)``. Few labels take few counts."""
+    place = np.searchsorted(structures, labels)
+    known = structures[np.minimum(place, len(structures) - 1)] == labels if len(structures) else np.zeros_like(labels)
+    return torch.from_numpy(np.where(known, place + 1, 0).astype(np.int32))[None, None]
+
+
+def regularity(ddf: Array) -> dict[str, float | None]:
+    """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and by how much its volumes vary (None: all fold)."""
+    field = torch.from_numpy(ddf)[None]
+    deviation = float(log_jacobian_sd(field))
+    return {"folding_percent": float(folding(field)), "sdlogj": None if np.isnan(deviation) else deviation}
+
+
+def save_results(
+    folder: Path,
+    images: Images,
+    ddf: Array,
+    affine: Affine,
+    summary: Mapping[str, Any],
+    *,
+    bend: Array | None = None,
+) -> None:
+    """Write ``displacement.nii.gz``, ``jacobian.nii.gz``, ``report.png`` and, last, ``summary.json``.
+
+    Args:
+        folder: where to.
+        images: for the picture.
+        ddf: ``(3, X, Y, Z)`` in voxels of the fixed grid, from its points to those of the moving image.
+        affine: of the fixed grid (RAS, mm).
+        summary: what to write; with ``similarity_before``, ``similarity_after`` and ``folding_percent``.
+        bend: the part of ``ddf`` that leads from ``images.fixed`` to ``images.moving`` (default: all of it).
+    """
+    determinant = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
+    save_displacement(folder / "displacement.nii.gz", ddf, affine)
+    save_image(folder / "jacobian.nii.gz", determinant, affine)
+    save_registration_picture(
+        folder / "report.png",
+        *images,
+        ddf if bend is None else bend,
+        determinant,
+        affine,
+        title=f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}, "
+        f"folding {summary['folding_percent']:.4f} %",
+    )
+    with atomic(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
