@@ -2,18 +2,12 @@
 
 import csv
 import math
-import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed
-
-with warnings.catch_warnings():  # Ignite imports optimisers of torch that torch 2.13 itself finds old
-    warnings.filterwarnings("ignore", r"`torch\.jit\..* is deprecated", DeprecationWarning)
-    import ignite.handlers  # noqa: F401
-
 from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, MetricsSaver
