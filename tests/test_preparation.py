@@ -191,6 +191,21 @@ def test_scans_without_labels_have_none(tmp_path: Path, scans: Path, quick: list
     assert not list((tmp_path / "out" / "labels").iterdir())
 
 
+def test_maps_are_painted(tmp_path: Path, quick: list[str]) -> None:
+    _, tissue, affine = small_brain()
+    codes = np.array([0, 24, 3, 2], np.float32)  # FreeSurfer's, as SynthSeg stores them
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    save_image(maps / "a.nii.gz", codes[tissue], affine)
+    prepare([maps], tmp_path / "out", images="*.nii.gz", maps=True, grid=GRID)
+    image, labels = (read_image(tmp_path / "out" / kind / "a.nii.gz")[0] for kind in ("images", "labels"))
+    white, grey = (image[labels == code] for code in (2, 3))
+    assert np.median(white) > np.median(grey) > np.median(image[labels == 24]) > 0
+    assert image[labels == 0].mean() < 0.01
+    with pytest.raises(ValueError, match=r"labels must not be given with maps.*got '\*_x\.nii\.gz'"):
+        prepare([maps], tmp_path / "other", images="*.nii.gz", labels="*_x.nii.gz", maps=True, grid=GRID)
+
+
 def test_the_draw_depends_on_the_seed_alone() -> None:
     names = [f"{i:02}" for i in range(40)]
     first = preparation._random_sections(names, 0.1, 0.2, seed=3)

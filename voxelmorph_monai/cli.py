@@ -35,6 +35,7 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", default="*.nii.gz", metavar="PATTERN", help="scans in a folder; * is the name (%(default)s)"
     )
     parser.add_argument("--labels", metavar="PATTERN", help="labels of the scan with that name (default: none)")
+    parser.add_argument("--maps", action="store_true", help="the inputs are label maps (FreeSurfer's): paint images")
     _add_grid_arguments(parser)
     parser.add_argument("--split", type=Path, metavar="JSON", help="names of scans by section (default: drawn)")
     parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
@@ -46,7 +47,9 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def _prepare(args: argparse.Namespace) -> int:
     from voxelmorph_monai.preparation import Grid, prepare
 
-    options = {key: getattr(args, key) for key in ("images", "labels", "split", "validation", "test", "seed", "jobs")}
+    options = {
+        key: getattr(args, key) for key in ("images", "labels", "maps", "split", "validation", "test", "seed", "jobs")
+    }
     prepared = prepare(args.inputs, args.output, grid=Grid(tuple(args.size), args.spacing), **options)
     for name, reason in sorted(prepared.errors.items()):
         print(f"vxm prepare: {name} failed: {reason}", file=sys.stderr)

@@ -47,6 +47,8 @@ PRESETS: dict[str, Architecture] = {
     "dense": Architecture(decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max"),
     # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
     "diffeomorphic": Architecture(probabilistic=True),
+    # The shipped one: as diffeomorphic, but wider where voxels are few and width costs little.
+    "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5),
 }
 
 
@@ -154,7 +156,7 @@ class VoxelMorph(nn.Module):
     torch.Size([1, 2, 30, 45])
 
     Args:
-        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``.
+        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"wide"``.
         spatial_dims: 2 or 3.
         in_channels: channels of the two images together.
         changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``.

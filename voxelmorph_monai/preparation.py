@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import itk
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from nilearn import datasets
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from voxelmorph_monai.spaces import (
     spacing,
     transform_affine,
 )
+from voxelmorph_monai.synthesis import paint
 
 __all__ = [
     "Grid",
@@ -73,7 +75,7 @@ LITERATURE = Grid()
 
 
 class _Scan(NamedTuple):
-    """One scan to prepare."""
+    """One scan to prepare; its picture is painted if the image is the label map itself."""
 
     name: str
     image: Path
@@ -277,6 +279,11 @@ def check_brain(image: tuple[NDArray[Any], Affine], subject: str) -> None:
 
 def _read(scan: _Scan) -> tuple[NDArray[np.float32], NDArray[Any] | None, Affine]:
     """Intensities in [0, 1], labels if there are any, and the affine of both."""
+    if scan.label == scan.image:
+        labels, affine = read_labels(scan.image)
+        image = paint(torch.from_numpy(labels.astype(np.int64))).numpy()
+        check_brain((image, affine), f"the brain in {scan.image}")
+        return image, labels, affine
     image, affine = read_image(scan.image)
     check_brain((image, affine), str(scan.image))
     if scan.label is None:
@@ -471,6 +478,7 @@ def prepare(
     *,
     images: str = "*.nii.gz",
     labels: str | None = None,
+    maps: bool = False,
     grid: Grid = LITERATURE,
     split: str | Path | None = None,
     validation: float = 0.1,
@@ -493,6 +501,8 @@ def prepare(
         output: a folder that is new, empty or of an earlier call.
         images: what to look for in the folders; ``*`` stands for the name of a scan.
         labels: the same for its labels, if it has any.
+        maps: what is found are label maps with FreeSurfer's numbers, from which images are painted
+            (:func:`~voxelmorph_monai.synthesis.paint`).
         grid: size and spacing (mm).
         split: JSON file that lists the names of the scans by section; by default they are drawn.
         validation: share of the scans that is drawn for validation.
@@ -508,7 +518,9 @@ def prepare(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
     grid_affine(grid)  # raises on one that cannot be
-    scans = _find_scans(inputs, images, labels)
+    if maps and labels:
+        raise ValueError(f"labels must not be given with maps, which are labels themselves, got '{labels}'.")
+    scans = _find_scans(inputs, images, images if maps else labels)
     names = [scan.name for scan in scans]
     sections = _given_sections(Path(split), names) if split else _random_sections(names, validation, test, seed)
     _require_ours(output, grid)

@@ -1,0 +1,221 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from voxelmorph_monai.blocks import jacobian_determinant, warp
+from voxelmorph_monai.losses import GradientLoss, LabelDiceLoss, MSELoss, RegistrationLoss
+from voxelmorph_monai.synthesis import FREESURFER, AnatomyD, Synthesis, SynthesisLoss, paint, shares
+
+STRUCTURES = {"left white": [2], "right white": [41], "ventricles": [4, 43]}
+STILL = {"flip_probability": 0.0, "deformation": 0.0, "rotation": 0.0, "scaling": 0.0, "shift": 0.0}
+CLEAN = {"intensity_sd": 0.0, "bias": 0.0, "blur": 0.0, "noise": 0.0, "gamma": 0.0, "rim": 0, "fluid_probability": 1.0}
+
+
+def head(size: tuple[int, ...]) -> Tensor:
+    """Shells around a point off the middle, ``(1, *size)``: skull, fluid, cortex, white matter by side, ventricles."""
+    axes = torch.meshgrid(*[torch.linspace(-1.0, 1.1, n) for n in size], indexing="ij")
+    radius = torch.stack(axes).square().sum(0).sqrt()
+    white = torch.where(axes[0] < 0, 2, 41)
+    labels = torch.zeros(size, dtype=torch.long)
+    for limit, label in ((0.95, 511), (0.85, 24), (0.75, 3), (0.6, white), (0.25, 4)):
+        labels = torch.where(radius < limit, torch.as_tensor(label), labels)
+    return labels[None]
+
+
+def batch(size: tuple[int, ...], count: int = 1) -> dict[str, Tensor]:
+    scan = AnatomyD(STRUCTURES)({"label": head(size)})
+    many = {key: torch.stack([value] * count) for key, value in scan.items()}
+    return {
+        "moving": many["image"],
+        "fixed": many["image"],
+        "moving_label": many["label"],
+        "fixed_label": many["label"],
+    }
+
+
+def test_each_tissue_is_painted_in_its_intensity() -> None:
+    labels = head((21, 18, 25))
+    expected = np.zeros(labels.shape, np.float32)
+    for tissue in FREESURFER.values():
+        expected[np.isin(labels.numpy(), tissue.labels)] = tissue.intensity if tissue.brain else 0
+    np.testing.assert_array_equal(paint(labels).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [(8, 12, 6), (10, 14)])
+def test_shares_are_those_of_the_voxels_of_a_block(size: tuple[int, ...]) -> None:
+    labels = torch.randint(0, 6, (1, *size), generator=torch.Generator().manual_seed(0))
+    groups = [[1, 5], [3], [2]]
+    found = shares(labels, groups, factor=2)
+    blocks = labels[0].numpy().reshape([part for n in size for part in (n // 2, 2)])
+    for part, group in zip(found, groups, strict=True):
+        expected = np.isin(blocks, group).mean(axis=tuple(range(1, 2 * len(size), 2)))
+        np.testing.assert_allclose(part.numpy(), 255 * expected, atol=0.5)  # stored as whole numbers
+
+
+def test_what_does_not_fill_a_block_is_left_out() -> None:
+    labels = head((9, 12, 15))
+    torch.testing.assert_close(shares(labels, [[3]], 2), shares(labels[:, :8, :, :14], [[3]], 2), rtol=0, atol=0)
+
+
+def test_the_label_is_what_fills_most_of_a_voxel() -> None:
+    row = torch.tensor([[2, 2, 41], [2, 41, 41], [0, 0, 43], [0, 0, 4]])  # shares in blocks of 2 x 1: halves tie
+    scan = AnatomyD(STRUCTURES, factor=1)({"label": row[None]})
+    assert scan["label"][0].tolist() == [[1, 1, 2], [1, 2, 2], [0, 0, 3], [0, 0, 3]]
+    blocks = torch.tensor([[2, 2, 4, 0], [2, 41, 43, 4]])
+    assert AnatomyD(STRUCTURES, factor=2)({"label": blocks[None]})["label"][0].tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
+def test_undisturbed_it_shows_the_anatomy(size: tuple[int, ...]) -> None:
+    pair, target = Synthesis(t1_probability=1.0, **STILL, **CLEAN)(batch(size, count=2))
+    picture = paint(head(size))
+    brain = torch.isin(head(size), torch.tensor([label for t in FREESURFER.values() if t.brain for label in t.labels]))
+    assert pair.shape == (2, 2, *size)
+    # one float32 rounding in each of: the shares, their product, the warp, the division by the brightest tissue
+    torch.testing.assert_close(pair[:, :1], (picture / picture.max()).expand(2, 1, *size), rtol=0, atol=1e-5)
+    fluid = FREESURFER["cerebrospinal fluid"].intensity
+    expected = torch.where(brain, picture, fluid).expand(2, 1, *size)
+    torch.testing.assert_close(target["moving"], expected, rtol=0, atol=1e-5)
+    assert torch.equal(target["fixed_label"], batch(size, count=2)["fixed_label"])
+
+
+@pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
+def test_images_look_like_prepared_scans(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    for _ in range(5):
+        pair, target = Synthesis()(batch(size, count=2))
+        assert pair.dtype == torch.float32
+        assert torch.isfinite(pair).all()
+        assert pair.min() == 0
+        assert 0.9 < pair.max() <= 1 + 1e-6  # a rounding of the power
+        assert (pair == 0).float().mean() > 0.1  # background
+        assert set(target) == {"moving", "fixed", "moving_label", "fixed_label"}
+        assert not torch.equal(pair[0, 0], pair[1, 0])
+        assert not torch.equal(target["moving"], target["fixed"])
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return Synthesis()(batch((20, 24, 18)))[0]
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+
+
+def test_labels_and_pictures_are_deformed_together() -> None:
+    torch.manual_seed(0)
+    size = (32, 40, 36)
+    _, target = Synthesis(t1_probability=1.0, deformation=2.0)(batch(size))
+    for role in ("moving", "fixed"):
+        white = (target[f"{role}_label"] == 1) | (target[f"{role}_label"] == 2)
+        bright = target[role] > (0.86 + 0.57) / 2  # half way between white matter and what surrounds it
+        overlap = 2 * (white & bright).sum() / (white.sum() + bright.sum())
+        assert overlap > 0.95  # they differ at the border, where the picture is interpolated
+        moved = batch(size)["moving_label"] != target[f"{role}_label"]
+        assert moved.float().mean() > 0.01  # it was deformed at all
+
+
+@pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
+def test_an_affine_change_is_one(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    parts = torch.zeros(2, 1, *size)
+    rigid = Synthesis(deformation=0.0, rotation=20.0, scaling=0.0, shift=3.0)._deform(parts)
+    torch.testing.assert_close(  # differences of float32 coordinates up to 30
+        jacobian_determinant(rigid), torch.ones(2, 1, *size), rtol=0, atol=1e-4
+    )
+    assert rigid.abs().max() > 1
+    stretched = jacobian_determinant(Synthesis(deformation=0.0, rotation=0.0, scaling=0.1, shift=0.0)._deform(parts))
+    assert stretched.std() < 1e-4
+    assert 1e-3 < (stretched.mean() - 1).abs() < np.exp(0.1 * len(size)) - 1
+
+
+def test_a_deformation_does_not_fold() -> None:
+    torch.manual_seed(0)
+    ddf = Synthesis(deformation=2.0)._deform(torch.zeros(3, 1, 40, 36, 32))
+    assert jacobian_determinant(ddf).min() > 0
+    assert ddf.std() > 0.5
+
+
+def test_the_strength_is_that_asked_for() -> None:
+    torch.manual_seed(0)
+    options = {**STILL, **CLEAN, "noise": 0.2}
+    images = [Synthesis(t1_probability=1.0, **options)(batch((24, 24, 24)))[0] for _ in range(20)]
+    still = Synthesis(t1_probability=1.0, **STILL, **CLEAN)(batch((24, 24, 24)))[0]
+    white = batch((24, 24, 24))["moving_label"] == 1
+    spread = torch.stack([(image[:, :1] - still[:, :1])[white].std() for image in images])
+    assert spread.max() < 0.25  # 0.2, enlarged where the brightest voxel is darker than 1
+    assert 0.05 < spread.mean() < 0.12  # uniform between 0 and 0.2, cut off at 1
+
+
+@pytest.mark.parametrize(("probability", "ordered"), [(1.0, True), (0.0, False)])
+def test_contrast_is_that_of_t1_or_any(probability: float, ordered: bool) -> None:
+    torch.manual_seed(0)
+    pictures = batch((24, 24, 24))
+    labels = pictures["moving_label"]
+    order = []
+    for _ in range(12):
+        pair, _ = Synthesis(t1_probability=probability, **STILL, noise=0.0, bias=0.0)(pictures)
+        for image in pair.split(1, dim=1):
+            order.append(bool(image[labels == 1].mean() > image[labels == 3].mean()))  # white matter and ventricles
+    assert all(order) == ordered
+    assert any(order)
+
+
+def test_both_images_are_mirrored_or_none() -> None:
+    still = {**STILL, **CLEAN, "t1_probability": 1.0}
+    plain, target = Synthesis(**still)(batch((20, 24, 18)))
+    mirrored, flipped = Synthesis(**{**still, "flip_probability": 1.0})(batch((20, 24, 18)))
+    # they may be scaled apart: the brightest percentile is taken from some of the voxels
+    torch.testing.assert_close(mirrored / mirrored.max(), (plain / plain.max()).flip(2), rtol=1e-5, atol=1e-5)
+    assert torch.equal(flipped["moving_label"], target["moving_label"].flip(2))
+
+
+def test_the_skull_stays_if_asked_for() -> None:
+    skull = head((24, 30, 20)) == 511
+    for probability in (0.0, 1.0):
+        pair, _ = Synthesis(t1_probability=1.0, skull_probability=probability, **STILL, **CLEAN)(batch((24, 30, 20)))
+        assert bool((pair[0, :1][skull] > 0).all()) == (probability == 1)
+
+
+def test_a_rim_and_the_fluid_are_kept_or_not() -> None:
+    labels = head((24, 30, 20))
+    fluid = labels == 24
+    options: dict[str, Any] = {**STILL, **CLEAN, "t1_probability": 1.0}
+    stripped = Synthesis(**{**options, "fluid_probability": 0.0})(batch((24, 30, 20)))[0][0, :1]
+    assert (stripped[labels == 3] > 0).all()
+    assert (stripped[fluid] > 0).float().mean() < 0.5
+    assert (Synthesis(**options)(batch((24, 30, 20)))[0][0, :1][fluid] > 0).all()
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_the_loss_judges_clean_pictures(both_ways: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = (8, 9, 7)
+    target = {key: torch.rand(1, 1, *size, generator=generator) for key in ("moving", "fixed")}
+    target |= {key: torch.randint(0, 3, (1, 1, *size), generator=generator) for key in ("moving_label", "fixed_label")}
+    ddf, back = torch.randn(2, 1, 3, *size, generator=generator)
+    shown = {"warped": torch.full((1, 1, *size), 9.0), "ddf": ddf}
+    clean = {"warped": warp(target["moving"], ddf), "ddf": ddf}
+    if both_ways:
+        shown |= {"warped_fixed": torch.full((1, 1, *size), 9.0), "inverse_ddf": back}
+        clean |= {"warped_fixed": warp(target["fixed"], back), "inverse_ddf": back}
+    parts = MSELoss(), GradientLoss(), 1.0, LabelDiceLoss(num_labels=2)
+    torch.testing.assert_close(SynthesisLoss(*parts)(shown, target), RegistrationLoss(*parts)(clean, target))
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"t1_probability must be from 0 to 1, got 1\.5"):
+        Synthesis(t1_probability=1.5)
+    with pytest.raises(ValueError, match=r"noise must be at least 0, got -1"):
+        Synthesis(noise=-1)
+    with pytest.raises(ValueError, match=r"tissues must name 'cerebrospinal fluid'.*got \['bone'\]"):
+        Synthesis({"bone": FREESURFER["skull"]})
+
+
+def test_labels_must_be_there() -> None:
+    with pytest.raises(ValueError, match=r"structures must occur in the label map, got none of \[900\]"):
+        AnatomyD({"nothing": [900]})({"label": head((8, 8, 8))})
