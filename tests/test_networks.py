@@ -8,8 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from monai.networks.nets import VoxelMorphUNet
-from scipy.ndimage import correlate1d, gaussian_filter
-from scipy.stats import norm
+from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import nn
 from torch.testing import assert_close
 
@@ -325,40 +324,33 @@ def test_displacement_depends_on_the_sample_only_in_training():
     assert torch.equal(registration.eval()(pair)["ddf"], registration(pair)["ddf"])
 
 
-def smoothed(pair):
-    """Smooth with a Gaussian that, with the width of a voxel, makes a width of two voxels at half height."""
-    sigma = 3**0.5 / (2 * (2 * np.log(2)) ** 0.5)
-    edges = (np.arange(-6, 8) - 0.5) / sigma
-    for axis in range(2, pair.ndim):
-        weights, ones = np.diff(norm.cdf(edges)), np.ones_like(pair)
-        # at the border the weights of what is there count for all
-        pair = correlate1d(pair, weights, axis, mode="constant") / correlate1d(ones, weights, axis, mode="constant")
-    return torch.from_numpy(pair)
-
-
-@pytest.mark.parametrize(("size", "half"), [((41, 66), (20, 33)), ((20, 35, 17), (10, 18, 8))])
-def test_scale_factor_registers_on_a_coarser_grid(size, half):
-    network, pair = trained("dense", len(size)), random_pair(size)
-    seen = []
-    network.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+@pytest.mark.parametrize(("size", "padded"), [((41, 66), (64, 96)), ((20, 35, 17), (32, 64, 32))])
+def test_input_level_registers_block_means(size, padded):
+    network, pair = trained("dense", len(size), input_level=1), random_pair(size)
+    inner = trained("dense", len(size))
+    inner.load_state_dict(network.state_dict())
+    missing = [(0, n - m) for n, m in zip(padded, size, strict=True)]
+    blocks = np.pad(pair.numpy(), [(0, 0), (0, 0), *missing], mode="edge")
+    for axis in range(2, pair.ndim):  # means of 2 x 2 (x 2) voxels
+        blocks = blocks.reshape(*blocks.shape[:axis], -1, 2, *blocks.shape[axis + 1 :]).mean(axis + 1)
     with torch.no_grad():
-        found = Registration(network, bidirectional=True, scale_factor=0.5).eval()(pair)
-    coarse = seen[0][(slice(None), slice(None), *map(slice, half))]
-    mode = "bilinear" if len(size) == 2 else "trilinear"
-    expected = nn.functional.interpolate(smoothed(pair.numpy()), half, mode=mode, align_corners=True)
-    assert_close(coarse, expected, rtol=0, atol=1e-4)  # the deviation is known to 4 digits
-    with torch.no_grad():
-        inside = Registration(network, bidirectional=True).eval()(coarse)
+        found = Registration(network, bidirectional=True).eval()(pair)
+        inside = Registration(inner, bidirectional=True).eval()(torch.from_numpy(blocks))
     assert_close(found["dvf"], inside["dvf"], **EXACT)
+    # the voxel at x lies (x - 1/2) / 2 voxels into the grid of blocks; beyond the middle of the last one SciPy repeats
+    points = np.stack([(np.indices(size)[d] - 0.5) / 2 for d in range(len(size))])
     for key in ("ddf", "inverse_ddf"):
-        assert_close(found[key], resize(inside[key], list(size)), **EXACT)
+        expected = [
+            [map_coordinates(c, points, order=1, mode="nearest") for c in field] for field in 2 * inside[key].numpy()
+        ]
+        assert_close(found[key], torch.from_numpy(np.array(expected)), **EXACT)
     assert_close(found["warped"], warp(pair[:, :1], found["ddf"]), rtol=0, atol=0)  # the image itself stays fine
 
 
 @presets
 def test_bfloat16_is_close_and_its_fields_float32(preset, monkeypatch):
     monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: True)
-    network, pair = trained(preset, 2).float(), random_pair((33, 50), dtype=torch.float32)
+    network, pair = trained(preset, 2).float(), random_pair((66, 70), dtype=torch.float32)
     with torch.no_grad():
         exact = Registration(network, amp=False).eval()(pair)
         found = Registration(network).eval()(pair)
@@ -381,11 +373,11 @@ def test_bfloat16_only_where_its_gradient_is_right(size, expected, monkeypatch):
     assert seen == [torch.bfloat16 if expected else torch.float32, torch.float32]
 
 
-def test_bfloat16_counts_the_scaled_grid(monkeypatch):
+def test_bfloat16_counts_the_grid_of_the_unet(monkeypatch):
     monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: True)
-    network, seen = VoxelMorph("vm1", 2), []
+    network, seen = VoxelMorph("vm1", 2, input_level=1), []
     network.unet.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    Registration(network, scale_factor=0.5)(random_pair((64, 70), dtype=torch.float32))
+    Registration(network)(random_pair((64, 70), dtype=torch.float32))
     assert seen == [torch.float32]
 
 
@@ -419,7 +411,7 @@ def test_overfits_one_pair(preset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, got 'vm3'\."),
+        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, wide, got 'vm3'\."),
         ({"widths": 3}, r"changes must name fields of \('encoder', .*\), got \['widths'\]\."),
         ({"in_channels": 3}, r"in_channels counts two images alike and must be even, got 3\."),
         ({"in_channels": 0}, r"must be even, got 0\."),
@@ -469,5 +461,9 @@ def test_wrong_weights(tmp_path):
 def test_wrong_registration():
     with pytest.raises(ValueError, match=r"bidirectional needs .* \(num_steps > 0\), got num_steps 0\."):
         Registration(VoxelMorph("vm2", 2), bidirectional=True)
-    with pytest.raises(ValueError, match=r"scale_factor must be positive, got 0\."):
-        Registration(VoxelMorph("vm2", 2), scale_factor=0)
+    with pytest.raises(ValueError, match=r"input_level must be at least 0, got -1\."):
+        VoxelMorph("vm2", 2, input_level=-1)
+
+
+def test_none_leaves_the_preset_as_it_is():
+    assert VoxelMorph("wide", 2, num_steps=None).num_steps == PRESETS["wide"].num_steps == 5

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import GaussianFilter
 from torch import Tensor, nn
 
 from voxelmorph_monai.blocks import integrate, resize, warp
@@ -32,6 +31,7 @@ class Architecture(NamedTuple):
     num_steps: int = 7  # squarings of the velocity's integration; 0: the network predicts the displacement itself
     integration_level: int = 1  # resolution of the integrated field: 0 full, 1 half, ...
     probabilistic: bool = False  # a second head predicts the log-variance of the velocity
+    input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
 
     @property
     def feature_level(self) -> int:
@@ -47,8 +47,8 @@ PRESETS: dict[str, Architecture] = {
     "dense": Architecture(decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max"),
     # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
     "diffeomorphic": Architecture(probabilistic=True),
-    # The shipped one: as diffeomorphic, but wider where voxels are few and width costs little.
-    "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5),
+    # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few.
+    "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1),
 }
 
 
@@ -130,6 +130,8 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
     levels = len(architecture.encoder)
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+    if architecture.input_level < 0:
+        raise ValueError(f"input_level must be at least 0, got {architecture.input_level}.")
     if not 1 <= len(architecture.decoder) <= levels + 1 or not all(architecture.decoder):
         raise ValueError(
             f"decoder for an encoder of {levels} levels must hold 1 to {levels + 1} non-empty tuples of widths, "
@@ -159,7 +161,8 @@ class VoxelMorph(nn.Module):
         preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"wide"``.
         spatial_dims: 2 or 3.
         in_channels: channels of the two images together.
-        changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``.
+        changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``; None leaves
+            a field as it is.
     """
 
     def __init__(
@@ -173,6 +176,7 @@ class VoxelMorph(nn.Module):
             raise ValueError(f"changes must name fields of {Architecture._fields}, got {sorted(unknown)}.")
         if in_channels < 2 or in_channels % 2:
             raise ValueError(f"in_channels counts two images alike and must be even, got {in_channels}.")
+        changes = {name: value for name, value in changes.items() if value is not None}
         architecture = PRESETS[preset]._replace(**changes)  # type: ignore[arg-type] # checked by name above
         _check_architecture(architecture, spatial_dims)
         self.in_channels = in_channels
@@ -180,7 +184,8 @@ class VoxelMorph(nn.Module):
         self.num_steps = architecture.num_steps
         self.integration_level = architecture.integration_level
         self.feature_level = architecture.feature_level
-        self.multiple = 2 ** len(architecture.encoder)
+        self.block = 2**architecture.input_level
+        self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
         self.unet = UNet(spatial_dims, in_channels, architecture)
         self.flow = self._head(std=1e-5)
         self.log_variance = self._head(std=1e-10, bias=-10.0) if architecture.probabilistic else None
@@ -212,6 +217,8 @@ class VoxelMorph(nn.Module):
             padding += [0, n]
         if sum(missing) > 0:
             pair = F.pad(pair, padding, mode="replicate")
+        if self.block > 1:
+            pair = F.avg_pool3d(pair, self.block) if self.spatial_dims == 3 else F.avg_pool2d(pair, self.block)
         if self.spatial_dims == 3:
             pair = pair.contiguous(memory_format=torch.channels_last_3d)
         return self.unet(pair)
@@ -219,8 +226,8 @@ class VoxelMorph(nn.Module):
     def fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance of the velocity (``num_steps=0``: the displacement), on the grid of integration.
 
-        Both are ``(B, D, *padded / 2**integration_level)``, of the weights' type (float32); the mean in voxels of that
-        grid, the log-variance None unless the network is probabilistic.
+        Both are ``(B, D, *padded / 2**(input_level + integration_level))``, of the weights' type (float32); the mean in
+        voxels of that grid, the log-variance None unless the network is probabilistic.
         """
         if torch.jit.is_scripting():  # scripts run without autocast
             mean, log_variance = self._fields(features)
@@ -238,7 +245,11 @@ class VoxelMorph(nn.Module):
 
     def displacement(self, field: Tensor, size: list[int]) -> Tensor:
         """Displacement ``(B, D, *size)`` in voxels of the full grid, from a velocity (or displacement) ``field``."""
-        ddf = resize(integrate(field, self.num_steps), self._padded(size))
+        padded = self._padded(size)
+        ddf = resize(integrate(field, self.num_steps), [n // self.block for n in padded])
+        if self.block > 1:  # a voxel of the U-Net lies in the middle of a block: corners do not coincide
+            mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
+            ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
         for d in range(self.spatial_dims):
             ddf = ddf.narrow(d + 2, 0, size[d])
         return ddf.contiguous()
@@ -284,25 +295,15 @@ class Registration(nn.Module):
         bidirectional: also give the inverse, by integrating the velocity backwards.
         amp: run the U-Net in bfloat16 where that is fast; fields, warps and losses stay in float32. It is done here
             because MONAI's engines autocast on CUDA alone.
-        scale_factor: the network sees the pair on a grid of this many times the size of each axis (0.5: two times
-            coarser, after smoothing to the width of its voxels), and its displacement is brought back to the images'
-            own grid before they are warped.
     """
 
-    def __init__(
-        self, network: VoxelMorph, bidirectional: bool = False, amp: bool = True, scale_factor: float = 1.0
-    ) -> None:
+    def __init__(self, network: VoxelMorph, bidirectional: bool = False, amp: bool = True) -> None:
         super().__init__()
-        if scale_factor <= 0:
-            raise ValueError(f"scale_factor must be positive, got {scale_factor}.")
         if bidirectional and network.num_steps == 0:
             raise ValueError("bidirectional needs a network that predicts a velocity (num_steps > 0), got num_steps 0.")
         self.network = network
         self.bidirectional = bidirectional
         self.amp = amp
-        self.scale_factor = scale_factor
-        width = max(1 / scale_factor**2 - 1, 0) ** 0.5  # at half height, in voxels; a voxel has the width 1 already
-        self.smooth = GaussianFilter(network.spatial_dims, width / 2.355) if width > 0 else nn.Identity()
 
     def _in_bfloat16(self, pair: Tensor) -> bool:
         # On 2 voxels along an axis oneDNN's bfloat16 gradient of the weights is random bits, Inf among them
@@ -310,19 +311,10 @@ class Registration(nn.Module):
         coarsest = min(-(-n // self.network.multiple) for n in pair.shape[2:])
         return self.amp and has_fast_bfloat16(pair.device) and coarsest > 2
 
-    def _scaled(self, pair: Tensor) -> Tensor:
-        if self.scale_factor == 1:
-            return pair
-        size = [max(round(n * self.scale_factor), 2) for n in pair.shape[2:]]
-        smooth = self.smooth(pair) / self.smooth(torch.ones_like(pair[:1, :1]))  # MONAI's filter pads with 0
-        # The corners of the grids coincide, as they do in blocks.resize, which takes the displacement back.
-        return F.interpolate(smooth, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=True)
-
     def forward(self, pair: Tensor) -> dict[str, Tensor]:
         """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
-        pair = self._scaled(pair)
         with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
             features = network.features(pair)
         mean, log_variance = network.fields(features)
@@ -333,9 +325,9 @@ class Registration(nn.Module):
             found["log_variance"] = log_variance
             if self.training:
                 field = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        found["ddf"] = resize(network.displacement(field, list(pair.shape[2:])), size)
+        found["ddf"] = network.displacement(field, size)
         found["warped"] = warp(moving, found["ddf"])
         if self.bidirectional:
-            found["inverse_ddf"] = resize(network.displacement(-field, list(pair.shape[2:])), size)
+            found["inverse_ddf"] = network.displacement(-field, size)
             found["warped_fixed"] = warp(fixed, found["inverse_ddf"])
         return found
