@@ -7,8 +7,9 @@ The transform maps points of the fixed image to points of the moving one, as ITK
    images already;
 3. a full optimisation of the one that is best then, on two finer copies.
 
-How coarse is counted in sides of a cube as large as what the fixed image shows, so that a mouse is registered as a man.
-For a brain, whose side is some 125 mm, the copies have voxels of 8, 4 and 2 mm.
+Images that are the same where the headers put them stay there. How coarse is counted in sides of a cube as large as
+what the fixed image shows, so that a mouse is registered as a man: for a brain, whose side is some 125 mm, the copies
+have voxels of 8, 4 and 2 mm.
 
 Steps 2 and 3 maximise the mutual information of Mattes et al. (IEEE TMI 2003) by ITK. Nothing is drawn at random and
 sums are taken in one order, so that the same images give the same transform whatever the number of threads.
@@ -22,7 +23,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from voxelmorph_monai.spaces import Affine, require_right_angles, spacing, to_itk, to_lps, transform_affine
+from voxelmorph_monai.spaces import (
+    Affine,
+    linear_transform,
+    require_right_angles,
+    spacing,
+    to_itk,
+    to_lps,
+    transform_affine,
+)
 
 __all__ = ["register_affine"]
 
@@ -31,6 +40,7 @@ _FINE = (0.032, 0.016)  # sides: finer copies change the result by less than 0.1
 _MARGINS = 0.4, 0.08  # sides, around the moving image: room for poses, ITK leaves out what falls outside; fixed image
 _NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart, half of what the optimisation makes up for
 _NUM_STARTS = 8
+_SAME = 0.9999  # correlation of images that differ by rounding alone
 _SEED = 121212
 
 
@@ -106,6 +116,14 @@ def _best_poses(moving: _Copy, fixed: _Copy, scale: float) -> list[Affine]:
         poses.append(pose)
         score.append((_standardise(warped) * pattern).sum())  # no BLAS: its sums depend on the number of threads
     return [poses[i] for i in np.argsort(score)[::-1][:_NUM_STARTS]]
+
+
+def _agree(moving: _Copy, fixed: _Copy) -> bool:
+    """Whether the images are the same where the headers put them: then there is nothing to optimise, and to spoil."""
+    there = ndimage.affine_transform(
+        moving.array, np.linalg.inv(moving.affine) @ fixed.affine, output_shape=fixed.array.shape, order=1
+    )
+    return float((_standardise(there) * _standardise(fixed.array)).sum()) > _SAME
 
 
 def _overlap(moving: _Copy, fixed: _Copy) -> bool:
@@ -194,6 +212,8 @@ def register_affine(
         require_right_angles(affine, name)
     if moving[0].ndim != fixed[0].ndim:
         raise ValueError(f"moving and fixed must both be 2-D or 3-D, got {moving[0].shape} and {fixed[0].shape}.")
+    if _agree(_Copy(*moving), _Copy(*fixed)):
+        return linear_transform(np.eye(fixed[0].ndim + 1))
     side, scale = _side(fixed), 1.0
     images = _around_brain(*moving, margin=_MARGINS[0] * side), _around_brain(*fixed, margin=_MARGINS[1] * side)
     coarse = _coarsen(images[0], _COARSE * side), _coarsen(images[1], _COARSE * side)

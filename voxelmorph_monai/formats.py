@@ -4,6 +4,7 @@ Formats and readers differ in what they do where a file leaves its place in spac
 common tools would put it in different places, because a transform that is right for one of them is wrong for the other.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,16 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
-__all__ = ["FORMATS", "Volume", "corner_distance", "is_nifti", "open_file", "reading", "spatial_dims_of"]
+__all__ = [
+    "FORMATS",
+    "Volume",
+    "corner_distance",
+    "is_nifti",
+    "open_file",
+    "reading",
+    "silent_stderr",
+    "spatial_dims_of",
+]
 
 FORMATS = "a scan (NIfTI, MGZ, NRRD, MetaImage) or a folder that holds one DICOM series"
 
@@ -50,17 +60,27 @@ class _ItkVolume:
 
 
 @contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Drop what C libraries print on stderr, such as ITK's readers and HDF5 before an error is raised."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Restate in one ValueError what a reader raises on a broken file, which may be any error."""
-    display = itk.Object.GetGlobalWarningDisplay()
-    itk.Object.SetGlobalWarningDisplay(False)  # the error says what is wrong
     try:
-        yield
+        with silent_stderr():  # the error says what is wrong
+            yield
     except Exception as error:
         reason = " ".join(str(error).split()).rsplit("ITK ERROR: ")[-1]  # before it, where in ITK's source
         raise ValueError(f"{path} must be {FORMATS}, and whole, but reading it failed: {reason}") from error
-    finally:
-        itk.Object.SetGlobalWarningDisplay(display)
 
 
 def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> float:

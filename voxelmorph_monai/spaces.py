@@ -11,7 +11,7 @@ plane, ``(X, Y)`` and a 3 x 3 affine, with which the functions for ITK work as w
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from voxelmorph_monai.formats import Volume, corner_distance, is_nifti, open_file, reading, spatial_dims_of
+from voxelmorph_monai.formats import (
+    Volume,
+    corner_distance,
+    is_nifti,
+    open_file,
+    reading,
+    silent_stderr,
+    spatial_dims_of,
+)
 
 __all__ = [
     "Composite",
@@ -388,12 +396,15 @@ class Composite(NamedTuple):
 
     def save(self, path: str | Path, spatial_dims: int = 3) -> None:
         """Write the map as an ITK transform of 2 or 3 dimensions, ``.h5``; whole or not at all."""
-        with atomic(path) as temporary:
+
+        def write(temporary: Path) -> None:
             writer = itk.TransformFileWriterTemplate[itk.F].New()  # itk.transformwrite would write float64
             writer.SetFileName(str(temporary))
             writer.SetUseCompression(True)
             writer.SetInput(self.to_itk(spatial_dims))
             writer.Update()
+
+        _write_by_itk(path, write)
 
 
 def warp_scan(
@@ -439,6 +450,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Have ITK write ``path``, whole or not at all, and raise an OSError if it cannot."""
+    with atomic(path) as temporary:
+        failed = False
+        with silent_stderr():  # on which HDF5 prints a page, and another when the writer is gone
+            try:
+                write(temporary)
+            except RuntimeError:
+                failed = True
+        if failed:
+            raise OSError(f"{path} cannot be written: is the disk full?")
 
 
 @contextmanager
@@ -505,8 +529,7 @@ def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> 
 
 def save_transform(path: str | Path, transform: itk.Transform) -> None:
     """Write an ITK transform as text, ``.txt``; whole or not at all."""
-    with atomic(path) as temporary:
-        itk.transformwrite([transform], str(temporary))
+    _write_by_itk(path, lambda temporary: itk.transformwrite([transform], str(temporary)))
 
 
 def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
