@@ -3,11 +3,12 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
@@ -77,6 +78,36 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             datalist[section].append(paths)
     (folder / "datalist.json").write_text(json.dumps(datalist), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def save_dicom() -> Callable[..., None]:
+    """A function that writes a volume ``(X, Y, Z)``, int16, as a DICOM series: a file for each slice."""
+
+    def save(folder: Path, array: NDArray[np.int16], affine: NDArray[np.float64], series: int = 1) -> None:
+        folder.mkdir(exist_ok=True)
+        lps, sides = np.diag([-1.0, -1, 1, 1]) @ affine, np.linalg.norm(affine[:3, :3], axis=0)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        for index in range(array.shape[2]):
+            image = sitk.GetImageFromArray(np.ascontiguousarray(array[..., index].T))
+            image.SetSpacing(sides[:2].tolist())
+            tags = {
+                "0008|0060": "MR",
+                "0018|0050": str(sides[2]),
+                "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
+                "0020|000e": f"1.2.826.0.1.3680043.2.1125.1.{series}",
+                "0008|0018": f"1.2.826.0.1.3680043.2.1125.1.{series}.{index + 1}",
+                "0020|0013": str(index + 1),
+                "0020|0032": "\\".join(f"{x:.8g}" for x in (lps @ [0, 0, index, 1])[:3]),
+                "0020|0037": "\\".join(f"{x:.8g}" for x in (lps[:3, :2] / sides[:2]).T.ravel()),
+            }
+            for tag, value in tags.items():
+                image.SetMetaData(tag, value)
+            writer.SetFileName(str(folder / f"{series}_{index:03d}.dcm"))
+            writer.Execute(image)
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -207,7 +207,7 @@ def with_value(value: float) -> NDArray[Any]:
 RGB = np.zeros(SIZE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD_ARRAYS = {
     "4-D": (np.zeros((*SIZE, 2), np.float32), r"must be one 3-D volume, got shape \(9, 12, 7, 2\)"),
-    "2-D": (np.zeros(SIZE[:2], np.float32), r"must be one 3-D volume, got shape \(9, 12\)"),
+    "2-D": (np.zeros(SIZE[:2], np.float32), r"must be one 3-D volume, got shape \(9, 12, 1\)"),
     "slice": (np.zeros((9, 1, 7), np.float32), r"must be one 3-D volume, got shape \(9, 1, 7\)"),
     "colour": (RGB, "must hold one real number a voxel, got"),
     "complex": (np.ones(SIZE, np.complex64), "must hold one real number a voxel, got complex64"),
@@ -268,16 +268,18 @@ def test_truncated_files_are_refused(tmp_path: Path, cut: int, compressed: bool)
     content = gzip.compress(whole)[:cut] if compressed else whole[:cut]
     path = tmp_path / ("bad.nii.gz" if compressed else "bad.nii")
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.nii.* must be a whole NIfTI or MGZ file, but reading it failed"):
+    with pytest.raises(
+        ValueError, match=r"bad\.nii.* must be a scan \(.*\) or a folder .*, and whole, but reading it failed: \S"
+    ):
         read_image(path)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing\.nii must be a NIfTI or MGZ file, but there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.nii must be a scan \(NIfTI, .*, but there is no such file"):
         read_image(tmp_path / "nothing.nii")
-    nib.save(nib.Spm2AnalyzeImage(noise(), np.eye(4)), tmp_path / "old.img")
-    with pytest.raises(ValueError, match=r"old\.img must be a NIfTI or MGZ file, got a Spm2AnalyzeImage"):
-        read_image(tmp_path / "old.img")
+    (tmp_path / "photo.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"photo\.png must be a scan .*; pictures do not say where they lie"):
+        read_image(tmp_path / "photo.png")
 
 
 @pytest.mark.parametrize(("most", "dtype"), [(3, np.uint8), (300, np.uint16), (70000, np.uint32)])

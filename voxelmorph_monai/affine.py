@@ -1,10 +1,15 @@
-r"""Rigid and affine registration by mutual information, from any pose.
+r"""Rigid and affine registration by mutual information, from any pose, in 2-D and 3-D.
 
 The transform maps points of the fixed image to points of the moving one, as ITK resamples. It is found in three steps:
 
-1. many rotations about the centres of the brains, scored on 8 mm copies by the correlation of the two images;
-2. a short optimisation of the best of them, with few parameters, on the same copies;
-3. a full optimisation of the one that is best then, on 4 mm and 2 mm copies.
+1. many rotations about the centres of what the images show, scored on coarse copies by the correlation of the two;
+2. a short optimisation, with few parameters, on the same copies: of the best of them, and of where the headers put the
+   images already;
+3. a full optimisation of the one that is best then, on two finer copies.
+
+Images that are the same where the headers put them stay there. How coarse is counted in sides of a cube as large as
+what the fixed image shows, so that a mouse is registered as a man: for a brain, whose side is some 125 mm, the copies
+have voxels of 8, 4 and 2 mm.
 
 Steps 2 and 3 maximise the mutual information of Mattes et al. (IEEE TMI 2003) by ITK. Nothing is drawn at random and
 sums are taken in one order, so that the same images give the same transform whatever the number of threads.
@@ -18,14 +23,24 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from voxelmorph_monai.spaces import Affine, require_right_angles, spacing, to_itk, to_lps, transform_affine
+from voxelmorph_monai.spaces import (
+    Affine,
+    linear_transform,
+    require_right_angles,
+    spacing,
+    to_itk,
+    to_lps,
+    transform_affine,
+)
 
 __all__ = ["register_affine"]
 
-_COARSE = 8.0  # mm: a brain is about 20 voxels wide, 500 poses are scored within a second
-_FINE = (4.0, 2.0)  # mm: finer copies change the result by less than 0.1 mm
+_COARSE = 0.064  # sides: a brain is about 20 voxels wide, 500 poses are scored within a second
+_FINE = (0.032, 0.016)  # sides: finer copies change the result by less than 0.1 mm in a brain
+_MARGINS = 0.4, 0.08  # sides, around the moving image: room for poses, ITK leaves out what falls outside; fixed image
 _NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart, half of what the optimisation makes up for
 _NUM_STARTS = 8
+_SAME = 0.9999  # correlation of images that differ by rounding alone
 _SEED = 121212
 
 
@@ -42,7 +57,7 @@ def _around_brain(array: NDArray[Any], affine: Affine, margin: float) -> _Copy:
     width = np.ceil(margin / spacing(affine)).astype(int)
     padded = np.pad(array[found], [(n, n) for n in width])
     shifted = affine.copy()
-    shifted[:3, 3] += affine[:3, :3] @ ([edge.start for edge in found] - width)
+    shifted[:-1, -1] += affine[:-1, :-1] @ ([edge.start for edge in found] - width)
     return _Copy(padded, shifted)
 
 
@@ -52,23 +67,29 @@ def _coarsen(image: _Copy, size: float) -> _Copy:
     smooth = ndimage.gaussian_filter(image.array, 0.42 * factor)  # one new voxel wide at half height
     step = np.maximum(np.rint(factor).astype(int), 1)
     affine = image.affine.copy()
-    affine[:3, :3] *= step
-    return _Copy(smooth[:: step[0], :: step[1], :: step[2]], affine)
+    affine[:-1, :-1] *= step
+    return _Copy(smooth[tuple(slice(None, None, n) for n in step)], affine)
 
 
-def _volume(image: _Copy) -> float:
-    """Volume of the non-zero voxels, in mm^3."""
-    return float(np.count_nonzero(image.array) * np.prod(spacing(image.affine)))
+def _side(image: tuple[NDArray[Any], Affine]) -> float:
+    """Side in mm of a cube, or square, as large as all non-zero voxels together."""
+    array, affine = image
+    return float(np.count_nonzero(array) * np.prod(spacing(affine))) ** (1 / array.ndim)
 
 
 def _centre(image: _Copy) -> NDArray[Any]:
     """Centre of the non-zero voxels, in mm (RAS)."""
     index = np.argwhere(image.array != 0).mean(axis=0)
-    return image.affine[:3, :3] @ index + image.affine[:3, 3]
+    return image.affine[:-1, :-1] @ index + image.affine[:-1, -1]
 
 
-def _rotations(number: int) -> NDArray[Any]:
-    """Evenly spread rotations ``(number, 3, 3)``, the identity first (super-Fibonacci spiral, Alexa, CVPR 2022)."""
+def _rotations(number: int, spatial_dims: int) -> NDArray[Any]:
+    """Evenly spread rotations ``(number, D, D)``, the identity first.
+
+    In 3-D they lie on the super-Fibonacci spiral of Alexa (CVPR 2022).
+    """
+    if spatial_dims == 2:
+        return Rotation.from_euler("z", 2 * np.pi * np.arange(number) / number).as_matrix()[:, :2, :2]
     s = np.arange(number - 1) + 0.5
     inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
     a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
@@ -82,14 +103,14 @@ def _standardise(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _best_poses(moving: _Copy, fixed: _Copy, scale: float) -> list[Affine]:
-    """The rotations (with ``scale``) about the centres of the brains that correlate best: 4 x 4 matrices (RAS mm)."""
+    """The rotations (with ``scale``) about the centres of the brains that correlate best: matrices (RAS mm)."""
     centre, target = _centre(fixed), _centre(moving)
     to_voxels, pattern = np.linalg.inv(moving.affine), _standardise(fixed.array)
     poses, score = [], []
-    for rotation in _rotations(_NUM_ROTATIONS):
-        pose = np.eye(4)
-        pose[:3, :3] = scale * rotation
-        pose[:3, 3] = target - pose[:3, :3] @ centre
+    for rotation in _rotations(_NUM_ROTATIONS, len(centre)):
+        pose = np.eye(len(centre) + 1)
+        pose[:-1, :-1] = scale * rotation
+        pose[:-1, -1] = target - pose[:-1, :-1] @ centre
         matrix = to_voxels @ pose @ fixed.affine
         warped = ndimage.affine_transform(moving.array, matrix, output_shape=pattern.shape, order=1)
         poses.append(pose)
@@ -97,16 +118,37 @@ def _best_poses(moving: _Copy, fixed: _Copy, scale: float) -> list[Affine]:
     return [poses[i] for i in np.argsort(score)[::-1][:_NUM_STARTS]]
 
 
+def _agree(moving: _Copy, fixed: _Copy) -> bool:
+    """Whether the images are the same where the headers put them: then there is nothing to optimise, and to spoil."""
+    there = ndimage.affine_transform(
+        moving.array, np.linalg.inv(moving.affine) @ fixed.affine, output_shape=fixed.array.shape, order=1
+    )
+    return float((_standardise(there) * _standardise(fixed.array)).sum()) > _SAME
+
+
+def _overlap(moving: _Copy, fixed: _Copy) -> bool:
+    """Whether the headers put at least half of the fixed image into the moving one, so that ITK can start there."""
+    there = ndimage.affine_transform(
+        np.ones_like(moving.array), np.linalg.inv(moving.affine) @ fixed.affine, output_shape=fixed.array.shape, order=0
+    )
+    return bool(there[fixed.array != 0].mean() > 0.5)
+
+
 def _transform(kind: str, pose: Affine, centre: NDArray[Any]) -> itk.Transform:
     """ITK transform of the given kind with the matrix ``pose`` (RAS mm), its parameters counted about ``centre``."""
-    types = {"rigid": "VersorRigid3DTransform", "similarity": "Similarity3DTransform", "affine": "AffineTransform"}
-    template = getattr(itk, types[kind])
-    transform = (template[itk.D, 3] if kind == "affine" else template[itk.D]).New()
-    lps = to_lps(pose)
-    centre = to_lps(centre)
+    kinds = {
+        ("rigid", 2): itk.Euler2DTransform[itk.D],
+        ("rigid", 3): itk.VersorRigid3DTransform[itk.D],
+        ("similarity", 2): itk.Similarity2DTransform[itk.D],
+        ("similarity", 3): itk.Similarity3DTransform[itk.D],
+        ("affine", 2): itk.AffineTransform[itk.D, 2],
+        ("affine", 3): itk.AffineTransform[itk.D, 3],
+    }
+    transform = kinds[kind, len(centre)].New()
+    lps, centre = to_lps(pose), to_lps(centre)
     transform.SetCenter(centre.tolist())
-    transform.SetMatrix(itk.matrix_from_array(lps[:3, :3]))
-    transform.SetTranslation((lps[:3, :3] @ centre + lps[:3, 3] - centre).tolist())
+    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1])))
+    transform.SetTranslation((lps[:-1, :-1] @ centre + lps[:-1, -1] - centre).tolist())
     return transform
 
 
@@ -154,9 +196,10 @@ def register_affine(
     """Align two skull-stripped images ``(array, affine)``, as :func:`~voxelmorph_monai.spaces.read_image` gives them.
 
     Args:
-        moving: image whose background is 0, in any pose. A few very bright voxels spoil the histogram: clip them.
+        moving: image whose background is 0, in any pose. A few very bright voxels spoil the histogram: clip them. Or
+            ``(X, Y)`` with a 3 x 3 affine.
         fixed: the same.
-        transform: ``"rigid"`` (6 parameters) or ``"affine"`` (12 parameters).
+        transform: ``"rigid"`` (6 parameters, 3 in 2-D) or ``"affine"`` (12 and 6).
 
     Returns:
         ITK transform in mm (LPS) that takes points of ``fixed`` to points of ``moving``.
@@ -164,19 +207,25 @@ def register_affine(
     if transform not in ("rigid", "affine"):
         raise ValueError(f"transform must be 'rigid' or 'affine', got '{transform}'.")
     for name, (array, affine) in (("moving", moving), ("fixed", fixed)):
-        if array.ndim != 3 or not array.any():
+        if array.ndim not in (2, 3) or affine.shape != (array.ndim + 1,) * 2 or not array.any():
             raise ValueError(f"{name} must be (X, Y, Z) and not 0 everywhere, got {array.shape}.")
         require_right_angles(affine, name)
-    moving_brain = _around_brain(*moving, margin=50.0)  # room for poses: ITK leaves out what falls outside the image
-    fixed_brain = _around_brain(*fixed, margin=10.0)
-    coarse = _coarsen(moving_brain, _COARSE), _coarsen(fixed_brain, _COARSE)
-    centre = _centre(coarse[1])
-    kind, scale = "rigid", 1.0
+    if moving[0].ndim != fixed[0].ndim:
+        raise ValueError(f"moving and fixed must both be 2-D or 3-D, got {moving[0].shape} and {fixed[0].shape}.")
+    if _agree(_Copy(*moving), _Copy(*fixed)):
+        return linear_transform(np.eye(fixed[0].ndim + 1))
+    side, scale = _side(fixed), 1.0
+    images = _around_brain(*moving, margin=_MARGINS[0] * side), _around_brain(*fixed, margin=_MARGINS[1] * side)
+    coarse = _coarsen(images[0], _COARSE * side), _coarsen(images[1], _COARSE * side)
+    centre, kind = _centre(coarse[1]), "rigid"
     if transform == "affine":
-        kind, scale = "similarity", (_volume(moving_brain) / _volume(fixed_brain)) ** (1 / 3)
-    starts = [_transform(kind, pose, centre) for pose in _best_poses(*coarse, scale)]
+        kind, scale = "similarity", _side(moving) / side
+    poses = _best_poses(*coarse, scale)
+    if _overlap(*coarse):
+        poses.append(np.eye(len(centre) + 1))
+    starts = [_transform(kind, pose, centre) for pose in poses]
     values = [_optimise(start, *coarse) for start in starts]
     result = _transform(transform, transform_affine(starts[int(np.argmin(values))]), centre)
     for size in _FINE:
-        _optimise(result, _coarsen(moving_brain, size), _coarsen(fixed_brain, size), share=0.25)
+        _optimise(result, _coarsen(images[0], size * side), _coarsen(images[1], size * side), share=0.25)
     return result

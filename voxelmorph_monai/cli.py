@@ -24,7 +24,9 @@ class _Command(NamedTuple):
 
 
 def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", nargs=3, type=int, default=[160, 192, 224], help="voxels along L-R, I-S, A-P")
+    parser.add_argument(
+        "--size", nargs="+", type=int, default=[160, 192, 224], help="voxels along L-R, I-S, A-P; two for 2-D"
+    )
     parser.add_argument("--spacing", type=float, default=1.0, metavar="MM", help="side of a voxel (%(default)s)")
 
 
@@ -58,7 +60,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("moving", type=Path, help="scan to warp (NIfTI, MGZ)")
+    parser.add_argument("moving", type=Path, help="scan to warp (NIfTI, MGZ, NRRD, MHA, folder of a DICOM series)")
     parser.add_argument("fixed", type=Path, help="scan to warp it to")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network (default: none, affine only)")
@@ -74,7 +76,10 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
+    parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="register only what lies in it, as of a brain")
+    parser.add_argument("--fixed-mask", "--mask", type=Path, metavar="FILE", help="the same of the fixed scan")
     _add_grid_arguments(parser)
+    parser.add_argument("--bids", action="store_true", help="name the files as BIDS derivatives of the moving scan")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier registration in DIR")
 
 
@@ -82,8 +87,8 @@ def _register(args: argparse.Namespace) -> int:
     from voxelmorph_monai.preparation import Grid
     from voxelmorph_monai.registration import register_files
 
-    names = ("moving_labels", "fixed_labels", "weights", "preset", "space", "transform", "overwrite")
-    options = {name: getattr(args, name) for name in names}
+    names = ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "weights", "preset", "space", "transform")
+    options = {name: getattr(args, name) for name in (*names, "bids", "overwrite")}
     summary = register_files(args.moving, args.fixed, args.output, grid=Grid(tuple(args.size), args.spacing), **options)
     if args.weights is None:
         print("no --weights: the registration is affine only")
@@ -147,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _COMMANDS[args.command].run(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"vxm {args.command}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"vxm {args.command}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"vxm {args.command}: interrupted", file=sys.stderr)

@@ -81,7 +81,8 @@ def save_registration_picture(
 ) -> None:
     """Write a PNG of three middle slices: moving, fixed, warped, what they differ by, deformed grid, change of volume.
 
-    The deformed grid lies on the moving image: its lines are where the fixed image's rows and columns look.
+    Of a slice, one of whose axes has length 1, it shows that. The deformed grid lies on the moving image: its lines are
+    where the fixed image's rows and columns look.
 
     Args:
         path: the PNG, written whole or not at all.
@@ -100,11 +101,12 @@ def save_registration_picture(
     size = spacing(affine)[source[:, 0]]
     middle = [int(np.round(c)) for c in np.argwhere(fixed > 0.1 * fixed.max()).mean(axis=0)]
     bright = float(np.percentile(fixed[fixed > 0], 99.5))  # a few bright vessels would leave the brain in the dark
-    figure = Figure(figsize=(17.5, 8.4), layout="constrained")
-    panels = figure.subplots(3, 7)
+    shown = [axis for axis in range(3) if fixed.shape[axis] == 1] or [0, 1, 2]
+    figure = Figure(figsize=(17.5, 2.8 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 7, squeeze=False)
     for panel, name in zip(panels[0], _COLUMNS, strict=True):
         panel.set_title(name, fontsize=11)
-    for axis, row in enumerate(panels):
+    for axis, row in zip(shown, panels, strict=True):
         across, up = (a for a in range(3) if a != axis)
         at = [_slice(v, axis, middle[axis]) for v in volumes]
         displacement = _slice(field, axis, middle[axis])[[across, up]]

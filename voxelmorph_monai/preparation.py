@@ -30,6 +30,7 @@ from tqdm import tqdm
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.spaces import (
     Affine,
+    Plane,
     atomic,
     read_image,
     read_labels,
@@ -63,11 +64,11 @@ class Grid(NamedTuple):
     """Where prepared scans live.
 
     Attributes:
-        size: voxels along left, inferior, anterior.
+        size: voxels along left, inferior, anterior; two along the axes of a plane.
         spacing: side of a voxel, in mm.
     """
 
-    size: tuple[int, int, int] = (160, 192, 224)
+    size: tuple[int, ...] = (160, 192, 224)
     spacing: float = 1.0
 
 
@@ -140,7 +141,7 @@ def _box(image: tuple[NDArray[Any], Affine]) -> tuple[NDArray[Any], NDArray[Any]
     array, affine = image
     found = ndimage.find_objects((array > 0).astype(np.uint8))[0]
     corners = np.stack(np.meshgrid(*[(edge.start, edge.stop - 1) for edge in found], [1], indexing="ij"))
-    ends = (affine @ corners.reshape(4, -1))[:3]
+    ends = (affine @ corners.reshape(len(affine), -1))[:-1]
     return ends.min(axis=1), ends.max(axis=1)
 
 
@@ -152,22 +153,29 @@ def _template_box() -> tuple[NDArray[Any], NDArray[Any]]:
 def grid_affine(grid: Grid, image: tuple[NDArray[Any], Affine] | None = None) -> Affine:
     """Affine (RAS, mm) of ``grid`` around what ``image`` ``(array, affine)`` shows above 0 (default: MNI152's brain).
 
+    Around a slice it lies in its plane, ``(X, Y, 1)``.
+
     Raises:
         ValueError: the grid is none, or too small to hold it.
     """
-    if len(grid.size) != 3 or min(grid.size) < 1 or not 0 < grid.spacing < np.inf:
-        raise ValueError(f"a grid must have three sizes > 0 and a spacing > 0, got {grid}.")
-    low, high = _template_box() if image is None else _box(image)
-    extent, needed = np.multiply(grid.size, grid.spacing), np.abs(_LIA.T @ (high - low))
+    plane = Plane.of(image) if image is not None and 1 in image[0].shape else None
+    axes = _LIA if plane is None else np.eye(2)
+    if len(grid.size) != len(axes) or min(grid.size) < 1 or not 0 < grid.spacing < np.inf:
+        raise ValueError(f"a grid must have {len(axes)} sizes > 0 and a spacing > 0, got {grid}.")
+    if image is None:
+        low, high = _template_box()
+    else:
+        low, high = _box(image if plane is None else plane.flatten(image))
+    extent, needed = np.multiply(grid.size, grid.spacing), np.abs(axes.T @ (high - low))
     if (extent < needed).any():
         what = "the template's brain" if image is None else "the fixed image"
         raise ValueError(
             f"a grid must hold {what}, {needed.round(1).tolist()} mm, but has {extent.round(1).tolist()} mm."
         )
-    affine = np.eye(4)
-    affine[:3, :3] = grid.spacing * _LIA
-    affine[:3, 3] = (low + high) / 2 - affine[:3, :3] @ ((np.array(grid.size) - 1) / 2)
-    return affine
+    affine = np.eye(len(axes) + 1)
+    affine[:-1, :-1] = grid.spacing * axes
+    affine[:-1, -1] = (low + high) / 2 - affine[:-1, :-1] @ ((np.array(grid.size) - 1) / 2)
+    return affine if plane is None else plane.place(affine)
 
 
 def resample(
@@ -187,6 +195,7 @@ def resample(
         order: 1 linear; 0 nearest, which invents no label.
     """
     to_voxels = np.linalg.inv(image[1]) @ mapping @ affine
+    to_voxels[:3][np.array(image[0].shape) == 1] = 0  # across a slice there is no outside
     return ndimage.affine_transform(image[0], to_voxels, output_shape=tuple(size), order=order)
 
 
@@ -517,6 +526,8 @@ def prepare(
     output = Path(output).absolute()
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
+    if seed < 0:  # Python's generator drops the sign
+        raise ValueError(f"seed must be at least 0, got {seed}.")
     grid_affine(grid)  # raises on one that cannot be
     if maps and labels:
         raise ValueError(f"labels must not be given with maps, which are labels themselves, got '{labels}'.")

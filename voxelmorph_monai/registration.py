@@ -7,7 +7,9 @@ evaluated, at the voxels of the fixed scan, and the moving scan is interpolated 
 """
 
 import hashlib
+import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from torch import Tensor
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
+from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
     Grid,
@@ -33,11 +36,13 @@ from voxelmorph_monai.preparation import (
     resample_intensities,
     rescale,
 )
-from voxelmorph_monai.results import Images, correlation, overlap, regularity, save_results
+from voxelmorph_monai.results import NAMES, Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     Affine,
     Composite,
+    Plane,
     atomic_folder,
+    in_plane,
     linear_transform,
     read_image,
     read_labels,
@@ -58,17 +63,15 @@ _SPACES = ("mni152", "fixed")
 _TRANSFORMS = ("affine", "rigid", "none")
 _FADE = 16  # voxels around the network's grid within which its displacement fades to 0
 _NUM_POINTS = 100_000  # at which the inverse is checked
-_WRITTEN = {
-    "affine.txt",
-    "displacement.nii.gz",
-    "forward.h5",
-    "inverse.h5",
-    "jacobian.nii.gz",
-    "report.png",
-    "summary.json",
-    "warped.nii.gz",
-    "warped_labels.nii.gz",
+_NAMES = {
+    **NAMES,
+    "warped": "warped.nii.gz",
+    "warped_labels": "warped_labels.nii.gz",
+    "affine": "affine.txt",
+    "forward": "forward.h5",
+    "inverse": "inverse.h5",
 }
+_BIDS = re.compile(r"(sub-[0-9A-Za-z]+(?:_[0-9A-Za-z]+-[0-9A-Za-z]+)*)_([0-9A-Za-z]+)")  # entities and suffix
 
 
 class RegistrationResult(NamedTuple):
@@ -96,36 +99,47 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def load_network(weights: str | Path, preset: str = "diffeomorphic") -> Registration:
+def load_network(weights: str | Path, preset: str = "diffeomorphic", spatial_dims: int = 3) -> Registration:
     """Load trained weights, as the bundle's training writes them (``model.pt``), ready for :func:`register`.
+
+    Args:
+        weights: the file.
+        preset: of the network.
+        spatial_dims: 2 for a network of slices and 2-D images.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file holds no weights, or those of another preset.
     """
-    network = VoxelMorph(preset)
+    network = VoxelMorph(preset, spatial_dims)
     load_weights(network, str(weights))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
 
 
-def _check_options(network: Registration | None, space: str, transform: str) -> None:
+def _is_slice(image: Labels) -> bool:
+    return 1 in image[0].shape
+
+
+def _check_options(network: Registration | None, space: str, transform: str, spatial_dims: int) -> None:
     if space not in _SPACES:
         raise ValueError(f"space must be one of {', '.join(_SPACES)}, got '{space}'.")
     if transform not in _TRANSFORMS:
         raise ValueError(f"transform must be one of {', '.join(_TRANSFORMS)}, got '{transform}'.")
     if network is not None and network.training:
         raise ValueError("network must be in evaluation mode: call network.eval() first.")
-    if network is not None and (network.network.spatial_dims, network.network.in_channels) != (3, 2):
+    if network is not None and (network.network.spatial_dims, network.network.in_channels) != (spatial_dims, 2):
         raise ValueError(
-            f"network must take two 3-D images of one channel, got spatial_dims {network.network.spatial_dims} and "
-            f"in_channels {network.network.in_channels}."
+            f"network must take two {spatial_dims}-D images of one channel, got spatial_dims "
+            f"{network.network.spatial_dims} and in_channels {network.network.in_channels}."
         )
+    if space == "mni152" and spatial_dims == 2:
+        raise ValueError("space must be 'fixed' for slices and 2-D images: MNI152 is a volume.")
 
 
 def _check_scan(image: Image, space: str, subject: str) -> None:
     array = image[0]
-    if array.ndim != 3 or min(array.shape) < 2 or not np.isfinite(array).all() or not (array > 0).any():
+    if array.ndim != 3 or sorted(array.shape)[1] < 2 or not np.isfinite(array).all() or not (array > 0).any():
         raise ValueError(
             f"{subject} must be one 3-D volume of finite numbers, some of them above 0, got shape {array.shape}, "
             f"{int(np.isfinite(array).sum())} finite numbers and {int((array > 0).sum())} above 0."
@@ -135,41 +149,70 @@ def _check_scan(image: Image, space: str, subject: str) -> None:
     require_right_angles(image[1], subject)
 
 
+def _check_pair(moving: Image, fixed: Image, names: tuple[str, str]) -> None:
+    if _is_slice(moving) != _is_slice(fixed):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must both be volumes or both slices, got shapes {moving[0].shape} and "
+            f"{fixed[0].shape}."
+        )
+    if _is_slice(fixed):
+        cosine = float(Plane.of(moving).matrix[:3, 2] @ Plane.of(fixed).matrix[:3, 2])
+        if abs(cosine) < 0.7:  # further apart, "right" in one may be "front" in the other
+            angle = np.degrees(np.arccos(abs(cosine)))
+            raise ValueError(f"slices {names[0]} and {names[1]} must lie within 45 degrees, but are {angle:.0f} apart.")
+
+
+def _headers(moving: Labels, fixed: Labels) -> Affine:
+    """Map from points of ``fixed`` to those of ``moving`` as the headers have it: for slices, from plane to plane."""
+    return Plane.of(fixed).map_to(Plane.of(moving), np.eye(3)) if _is_slice(fixed) else np.eye(4)
+
+
 def _align(moving: Image, fixed: Image, transform: str) -> Affine:
     """Linear map from points of ``fixed`` to points of ``moving`` (RAS, mm)."""
     if transform == "none":
-        return np.eye(4)
+        return _headers(moving, fixed)
     try:
-        return transform_affine(register_affine(moving, fixed, transform))
+        if not _is_slice(fixed):
+            return transform_affine(register_affine(moving, fixed, transform))
+        planes = Plane.of(moving), Plane.of(fixed)
+        found = register_affine(planes[0].flatten(moving), planes[1].flatten(fixed), transform)
+        return planes[1].map_to(planes[0], transform_affine(found))
     except RuntimeError as error:  # ITK: the images do not overlap, or one has no structure to go by
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"moving and fixed must show something alike, but ITK cannot align them: {reason}") from error
 
 
-def _fade(ddf: Tensor) -> NDArray[np.float32]:
-    """Continue ``ddf`` ``(1, 3, X, Y, Z)`` beyond its grid, fading to 0: ``(3, ...)``, larger by twice the margin.
+def _masked(image: Image, mask: NDArray[Any] | None) -> Image:
+    return image if mask is None else (np.where(mask > 0, image[0], 0), image[1])
 
-    ITK takes the displacement for 0 beyond the grid. Without a margin the map would tear at the border.
+
+def _fade(ddf: Tensor) -> NDArray[np.float32]:
+    """Continue ``ddf`` ``(1, D, *spatial)`` beyond its grid, fading to 0: ``(3, X, Y, Z)``, larger by twice the margin.
+
+    ITK takes the displacement for 0 beyond the grid. Without a margin the map would tear at the border. In 2-D it
+    becomes that of a slice, ``(3, X, Y, 1)``.
     """
-    array = np.pad(ddf[0].float().cpu().numpy(), [(0, 0), *[(_FADE, _FADE)] * 3], mode="edge")
-    for axis in range(1, 4):
+    dims = ddf.ndim - 2
+    array = np.pad(ddf[0].float().cpu().numpy(), [(0, 0), *[(_FADE, _FADE)] * dims], mode="edge")
+    for axis in range(1, dims + 1):
         index = np.arange(array.shape[axis])
         share = np.minimum(np.minimum(index, index[::-1]) / _FADE, 1).astype(np.float32)
-        array *= share.reshape(-1, *[1] * (3 - axis))
-    return array
+        array *= share.reshape(-1, *[1] * (dims - axis))
+    return array if dims == 3 else np.pad(array, [(0, 1), (0, 0), (0, 0)])[..., None]
 
 
 def _predict(
     network: Registration, moving: Image, fixed: Image, maps: tuple[Affine, Affine], grid: Grid, affine: Affine
 ) -> tuple[tuple[NDArray[np.float32], Affine], tuple[NDArray[np.float32], Affine]]:
     """Displacement and its inverse as fields of :class:`Composite`; ``maps`` lead from the grid to the two scans."""
-    pair = [resample_intensities(image, grid.size, affine, m) for image, m in zip((moving, fixed), maps, strict=True)]
+    size = (*grid.size, 1)[:3]
+    pair = [resample_intensities(image, size, affine, m) for image, m in zip((moving, fixed), maps, strict=True)]
     device = next(network.parameters()).device
     with torch.inference_mode():
-        found = network(torch.from_numpy(np.stack(pair)[None]).to(device))
+        found = network(torch.from_numpy(np.stack(pair)[None]).reshape(1, 2, *grid.size).to(device))
         inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
     wider = affine.copy()
-    wider[:3, 3] -= affine[:3, :3] @ np.full(3, _FADE)
+    wider[:3, 3] -= affine[:3, : len(grid.size)] @ np.full(len(grid.size), _FADE)
     return (_fade(found["ddf"]), wider), (_fade(inverse), wider)
 
 
@@ -181,9 +224,13 @@ def register(
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
+    masks: tuple[NDArray[Any] | None, NDArray[Any] | None] = (None, None),
     names: tuple[str, str] = ("moving", "fixed"),
 ) -> RegistrationResult:
     """Register two scans ``(array, affine)``, as :func:`~voxelmorph_monai.spaces.read_image` gives them.
+
+    Two slices, ``(X, Y, 1)`` or with another axis of length 1, are registered within their planes: the map takes the
+    fixed one's plane to the moving one's.
 
     In three lines, for two files of skull-stripped brains::
 
@@ -194,21 +241,27 @@ def register(
     Args:
         moving: intensities ``(X, Y, Z)``, 0 around what is to be registered, and the affine (RAS, mm).
         fixed: the same.
-        network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine.
+        network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine. Of slices, a 2-D
+            one.
         space: where the network works. ``"mni152"``: both scans are skull-stripped brains and aligned to MNI152, as
             ``vxm prepare`` does, so that the network sees what it was trained on. ``"fixed"``: the moving scan is
             aligned to the fixed one and the grid lies around it, for anything else.
         transform: of the alignment: ``"affine"``, ``"rigid"``, or ``"none"`` for scans that are aligned already (to
             MNI152 or to each other).
-        grid: of the network.
+        grid: of the network; of a 2-D one, with two sizes.
+        masks: of the moving and the fixed scan, in their shapes: the map is sought as if scans were 0 where these are
+            0, which strips a skull. What is warped is the whole scan.
         names: what to call the scans in an error.
 
     Raises:
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
-    _check_options(network, space, transform)
+    whole = moving
+    moving, fixed = (_masked(image, mask) for image, mask in zip((moving, fixed), masks, strict=True))
     for image, name in zip((moving, fixed), names, strict=True):
         _check_scan(image, space, name)
+    _check_pair(moving, fixed, names)
+    _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
     affine = np.eye(4) if network is None else grid_affine(grid, fixed if space == "fixed" else None)
     seconds: dict[str, float] = {}
     scaled = (rescale(moving[0]), moving[1]), (rescale(fixed[0]), fixed[1])
@@ -226,7 +279,7 @@ def register(
     with _timed(seconds, "compose"):
         ddf = forward.on_grid(fixed[0].shape, fixed[1])
     with _timed(seconds, "warp"):
-        warped = warp_scan(moving, ddf, fixed[1])
+        warped = warp_scan(whole, ddf, fixed[1])
     if not (warped > 0).any():
         raise ValueError(f"{names[0]} and {names[1]} must overlap once they are aligned, but they do not.")
     return RegistrationResult(warped, ddf, forward, inverse, seconds)
@@ -246,7 +299,7 @@ def _stages(image: Labels, fixed: Labels, result: RegistrationResult, order: int
     """The moving image on the fixed grid where its header puts it, after the affine transform, and after all."""
     array, affine = fixed
     return {
-        "before": resample(image, array.shape, affine, np.eye(4), order),
+        "before": resample(image, array.shape, affine, _headers(image, fixed), order),
         "affine": resample(image, array.shape, affine, result.forward.linear, order),
         "after": warp_scan(image, result.ddf, affine, order),
     }
@@ -276,39 +329,94 @@ def _summary(
 
 def _save(
     folder: Path,
-    paths: Mapping[str, Path],
+    names: Mapping[str, str],
+    fixed: tuple[Path, Image],
     result: RegistrationResult,
-    fixed: Image,
     moving_labels: Labels | None,
     images: Images,
     summary: Mapping[str, Any],
 ) -> None:
-    save_image_like(folder / "warped.nii.gz", result.warped, paths["fixed"])
+    path, affine, spatial_dims = fixed[0], fixed[1][1], spatial_dims_of(fixed[0])
+    save_image_like(folder / names["warped"], result.warped, path)
     if moving_labels is not None:
-        warped = warp_scan(moving_labels, result.ddf, fixed[1], order=0)
-        save_image_like(folder / "warped_labels.nii.gz", warped, paths["fixed"])
+        warped = warp_scan(moving_labels, result.ddf, affine, order=0)
+        save_image_like(folder / names["warped_labels"], warped, path)
     forward = result.forward
-    save_transform(folder / "affine.txt", linear_transform(forward.linear))
-    forward.save(folder / "forward.h5")
-    result.inverse.save(folder / "inverse.h5")
+    linear = in_plane(forward.linear) if spatial_dims == 2 else forward.linear
+    save_transform(folder / names["affine"], linear_transform(linear))
+    forward.save(folder / names["forward"], spatial_dims)
+    result.inverse.save(folder / names["inverse"], spatial_dims)
     # What lies between the fixed and the affinely aligned image, which are drawn.
-    bend = forward._replace(outer=np.linalg.inv(forward.inner)).on_grid(fixed[0].shape, fixed[1])
-    save_results(folder, images, result.ddf, fixed[1], summary, bend=bend)
+    bend = forward._replace(outer=np.linalg.inv(forward.inner)).on_grid(images.fixed.shape, affine)
+    save_results(folder, images, result.ddf, affine, summary, bend=bend, names=names, spatial_dims=spatial_dims)
 
 
-def _check_output(output: Path, inputs: Mapping[str, Path], overwrite: bool) -> None:
-    held = [path for path in inputs.values() if output in path.absolute().parents]
-    if held:
-        raise ValueError(f"{output} must not hold an input, got {held[0]}.")
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.nii|\.hdr)?(\.gz)?$|\.\w+$", "", path.name)
+
+
+def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
+    """Names of the files as derivatives of the moving scan (BIDS 1.10, and its proposal 14 for transforms).
+
+    >>> names = _bids_names(Path("sub-01_ses-2_T1w.nii.gz"), Path("tpl-MNI152_T1w.nii.gz"))
+    >>> names["warped"], names["forward"]
+    ('sub-01_ses-2_space-tplMNI152T1w_T1w.nii.gz', 'sub-01_ses-2_from-sub01ses2T1w_to-tplMNI152T1w_mode-image_xfm.h5')
+    """
+    spaces = [re.sub("[^0-9A-Za-z]", "", _stem(path)) for path in (moving, fixed)]
+    match = _BIDS.fullmatch(_stem(moving))
+    entities, suffix = match.groups() if match else (f"sub-{spaces[0]}", "T1w")
+    there, back = (f"{entities}_from-{a}_to-{b}_mode-image" for a, b in (spaces, spaces[::-1]))
+    here = f"{entities}_space-{spaces[1]}"
+    return {
+        "warped": f"{here}_{suffix}.nii.gz",
+        "warped_labels": f"{here}_dseg.nii.gz",
+        "jacobian": f"{here}_desc-jacobian_{suffix}.nii.gz",
+        "forward": f"{there}_xfm.h5",
+        "inverse": f"{back}_xfm.h5",
+        "displacement": f"{there}_desc-displacement_xfm.nii.gz",
+        "affine": f"{there}_desc-affine_xfm.txt",
+        "report": f"{there}_desc-registration_report.png",
+        "summary": f"{there}_desc-registration_summary.json",
+    }
+
+
+def _check_output(output: Path, inputs: Mapping[str, Path], names: Mapping[str, str], overwrite: bool) -> None:
+    for path in inputs.values():
+        if output == path.absolute() or output in path.absolute().parents:
+            raise ValueError(f"{output} must not hold an input, got {path}.")
+        if path.is_dir() and path.absolute() in output.parents:
+            raise ValueError(f"{output} must not lie within an input, got {path}.")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} must be new, or be overwritten (--overwrite), but it exists.")
-    if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - _WRITTEN):
+    if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - set(names.values())):
         raise ValueError(f"{output} must be made by 'vxm register' to be overwritten, but something else is there.")
+    above = next(folder for folder in output.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{output} must be a folder that can be made, but nothing can be written in {above}.")
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file, or of the files in a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
     others = {name: version(name) for name in ("itk", "monai", "nibabel", "numpy", "scipy", "torch")}
     return {"voxelmorph_monai": __version__, "python": platform.python_version(), **others}
+
+
+def _on_grid_of(image: Image, paths: Mapping[str, Path], scan: str, kind: str) -> Labels | None:
+    """The ``kind`` (labels or mask) that belongs to a scan, if there is one."""
+    path = paths.get(f"{scan}_{kind}")
+    if path is None:
+        return None
+    labels = read_labels(path, planar=True)
+    require_same_grid(image, labels, (str(paths[scan]), str(path)))
+    return labels
 
 
 def register_files(
@@ -318,21 +426,27 @@ def register_files(
     *,
     moving_labels: str | Path | None = None,
     fixed_labels: str | Path | None = None,
+    moving_mask: str | Path | None = None,
+    fixed_mask: str | Path | None = None,
     weights: str | Path | None = None,
     preset: str = "diffeomorphic",
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
+    bids: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Register two files, NIfTI or MGZ, into the folder ``output``, which appears complete or not at all.
+    """Register two scans into the folder ``output``, which appears complete or not at all.
+
+    A scan is a file of NIfTI, MGZ, NRRD or MetaImage, or a folder that holds one DICOM series
+    (:func:`~voxelmorph_monai.spaces.open_volume` says more); a volume, a slice, or a 2-D image.
 
     It gets ``warped.nii.gz`` (with the header of the fixed scan), ``warped_labels.nii.gz`` if there are moving labels,
     ``forward.h5`` and ``inverse.h5`` (ITK transforms; ``forward.h5`` warps the moving image, and takes points of the
     fixed scan to the moving one), ``displacement.nii.gz`` (the same as one field on the fixed grid), ``affine.txt``
     (ITK, its linear part), ``jacobian.nii.gz`` (change of volume, affine part included), ``report.png`` and
     ``summary.json``: similarity and Dice where the headers put the scans (``before``), after the affine transform and
-    after all, over the fixed grid. Where a NIfTI header holds two positions, its sform counts.
+    after all, over the fixed grid. The transforms of 2-D images are 2-D ones.
 
     Args:
         moving: scan, as :func:`register` takes it.
@@ -340,11 +454,14 @@ def register_files(
         output: folder to write; it must not exist yet.
         moving_labels: label map on the grid of the moving scan.
         fixed_labels: label map on the grid of the fixed scan; with both of them the summary has Dice.
+        moving_mask: what to register of the moving scan: a mask on its grid, above 0 there.
+        fixed_mask: the same of the fixed scan.
         weights: of the network; without them the map is affine.
         preset: of the network.
         space: as in :func:`register`.
         transform: as in :func:`register`.
         grid: as in :func:`register`.
+        bids: name the files as BIDS derivatives of the moving scan.
         overwrite: let ``output`` take the place of an earlier registration.
 
     Returns:
@@ -360,26 +477,31 @@ def register_files(
         "fixed": fixed,
         "moving_labels": moving_labels,
         "fixed_labels": fixed_labels,
+        "moving_mask": moving_mask,
+        "fixed_mask": fixed_mask,
         "weights": weights,
     }
     paths, output = {role: Path(path) for role, path in given.items() if path is not None}, Path(output).absolute()
-    _check_output(output, paths, overwrite)
-    images = read_image(moving), read_image(fixed)
-    labels = [read_labels(paths[role]) if role in paths else None for role in ("moving_labels", "fixed_labels")]
-    for image, label, role in zip(images, labels, ("moving", "fixed"), strict=True):
-        if label is not None:
-            require_same_grid(image, label, (str(paths[role]), str(paths[f"{role}_labels"])))
-    network = None if weights is None else load_network(weights, preset)
-    names = str(moving), str(fixed)
-    result = register(*images, network=network, space=space, transform=transform, grid=grid, names=names)
-    measures, drawn = _summary(result, images, (labels[0], labels[1]))
+    files = _bids_names(Path(moving), Path(fixed)) if bids else _NAMES
+    _check_output(output, paths, files, overwrite)
+    images = read_image(moving, planar=True), read_image(fixed, planar=True)
+    labels = _on_grid_of(images[0], paths, "moving", "labels"), _on_grid_of(images[1], paths, "fixed", "labels")
+    masks = _on_grid_of(images[0], paths, "moving", "mask"), _on_grid_of(images[1], paths, "fixed", "mask")
+    network = None if weights is None else load_network(weights, preset, 2 if _is_slice(images[1]) else 3)
+    result = register(
+        *images,
+        network=network,
+        space=space,
+        transform=transform,
+        grid=grid,
+        masks=(masks[0] and masks[0][0], masks[1] and masks[1][0]),
+        names=(str(moving), str(fixed)),
+    )
+    measures, drawn = _summary(result, images, labels)
     summary = {
         **measures,
         "versions": _versions(),
-        "inputs": {
-            role: {"path": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for role, path in paths.items()
-        },
+        "inputs": {role: {"path": str(path.absolute()), "sha256": _sha256(path)} for role, path in paths.items()},
         "options": {
             "space": space,
             "transform": transform,
@@ -388,5 +510,5 @@ def register_files(
         },
     }
     with atomic_folder(output) as folder:
-        _save(folder, paths, result, images[1], labels[0], drawn, summary)
+        _save(folder, files, (paths["fixed"], images[1]), result, labels[0], drawn, summary)
     return summary

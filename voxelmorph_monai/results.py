@@ -14,7 +14,14 @@ from voxelmorph_monai.metrics import dice, folding, log_jacobian_sd
 from voxelmorph_monai.pictures import save_registration_picture
 from voxelmorph_monai.spaces import Affine, atomic, save_displacement, save_image
 
-__all__ = ["Images", "correlation", "overlap", "regularity", "save_results"]
+__all__ = ["NAMES", "Images", "correlation", "overlap", "regularity", "save_results"]
+
+NAMES = {
+    "displacement": "displacement.nii.gz",
+    "jacobian": "jacobian.nii.gz",
+    "report": "report.png",
+    "summary": "summary.json",
+}
 
 Array = NDArray[np.floating[Any]]
 
@@ -73,9 +80,15 @@ def _number(labels: NDArray[Any], structures: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.where(known, place + 1, 0).astype(np.int32))[None, None]
 
 
+def _field(ddf: Array) -> torch.Tensor:
+    """A displacement ``(3, X, Y, Z)`` as ``(1, 3, X, Y, Z)``; of a slice, whose one axis has length 1, in 2-D."""
+    along = [axis for axis in range(3) if ddf.shape[axis + 1] > 1]
+    return torch.from_numpy(ddf[along].reshape(len(along), *(ddf.shape[axis + 1] for axis in along)))[None]
+
+
 def regularity(ddf: Array) -> dict[str, float | None]:
     """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and by how much its volumes vary (None: all fold)."""
-    field = torch.from_numpy(ddf)[None]
+    field = _field(ddf)
     deviation = float(log_jacobian_sd(field))
     return {"folding_percent": float(folding(field)), "sdlogj": None if np.isnan(deviation) else deviation}
 
@@ -88,6 +101,8 @@ def save_results(
     summary: Mapping[str, Any],
     *,
     bend: Array | None = None,
+    names: Mapping[str, str] = NAMES,
+    spatial_dims: int = 3,
 ) -> None:
     """Write ``displacement.nii.gz``, ``jacobian.nii.gz``, ``report.png`` and, last, ``summary.json``.
 
@@ -96,14 +111,17 @@ def save_results(
         images: for the picture.
         ddf: ``(3, X, Y, Z)`` in voxels of the fixed grid, from its points to those of the moving image.
         affine: of the fixed grid (RAS, mm).
-        summary: what to write; with ``similarity_before``, ``similarity_after`` and ``folding_percent``.
+        summary: what to write; with ``similarity_before``, ``similarity_after`` and ``folding_percent``. Numbers that
+            are not finite become null.
         bend: the part of ``ddf`` that leads from ``images.fixed`` to ``images.moving`` (default: all of it).
+        names: of the files.
+        spatial_dims: 2 writes the files of a 2-D image.
     """
-    determinant = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
-    save_displacement(folder / "displacement.nii.gz", ddf, affine)
-    save_image(folder / "jacobian.nii.gz", determinant, affine)
+    determinant = jacobian_determinant(_field(ddf)).reshape(ddf.shape[1:]).numpy()
+    save_displacement(folder / names["displacement"], ddf, affine, spatial_dims)
+    save_image(folder / names["jacobian"], determinant, affine, spatial_dims)
     save_registration_picture(
-        folder / "report.png",
+        folder / names["report"],
         *images,
         ddf if bend is None else bend,
         determinant,
@@ -111,5 +129,12 @@ def save_results(
         title=f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}, "
         f"folding {summary['folding_percent']:.4f} %",
     )
-    with atomic(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with atomic(folder / names["summary"]) as temporary:
+        temporary.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor Inf: None stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value

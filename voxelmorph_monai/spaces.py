@@ -3,12 +3,15 @@
 An ``affine`` is nibabel's: a 4 x 4 matrix that takes voxel indices to millimetres in RAS (x grows to the right, y to
 the front, z up). ITK and its files count in LPS: the first two coordinates change sign, and that happens here alone.
 Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the array's.
+
+A 2-D image is a slice ``(X, Y, 1)`` in the plane of z = 0. Slices may lie anywhere; across one there is nothing to
+interpolate, and what is said of it holds for its whole thickness. :class:`Plane` gives its coordinates within the
+plane, ``(X, Y)`` and a 3 x 3 affine, with which the functions for ITK work as with 3-D ones.
 """
 
 import os
 import shutil
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,16 +19,26 @@ from typing import Any, NamedTuple, cast
 import itk
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from voxelmorph_monai.formats import (
+    Volume,
+    corner_distance,
+    is_nifti,
+    open_file,
+    reading,
+    silent_stderr,
+    spatial_dims_of,
+)
+
 __all__ = [
     "Composite",
+    "Plane",
     "atomic",
     "atomic_folder",
     "from_itk",
+    "in_plane",
     "linear_transform",
     "open_volume",
     "read_image",
@@ -45,16 +58,19 @@ __all__ = [
 
 Affine = NDArray[np.float64]
 
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse: RAS to LPS and back
+
+def _lps(spatial_dims: int) -> Affine:
+    """RAS to LPS and back: its own inverse."""
+    return np.diag([-1.0, -1.0, *[1.0] * (spatial_dims - 1)])
 
 
 def spacing(affine: Affine) -> Affine:
-    """Distance between neighbouring voxels along each array axis, in mm: ``(3,)``.
+    """Distance between neighbouring voxels along each array axis, in mm: ``(3,)``, or ``(2,)`` within a plane.
 
     >>> spacing(np.diag([-2.0, 1.0, 3.0, 1.0])).tolist()
     [2.0, 1.0, 3.0]
     """
-    return np.linalg.norm(affine[:3, :3], axis=0)
+    return np.linalg.norm(affine[:-1, :-1], axis=0)
 
 
 def _check_affine(affine: Affine, subject: str) -> None:
@@ -67,8 +83,8 @@ def _check_affine(affine: Affine, subject: str) -> None:
 
 def _sheared(affine: Affine) -> bool:
     """Whether the axes are off the right angle by more than the rounding of headers (1e-3: 0.25 mm in a brain)."""
-    direction = affine[:3, :3] / spacing(affine)
-    return not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3)
+    direction = affine[:-1, :-1] / spacing(affine)
+    return not np.allclose(direction.T @ direction, np.eye(len(direction)), atol=1e-3)
 
 
 def require_right_angles(affine: Affine, subject: str) -> None:
@@ -77,48 +93,45 @@ def require_right_angles(affine: Affine, subject: str) -> None:
         raise ValueError(f"axes of {subject} must be at right angles, got the affine {affine.tolist()}.")
 
 
-def open_volume(path: str | Path) -> tuple[nib.arrayproxy.ArrayProxy, Affine]:
-    """Open a NIfTI or MGZ file of one 3-D volume and check its header, leaving the voxels ``(X, Y, Z)`` on disk.
+def open_volume(path: str | Path, *, planar: bool = False) -> tuple[Volume, Affine]:
+    """Open a scan and check its header, leaving the voxels ``(X, Y, Z)`` on disk.
+
+    Scans are files of NIfTI, MGZ, NRRD, MetaImage and what else nibabel reads, or folders that hold one DICOM series.
+    Of a NIfTI header the sform counts if its code is above 0, else the qform. Files that tools put in different places
+    are refused: two such forms that disagree by more than 0.1 mm or a tenth of a voxel, none, units that are not mm,
+    and ANALYZE without an SPM ``.mat`` file.
+
+    Args:
+        path: of the file or folder.
+        planar: take a single slice too; a 2-D image becomes one in the plane of z = 0, ``(X, Y, 1)``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a NIfTI or MGZ file of one real number a voxel, one 3-D volume, an affine with an inverse.
+        ValueError: not such a scan, one real number a voxel, one 3-D volume, an affine with an inverse.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} must be a NIfTI or MGZ file, but there is no such file.")
-    try:
-        image = nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} must be a whole NIfTI or MGZ file, but reading it failed: {error}.") from error
-    if not isinstance(image, nib.Nifti1Pair | nib.MGHImage):
-        raise ValueError(f"{path} must be a NIfTI or MGZ file, got a {type(image).__name__}.")
-    if image.get_data_dtype().kind not in "iuf":
-        raise ValueError(f"{path} must hold one real number a voxel, got {image.get_data_dtype()}.")
-    shape = image.shape[:3]
-    if len(shape) < 3 or min(shape) < 2 or np.prod(image.shape) != np.prod(shape):
-        raise ValueError(f"{path} must be one 3-D volume, got shape {image.shape}.")
-    _check_affine(image.affine, str(path))
-    return cast(nib.arrayproxy.ArrayProxy, image.dataobj).reshape(shape), image.affine
+    volume, affine = open_file(Path(path))
+    if sorted(volume.shape)[1 if planar else 0] < 2 or min(volume.shape) < 1:
+        raise ValueError(f"{path} must be one 3-D volume, got shape {volume.shape}.")
+    _check_affine(affine, str(path))
+    return volume, affine
 
 
-def _read(path: str | Path) -> tuple[NDArray[Any], Affine]:
+def _read(path: str | Path, planar: bool) -> tuple[NDArray[Any], Affine]:
     """Voxels ``(X, Y, Z)`` in the type they are stored in, and the affine."""
-    volume, affine = open_volume(path)
-    try:
+    volume, affine = open_volume(path, planar=planar)
+    with reading(Path(path)):
         array = np.asanyarray(volume)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} must be a whole NIfTI or MGZ file, but reading it failed: {error}.") from error
     return array.astype(array.dtype.newbyteorder("="), copy=False), affine
 
 
-def read_image(path: str | Path) -> tuple[NDArray[np.float32], Affine]:
-    """Read a NIfTI or MGZ scan: intensities ``(X, Y, Z)`` in float32 and the affine (RAS, mm).
+def read_image(path: str | Path, *, planar: bool = False) -> tuple[NDArray[np.float32], Affine]:
+    """Read a scan, as :func:`open_volume` finds it: intensities ``(X, Y, Z)`` in float32 and the affine (RAS, mm).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a whole 3-D scan of finite numbers that differ, with an affine that has an inverse.
     """
-    array, affine = _read(path)
+    array, affine = _read(path, planar)
     with np.errstate(over="ignore"):  # float64 past the range of float32 becomes Inf, and is found below
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
@@ -129,19 +142,21 @@ def read_image(path: str | Path) -> tuple[NDArray[np.float32], Affine]:
     return array, affine
 
 
-def read_labels(path: str | Path) -> tuple[NDArray[Any], Affine]:
-    """Read a NIfTI or MGZ label map: integers ``(X, Y, Z)`` of the stored type and the affine (RAS, mm).
+def read_labels(path: str | Path, *, planar: bool = False) -> tuple[NDArray[Any], Affine]:
+    """Read a label map in any format of :func:`open_volume`: integers ``(X, Y, Z)`` and the affine (RAS, mm).
 
-    Labels stored as floating point come back as the smallest unsigned integers that hold them.
+    They are of the type they are stored in; stored as floating point, of the smallest unsigned one that holds them.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a whole 3-D map of whole numbers >= 0, one of them > 0, with an affine that has an inverse.
     """
-    array, affine = _read(path)
+    array, affine = _read(path, planar)
     least, most = array.min(), array.max()
     if not (least >= 0 and 0 < most < np.inf):  # NaN fails too
         raise ValueError(f"{path} must hold labels >= 0, one of them > 0, got values from {least} to {most}.")
+    if most > 2**53:  # SciPy resamples in double precision
+        raise ValueError(f"{path} must hold labels of at most 2^53, got {most}.")
     if array.dtype.kind == "f":
         broken = array[array != np.rint(array)]
         if broken.size:
@@ -151,8 +166,8 @@ def read_labels(path: str | Path) -> tuple[NDArray[Any], Affine]:
 
 
 def require_same_grid(
-    first: tuple[NDArray[Any] | nib.arrayproxy.ArrayProxy, Affine],
-    second: tuple[NDArray[Any] | nib.arrayproxy.ArrayProxy, Affine],
+    first: tuple[Volume, Affine],
+    second: tuple[Volume, Affine],
     names: tuple[str, str],
     tolerance: float = 0.1,
 ) -> None:
@@ -168,8 +183,7 @@ def require_same_grid(
     shape, other = first[0].shape, second[0].shape
     if shape != other:
         raise ValueError(f"{names[0]} and {names[1]} must have one shape, got {shape} and {other}.")
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(4, -1)
-    apart = np.linalg.norm((first[1] - second[1]) @ corners, axis=0).max()
+    apart = corner_distance(first[1], second[1], shape)
     if not apart <= tolerance:
         raise ValueError(
             f"{names[0]} and {names[1]} must lie on one grid within {tolerance} mm, but their affines put a voxel "
@@ -178,8 +192,12 @@ def require_same_grid(
 
 
 def to_itk(array: NDArray[Any], affine: Affine) -> itk.Image:
-    """Copy ``array`` ``(X, Y, Z)`` with its affine (RAS) to an ITK image (LPS) of the same pixel type."""
-    _check_affine(affine, "an image for ITK")
+    """Copy ``array`` ``(X, Y, Z)`` with its affine (RAS) to an ITK image (LPS) of the same pixel type.
+
+    An array ``(X, Y)`` with a 3 x 3 affine becomes a 2-D image.
+    """
+    if array.ndim == 3:
+        _check_affine(affine, "an image for ITK")
     require_right_angles(affine, "an image for ITK")
     image = itk.image_from_array(np.ascontiguousarray(array.T))
     _set_grid(image, affine)
@@ -188,10 +206,10 @@ def to_itk(array: NDArray[Any], affine: Affine) -> itk.Image:
 
 def _set_grid(image: itk.Image, affine: Affine) -> None:
     """Put an ITK image where the affine (RAS) says."""
-    lps = _LPS @ affine
+    lps = _lps(len(affine) - 1) @ affine
     image.SetSpacing(spacing(affine).tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection(itk.matrix_from_array(lps[:3, :3] / spacing(affine)))
+    image.SetOrigin(lps[:-1, -1].tolist())
+    image.SetDirection(itk.matrix_from_array(lps[:-1, :-1] / spacing(affine)))
 
 
 def from_itk(image: itk.Image) -> tuple[NDArray[Any], Affine]:
@@ -199,40 +217,101 @@ def from_itk(image: itk.Image) -> tuple[NDArray[Any], Affine]:
     lps = np.eye(4)
     lps[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
     lps[:3, 3] = image.GetOrigin()
-    return itk.array_from_image(image).T, _LPS @ lps
+    return itk.array_from_image(image).T, _lps(3) @ lps
 
 
 def to_lps(value: NDArray[np.floating[Any]]) -> Affine:
-    """Restate a point ``(3,)`` or a map of points ``(4, 4)`` of RAS in LPS, or one of LPS in RAS."""
-    return _LPS[:3, :3] @ value if value.ndim == 1 else _LPS @ value @ _LPS
+    """Restate a point ``(3,)`` or a map of points ``(4, 4)`` of RAS in LPS, or one of LPS in RAS; in 2-D too."""
+    if value.ndim == 1:
+        return _lps(len(value))[:-1, :-1] @ value
+    return _lps(len(value) - 1) @ value @ _lps(len(value) - 1)
 
 
 def transform_affine(transform: itk.Transform) -> Affine:
-    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm."""
-    lps = np.eye(4)
-    lps[:3, :3] = itk.array_from_matrix(transform.GetMatrix())
-    lps[:3, 3] = transform.GetOffset()
+    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm; 3 x 3 of one in 2-D."""
+    lps = np.eye(transform.GetInputSpaceDimension() + 1)
+    lps[:-1, :-1] = itk.array_from_matrix(transform.GetMatrix())
+    lps[:-1, -1] = transform.GetOffset()
     return to_lps(lps)
 
 
 def linear_transform(matrix: NDArray[np.floating[Any]], kind: Any = itk.D) -> itk.Transform:
-    """ITK transform (LPS) of a 4 x 4 map of points in RAS, mm; the inverse of :func:`transform_affine`.
+    """ITK transform (LPS) of a map of points in RAS, mm; the inverse of :func:`transform_affine`.
 
     Args:
-        matrix: the map.
+        matrix: the map, 4 x 4, or 3 x 3 in 2-D.
         kind: type of its parameters, ``itk.D`` or ``itk.F``.
     """
-    transform = itk.AffineTransform[kind, 3].New()
+    transform = itk.AffineTransform[kind, len(matrix) - 1].New()
     lps = to_lps(matrix).astype(np.float64 if kind is itk.D else np.float32)
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:3, :3])))
-    transform.SetTranslation(lps[:3, 3].tolist())
+    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1])))
+    transform.SetTranslation(lps[:-1, -1].tolist())
     return transform
+
+
+def in_plane(matrix: NDArray[np.floating[Any]]) -> Affine:
+    """Rows and columns of x and y of a 4 x 4 matrix: 3 x 3. It is the whole of one that keeps the plane of z = 0."""
+    return matrix[np.ix_([0, 1, 3], [0, 1, 3])].astype(np.float64)
+
+
+def _across(shape: Sequence[int]) -> int:
+    """The axis across a slice of this shape."""
+    return list(shape).index(1)
+
+
+class Plane(NamedTuple):
+    """The plane that a slice lies in, with an origin and axes that do not depend on the axes of its array.
+
+    Attributes:
+        matrix: 4 x 4, rigid: from ``(along, along, across)`` the plane, in mm, to RAS. In the plane of z = 0 it is the
+            identity.
+    """
+
+    matrix: Affine
+
+    @classmethod
+    def of(cls, image: tuple[NDArray[Any], Affine]) -> "Plane":
+        """The plane of a slice ``(array, affine)``, one of whose axes has length 1."""
+        array, affine = image
+        along = [axis for axis in range(3) if axis != _across(array.shape)]
+        normal = np.cross(*affine[:3, along].T)
+        nearest = int(np.argmax(np.abs(normal)))
+        normal *= np.sign(normal[nearest]) / np.linalg.norm(normal)
+        first = np.eye(3)[(nearest + 1) % 3]
+        first = first - normal * (first @ normal)
+        first /= np.linalg.norm(first)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.stack([first, np.cross(normal, first), normal], axis=1)
+        matrix[:3, 3] = normal * (normal @ affine[:3, 3])
+        return cls(matrix)
+
+    def flatten(self, image: tuple[NDArray[Any], Affine]) -> tuple[NDArray[Any], Affine]:
+        """A slice in the coordinates of the plane: ``(X, Y)`` and a 3 x 3 affine."""
+        array, affine = image
+        across, inside = _across(array.shape), np.linalg.inv(self.matrix) @ affine
+        return array.squeeze(across), np.delete(np.delete(inside, across, axis=1), 2, axis=0)
+
+    def place(self, matrix: Affine) -> Affine:
+        """Take what ends in the plane's coordinates, 3 x 3, to RAS: 4 x 4, with its third axis across the plane."""
+        placed = np.eye(4)
+        placed[np.ix_([0, 1, 3], [0, 1, 3])] = matrix
+        return self.matrix @ placed
+
+    def map_to(self, target: "Plane", matrix: Affine) -> Affine:
+        """Map of RAS points, 4 x 4, from this plane to another one by ``matrix``, 3 x 3, in their coordinates."""
+        return target.place(matrix) @ np.linalg.inv(self.matrix)
 
 
 def _apply(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDArray[np.float64]:
     """Map ``points`` ``(3, ...)`` by a 4 x 4 matrix."""
     shift = matrix[:3, 3].reshape(3, *[1] * (points.ndim - 1))
     return np.tensordot(matrix[:3, :3], points, axes=1) + shift
+
+
+def _within(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.float64]:
+    """Set the coordinate across a slice to 0: there SciPy takes for outside what is only rounding."""
+    index[np.array(shape) == 1] = 0.0
+    return index
 
 
 def _slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
@@ -243,6 +322,11 @@ def _slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
         index = np.indices((stop - start, size[1], size[2]), dtype=np.float64)
         index[0] += start
         yield slice(start, stop), index
+
+
+def _vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
+    """A displacement in voxels ``(3, X, Y, Z)`` as vectors in mm along LPS: ``(X, Y, Z, 3)``."""
+    return np.einsum("ij,j...->...i", (_lps(3) @ affine)[:3, :3].astype(ddf.dtype), ddf)
 
 
 class Composite(NamedTuple):
@@ -270,7 +354,7 @@ class Composite(NamedTuple):
         points = _apply(self.inner, points)
         if self.field is not None:
             ddf, affine = self.field
-            index = _apply(np.linalg.inv(affine), points)
+            index = _within(_apply(np.linalg.inv(affine), points), ddf.shape[1:])
             offset = np.stack([ndimage.map_coordinates(u, index, np.float64, order=1) for u in ddf])
             points = points + np.tensordot(affine[:3, :3], offset, axes=1)
         return _apply(self.outer, points)
@@ -287,29 +371,40 @@ class Composite(NamedTuple):
             ddf[:, part] = _apply(back, self._map(_apply(affine, index))) - index
         return ddf
 
-    def to_itk(self) -> itk.Transform:
-        """Copy to an ITK composite transform (LPS) of the same maps, in float32: 1e-5 mm in a brain."""
-        composite = itk.CompositeTransform[itk.F, 3].New()
-        composite.AddTransform(linear_transform(self.outer, itk.F))  # ITK applies what was added last first
+    def to_itk(self, spatial_dims: int = 3) -> itk.Transform:
+        """Copy to an ITK composite transform (LPS) of the same maps, in float32: 1e-5 mm in a brain.
+
+        Args:
+            spatial_dims: of the transform: 2 of a map that keeps the plane of z = 0.
+        """
+        restrict = in_plane if spatial_dims == 2 else np.asarray
+        composite = itk.CompositeTransform[itk.F, spatial_dims].New()
+        composite.AddTransform(linear_transform(restrict(self.outer), itk.F))  # ITK applies what was added last first
         if self.field is not None:
             ddf, affine = self.field
-            vectors = np.einsum("ij,jxyz->zyxi", (_LPS @ affine)[:3, :3].astype(np.float32), ddf)
-            image = itk.image_from_array(np.ascontiguousarray(vectors), ttype=itk.Image[itk.Vector[itk.F, 3], 3])
-            _set_grid(image, affine)
-            transform = itk.DisplacementFieldTransform[itk.F, 3].New()
+            vectors = _vectors(ddf, affine).astype(np.float32).transpose(2, 1, 0, 3)
+            if spatial_dims == 2:
+                vectors = vectors[0, ..., :2]
+            kind = itk.Image[itk.Vector[itk.F, spatial_dims], spatial_dims]
+            image = itk.image_from_array(np.ascontiguousarray(vectors), ttype=kind)
+            _set_grid(image, restrict(affine))
+            transform = itk.DisplacementFieldTransform[itk.F, spatial_dims].New()
             transform.SetDisplacementField(image)
             composite.AddTransform(transform)
-        composite.AddTransform(linear_transform(self.inner, itk.F))
+        composite.AddTransform(linear_transform(restrict(self.inner), itk.F))
         return composite
 
-    def save(self, path: str | Path) -> None:
-        """Write the map as an ITK transform, ``.h5``; whole or not at all."""
-        with atomic(path) as temporary:
+    def save(self, path: str | Path, spatial_dims: int = 3) -> None:
+        """Write the map as an ITK transform of 2 or 3 dimensions, ``.h5``; whole or not at all."""
+
+        def write(temporary: Path) -> None:
             writer = itk.TransformFileWriterTemplate[itk.F].New()  # itk.transformwrite would write float64
             writer.SetFileName(str(temporary))
             writer.SetUseCompression(True)
-            writer.SetInput(self.to_itk())
+            writer.SetInput(self.to_itk(spatial_dims))
             writer.Update()
+
+        _write_by_itk(path, write)
 
 
 def warp_scan(
@@ -329,7 +424,7 @@ def warp_scan(
     end = np.reshape(array.shape, (3, 1, 1, 1)) - 0.5
     warped = np.zeros(ddf.shape[1:], dtype=array.dtype)
     for part, index in _slabs(ddf.shape[1:]):
-        at = _apply(to_voxels, index + ddf[:, part])
+        at = _within(_apply(to_voxels, index + ddf[:, part]), array.shape)
         values = ndimage.map_coordinates(array, at, array.dtype, order=order, mode="nearest")
         warped[part] = np.where(((at >= -0.5) & (at < end)).all(axis=0), values, 0)
     return warped
@@ -355,6 +450,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Have ITK write ``path``, whole or not at all, and raise an OSError if it cannot."""
+    with atomic(path) as temporary:
+        failed = False
+        with silent_stderr():  # on which HDF5 prints a page, and another when the writer is gone
+            try:
+                write(temporary)
+            except RuntimeError:
+                failed = True
+        if failed:
+            raise OSError(f"{path} cannot be written: is the disk full?")
 
 
 @contextmanager
@@ -391,24 +499,27 @@ def _save(path: str | Path, image: nib.Nifti1Image) -> None:
         nib.save(image, temporary)
 
 
-def save_image(path: str | Path, array: NDArray[Any], affine: Affine) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; whole or not at all."""
+def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
+    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; whole or not at all.
+
+    With ``spatial_dims`` 2 a slice ``(X, Y, 1)`` is written as a 2-D image.
+    """
     if array.ndim != 3:
         raise ValueError(f"{path} must be given a 3-D array, got shape {array.shape}.")
     _check_affine(affine, str(path))
-    _save(path, nib.Nifti1Image(array, affine, dtype=array.dtype))
+    _save(path, nib.Nifti1Image(array if spatial_dims == 3 else array[..., 0], affine, dtype=array.dtype))
 
 
 def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> None:
     """Write ``array`` ``(X, Y, Z)`` in its own type with the header of the file ``like``; whole or not at all.
 
-    Shape, position (both forms and their codes), units and description are those of ``like``; of the header of an MGZ
-    file NIfTI holds only shape and position.
+    Shape, position (both forms and their codes), units and description are those of ``like``. Of other formats than
+    NIfTI only shape and position.
     """
-    model = nib.load(like)
-    if not isinstance(model, nib.Nifti1Pair):
-        save_image(path, array, cast(nib.MGHImage, model).affine)
+    if not is_nifti(Path(like)):
+        save_image(path, array, open_volume(like, planar=True)[1], spatial_dims_of(Path(like)))
         return
+    model = cast(nib.Nifti1Pair, nib.load(like))
     kind = nib.Nifti2Image if isinstance(model.header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array.reshape(model.shape), model.affine, model.header, dtype=array.dtype)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the range to show was that of other intensities
@@ -418,11 +529,10 @@ def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> 
 
 def save_transform(path: str | Path, transform: itk.Transform) -> None:
     """Write an ITK transform as text, ``.txt``; whole or not at all."""
-    with atomic(path) as temporary:
-        itk.transformwrite([transform], str(temporary))
+    _write_by_itk(path, lambda temporary: itk.transformwrite([transform], str(temporary)))
 
 
-def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine) -> None:
+def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
     """Write a displacement so that ITK, ANTs and 3D Slicer apply it as it is; whole or not at all.
 
     The file is a NIfTI vector image ``(X, Y, Z, 1, 3)`` (intent 1007), its vectors in mm along LPS:
@@ -433,13 +543,14 @@ def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine) -> No
         path: ``.nii`` or ``.nii.gz``.
         ddf: ``(3, X, Y, Z)``, in voxels of the fixed grid.
         affine: of the fixed image (RAS, mm).
+        spatial_dims: 2 writes that of a 2-D image, ``(X, Y, 1, 1, 2)``.
     """
     if ddf.ndim != 4 or ddf.shape[0] != 3:
         raise ValueError(f"ddf for {path} must be (3, X, Y, Z), got {ddf.shape}.")
     if not np.isfinite(ddf).all():
         raise ValueError(f"ddf for {path} must be finite, got NaN or Inf.")
     _check_affine(affine, str(path))
-    vectors = np.einsum("ij,j...->...i", (_LPS @ affine)[:3, :3], ddf)[:, :, :, None].astype(np.float32)
+    vectors = _vectors(ddf, affine)[:, :, :, None, :spatial_dims].astype(np.float32)
     image = nib.Nifti1Image(vectors, affine)
     image.header.set_intent("vector")
     _save(path, image)
