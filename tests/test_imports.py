@@ -25,11 +25,13 @@ ALLOWED = {
     "results": {"blocks", "metrics", "pictures", "spaces"},
     "transforms": {"blocks", "metrics", "results", "spaces"},
     "affine": {"spaces"},
-    "preparation": {"affine", "spaces"},
+    "processes": set(),
+    "preparation": {"affine", "processes", "spaces"},
     "engines": {"networks"},
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
+    "cohort": {"preparation", "processes", "registration", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs
