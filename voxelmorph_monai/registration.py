@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,11 @@ def load_network(weights: str | Path, preset: str = "diffeomorphic") -> Registra
     load_weights(network, str(weights))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
+
+
+@lru_cache(maxsize=1)  # a process that registers many pairs loads their network once
+def _load_network_once(weights: Path, preset: str, time_of_change: int) -> Registration:
+    return load_network(weights, preset)
 
 
 def _check_options(network: Registration | None, space: str, transform: str) -> None:
@@ -369,7 +375,10 @@ def register_files(
     for image, label, role in zip(images, labels, ("moving", "fixed"), strict=True):
         if label is not None:
             require_same_grid(image, label, (str(paths[role]), str(paths[f"{role}_labels"])))
-    network = None if weights is None else load_network(weights, preset)
+    network = None
+    if weights is not None:
+        changed = paths["weights"].stat().st_mtime_ns if paths["weights"].exists() else 0
+        network = _load_network_once(paths["weights"].absolute(), preset, changed)
     names = str(moving), str(fixed)
     result = register(*images, network=network, space=space, transform=transform, grid=grid, names=names)
     measures, drawn = _summary(result, images, (labels[0], labels[1]))
