@@ -434,8 +434,8 @@ class Killer(threading.Thread):
     def check(self) -> None:
         self.ended.set()
         self.join()
-        times = [name for _, name in self.seen]
-        assert {name: times.count(name) for name in times} == {"p0": 1, "p1": 2, "p2": 1, "p3": 1, "p4": 1}
+        times = [name for _, name in self.seen if name != "p2"]  # which fails faster than one can look
+        assert {name: times.count(name) for name in times} == {"p0": 1, "p1": 2, "p3": 1, "p4": 1}
 
 
 def check_registered(output: Path) -> None:
