@@ -4,7 +4,9 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ with warnings.catch_warnings():  # Ignite imports optimisers of torch that torch
     warnings.filterwarnings("ignore", r"`torch\.jit\..* is deprecated", DeprecationWarning)
     import ignite.handlers  # noqa: F401
 
+from voxelmorph_monai.processes import attempt
 from voxelmorph_monai.spaces import save_image
 
 SIZE = (24, 32, 20)
@@ -58,6 +61,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class InThreads(ThreadPoolExecutor):
+    """What takes the place of :class:`Processes` where processes do not matter."""
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        super().__init__(jobs)
+
+    def submit(self, function: Callable[..., object], /, *args: Any) -> "Future[str | None]":  # type: ignore[override]
+        return super().submit(attempt, function, args)
 
 
 @pytest.fixture(scope="session")

@@ -163,14 +163,15 @@ def test_bundle_commands_name_what_the_configs_hold(page: Path) -> None:
 
 @every_page
 def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options in the text stand alone: of a config, or of ``vxm prepare``."""
+    """Options in the text stand alone: of a config, or of ``vxm``."""
     known: set[str] = set()
     for files in (["train.json", "evaluate.json"], ["inference.json"]):
         parser = ConfigParser()
         parser.read_config([str(BUNDLE / "configs" / file) for file in files])
         known |= set(parser.config)
-    with pytest.raises(SystemExit):
-        cli.main(["prepare", "--help"])
+    for command in cli._COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
     known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
     named = set(re.findall(r"`--(\w+)", prose(page)))
     assert named <= known, f"{page.name} names {sorted(named - known)}"

@@ -27,11 +27,13 @@ ALLOWED = {
     "transforms": {"blocks", "metrics", "results", "spaces"},
     "affine": {"spaces"},
     "synthesis": {"blocks", "losses"},
-    "preparation": {"affine", "spaces", "synthesis"},
+    "processes": set(),
+    "preparation": {"affine", "processes", "spaces", "synthesis"},
     "engines": {"networks"},
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
+    "cohort": {"preparation", "processes", "registration", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

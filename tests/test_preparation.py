@@ -1,6 +1,5 @@
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import InThreads
 from monai.data import load_decathlon_datalist
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -63,7 +63,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(scan.name)
         process(scan, *args)
 
-    monkeypatch.setattr(preparation, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(preparation, "Processes", InThreads)
     monkeypatch.setattr(preparation, "register_affine", lambda moving, fixed: identity)
     monkeypatch.setattr(preparation, "_prepare_scan", noted)
     return names

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["main"]
+
+_NUM_SHOWN = 10  # of the pairs of a list that failed
 
 
 class _Command(NamedTuple):
@@ -60,9 +62,20 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("moving", type=Path, help="scan to warp (NIfTI, MGZ, NRRD, MHA, folder of a DICOM series)")
-    parser.add_argument("fixed", type=Path, help="scan to warp it to")
+    parser.add_argument(
+        "moving", type=Path, nargs="?", help="scan to warp (NIfTI, MGZ, NRRD, MHA, folder of a DICOM series)"
+    )
+    parser.add_argument("fixed", type=Path, nargs="?", help="scan to warp it to")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
+    parser.add_argument(
+        "--list",
+        type=Path,
+        metavar="CSV",
+        help="instead of two scans: pairs, in columns moving, fixed and maybe name, and labels and masks as below; "
+        "each gets a folder in DIR; repeat the command to go on after an interruption",
+    )
+    parser.add_argument("--jobs", type=int, help="of a list: processes (default: by processors and memory)")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of a list: Dask cluster to run on, as tcp://host:8786")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network (default: none, affine only)")
     parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
     parser.add_argument(
@@ -87,9 +100,14 @@ def _register(args: argparse.Namespace) -> int:
     from voxelmorph_monai.preparation import Grid
     from voxelmorph_monai.registration import register_files
 
-    names = ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "weights", "preset", "space", "transform")
-    options = {name: getattr(args, name) for name in (*names, "bids", "overwrite")}
-    summary = register_files(args.moving, args.fixed, args.output, grid=Grid(tuple(args.size), args.spacing), **options)
+    names = ("weights", "preset", "space", "transform", "bids", "overwrite")
+    options = {name: getattr(args, name) for name in names} | {"grid": Grid(tuple(args.size), args.spacing)}
+    if args.list is not None:
+        return _register_list(args, options)
+    if args.fixed is None or args.jobs is not None or args.scheduler is not None:
+        raise ValueError("two scans, without --jobs and --scheduler, or a --list must be given.")
+    files = {name: getattr(args, name) for name in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask")}
+    summary = register_files(args.moving, args.fixed, args.output, **files, **options)
     if args.weights is None:
         print("no --weights: the registration is affine only")
     print(f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}")
@@ -97,6 +115,21 @@ def _register(args: argparse.Namespace) -> int:
         print(f"mean Dice {summary['dice']['before']['mean']:.3f} -> {summary['dice']['after']['mean']:.3f}")
     print(f"{args.output}: look at report.png")
     return 0
+
+
+def _register_list(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    from voxelmorph_monai.cohort import register_cohort
+
+    files = ("moving", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask")
+    if any(getattr(args, name) is not None for name in files):
+        raise ValueError("scans, labels and masks must be named in the --list, or be given without one.")
+    cohort = register_cohort(args.list, args.output, jobs=args.jobs, scheduler=args.scheduler, **options)
+    for name, reason in list(cohort.errors.items())[:_NUM_SHOWN]:
+        print(f"vxm register: {name} failed: {reason}", file=sys.stderr)
+    done = cohort.num_pairs - len(cohort.errors)
+    print(f"{done} of {cohort.num_pairs} pairs are registered, {cohort.num_skipped} of them by an earlier call")
+    print(f"{cohort.table}: what became of each")
+    return 1 if cohort.errors else 0
 
 
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:

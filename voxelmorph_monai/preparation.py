@@ -6,28 +6,22 @@ voxels of 1 mm the grid of the literature.
 """
 
 import json
-import multiprocessing
 import random
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import itk
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from nilearn import datasets
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
 from voxelmorph_monai.affine import register_affine
+from voxelmorph_monai.processes import Processes, failures
 from voxelmorph_monai.spaces import (
     Affine,
     Plane,
@@ -54,6 +48,8 @@ __all__ = [
     "resample_intensities",
     "rescale",
     "sample",
+    "stamp",
+    "write_json",
 ]
 
 _ORANGE = [1.0, 0.35, 0.0]
@@ -75,6 +71,12 @@ class Grid(NamedTuple):
 LITERATURE = Grid()
 
 
+def stamp(path: Path) -> list[Any]:
+    """What tells whether a file is still the same, as JSON holds it: path, size in bytes, time of last change."""
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
 class _Scan(NamedTuple):
     """One scan to prepare; its picture is painted if the image is the label map itself."""
 
@@ -88,9 +90,8 @@ class _Scan(NamedTuple):
         return {kind: f"{kind}s/{self.name}.nii.gz" for kind in kinds}
 
     def inputs(self) -> list[list[Any]]:
-        """What tells whether the files are still the same: path, size in bytes, time of last change."""
-        files = [path for path in (self.image, self.label) if path]
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        """What tells whether the files are still the same."""
+        return [stamp(path) for path in (self.image, self.label) if path]
 
 
 class Prepared(NamedTuple):
@@ -306,7 +307,8 @@ def _check(scan: _Scan) -> None:
     _read(scan)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content``; whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -329,7 +331,7 @@ def _prepare_scan(scan: _Scan, grid: Grid, output: Path) -> None:
     save_transform(output / "transforms" / f"{scan.name}.txt", transform)
     template = _template(grid)
     ncc = np.corrcoef(prepared[template > 0], template[template > 0])[0, 1]
-    _write_json(_record(output, scan.name), {"inputs": inputs, "ncc": round(float(ncc), 4)})
+    write_json(_record(output, scan.name), {"inputs": inputs, "ncc": round(float(ncc), 4)})
 
 
 def _is_done(scan: _Scan, output: Path) -> bool:
@@ -341,38 +343,6 @@ def _is_done(scan: _Scan, output: Path) -> bool:
         return bool(json.loads(record.read_text(encoding="utf-8"))["inputs"] == scan.inputs())
     except (ValueError, KeyError, TypeError):  # what cannot be read records nothing
         return False
-
-
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of Ctrl-C in silence: the parent says that it was interrupted
-    itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(1)
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C; a process that is started meanwhile does so too until it has imported :func:`_start_process`."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may say so
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def _for_each(
-    pool: ProcessPoolExecutor, title: str, function: Callable[..., None], scans: Sequence[_Scan], *args: Any
-) -> dict[str, str]:
-    """Call ``function(scan, *args)`` for every scan; the errors by name of scan."""
-    with _deaf_to_interrupts():
-        tasks = {pool.submit(function, scan, *args): scan.name for scan in scans}
-    errors = {}
-    for task in tqdm(as_completed(tasks), title, len(tasks), unit="scan"):
-        error = task.exception()
-        if error:
-            errors[tasks[task]] = str(error) or type(error).__name__
-    return errors
 
 
 def _grid_json(grid: Grid) -> dict[str, Any]:
@@ -394,7 +364,7 @@ def _claim(output: Path, grid: Grid) -> None:
     """Make ``output`` a folder of ours."""
     for part in ("images", "labels", "transforms"):
         (output / part).mkdir(parents=True, exist_ok=True)
-    _write_json(output / "grid.json", _grid_json(grid))
+    write_json(output / "grid.json", _grid_json(grid))
     for leftover in output.glob("*/.[0-9]*.*"):  # named by `atomic`, of a process that was killed while it wrote
         if leftover.is_file():
             leftover.unlink()
@@ -536,18 +506,15 @@ def prepare(
     sections = _given_sections(Path(split), names) if split else _random_sections(names, validation, test, seed)
     _require_ours(output, grid)
     todo = [scan for scan in scans if not _is_done(scan, output)]
-    # Fresh processes: a fork would inherit whatever locks the threads of the parent (ITK's, torch's) hold.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_process) as pool:
-        try:
-            faults = _for_each(pool, "check", _check, todo)
-            if faults:
-                first = min(faults)
-                bad = f"{len(faults)} of {len(todo)} scans ({_some(sorted(faults))})"
-                raise ValueError(f"all scans must be fit for use, but {bad} are not; {first}: {faults[first]}")
-            _claim(output, grid)
-            errors = _for_each(pool, "prepare", _prepare_scan, todo, grid, output)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with Processes(jobs, threads=1) as pool:
+        faults = dict(failures(pool, "check", "scan", _check, {scan.name: [scan] for scan in todo}))
+        if faults:
+            first = min(faults)
+            bad = f"{len(faults)} of {len(todo)} scans ({_some(sorted(faults))})"
+            raise ValueError(f"all scans must be fit for use, but {bad} are not; {first}: {faults[first]}")
+        _claim(output, grid)
+        calls = {scan.name: [scan, grid, output] for scan in todo}
+        errors = dict(failures(pool, "prepare", "scan", _prepare_scan, calls))
     good = [scan for scan in scans if scan.name not in errors]
     if good:
         _draw_contact_sheet([scan.name for scan in good], grid, output)

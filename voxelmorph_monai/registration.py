@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +116,11 @@ def load_network(weights: str | Path, preset: str = "diffeomorphic", spatial_dim
     load_weights(network, str(weights))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
+
+
+@lru_cache(maxsize=1)  # a process that registers many pairs loads their network once
+def _load_network_once(weights: Path, preset: str, spatial_dims: int, time_of_change: int) -> Registration:
+    return load_network(weights, preset, spatial_dims)
 
 
 def _is_slice(image: Labels) -> bool:
@@ -487,7 +493,10 @@ def register_files(
     images = read_image(moving, planar=True), read_image(fixed, planar=True)
     labels = _on_grid_of(images[0], paths, "moving", "labels"), _on_grid_of(images[1], paths, "fixed", "labels")
     masks = _on_grid_of(images[0], paths, "moving", "mask"), _on_grid_of(images[1], paths, "fixed", "mask")
-    network = None if weights is None else load_network(weights, preset, 2 if _is_slice(images[1]) else 3)
+    network = None
+    if weights is not None:
+        changed = paths["weights"].stat().st_mtime_ns if paths["weights"].exists() else 0
+        network = _load_network_once(paths["weights"].absolute(), preset, 2 if _is_slice(images[1]) else 3, changed)
     result = register(
         *images,
         network=network,
