@@ -13,10 +13,12 @@ import monai.bundle
 import nibabel as nib
 import numpy as np
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from voxelmorph_monai.evaluation import load_evaluation
 from voxelmorph_monai.networks import PRESETS, VoxelMorph
 from voxelmorph_monai.spaces import save_image
 
@@ -110,7 +112,7 @@ def _lookup(config: object, key: str) -> object:
 
 # What an overlay may add to train.json: ids that only it uses.
 NEW_KEYS = {
-    "evaluate.json": {"weights", "section", "evaluation_dir", "evaluating"},
+    "evaluate.json": {"weights", "section", "evaluation_dir", "overwrite", "save_evaluation", "evaluating"},
     "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
     "probabilistic.yaml": {"image_sigma", "prior_lambda", "loss#prior"},
@@ -169,15 +171,17 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
     )
     evaluated.run()
     metrics = evaluated.evaluator.state.metrics
-    assert metrics["val_mean_dice"] > metrics["val_dice_before"] > 0.3
-    assert metrics["val_folding_percent"] == 0
-    table = (output / "evaluation" / "val_mean_dice_raw.csv").read_text().splitlines()
-    assert table[0] == "filename,class0,class1,class2,class3,mean"
-    assert [line.split(",")[0] for line in table[1:]] == ["6 to 7", "7 to 6"]
-    assert np.mean([float(line.split(",")[-1]) for line in table[1:]]) == pytest.approx(
-        metrics["val_mean_dice"],
-        abs=1e-4,  # the table has 4 digits
-    )
+    assert metrics["dice"] > metrics["dice_before"] > 0.3
+    assert metrics["folding_percent"] == metrics["folding_forward_percent"] == metrics["ndv_percent"] == 0
+    assert 0 < metrics["sdlogj_learn2reg"] < metrics["sdlogj"]
+    assert 0 < metrics["inverse_consistency_mm"] < 1
+    tables = load_evaluation(output)
+    assert list(tables.pairs.index) == [("6", "7"), ("7", "6")]
+    assert list(tables.over("dice").columns) == ["1", "2", "3", "4"]
+    assert {"dice", "dice_before", "hd95_mm"} == set(tables.structures)
+    assert set(metrics) == {*tables.structures, *tables.pairs}
+    assert tables.over("dice").mean(axis=1).mean() == pytest.approx(metrics["dice"])
+    assert (tables.pairs["seconds"] > 0).all()
 
     pair = {
         f"{role}{suffix}": str(prepared / folder / f"{number}.nii.gz")
@@ -189,7 +193,8 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
     run.run()
     summary = json.loads((registered / "summary.json").read_text())
     # the same pair, weights and metric as in the evaluation
-    assert summary["dice"]["after"]["mean"] == pytest.approx(float(table[1].split(",")[-1]), abs=1e-4)
+    found = tables.over("dice").loc[("6", "7")].mean()
+    assert summary["dice"]["after"]["mean"] == pytest.approx(found, abs=1e-6)  # sums in other orders
     assert summary["similarity_after"] > summary["similarity_before"]
     warped, fixed = nib.load(registered / "warped.nii.gz"), nib.load(pair["fixed"])
     np.testing.assert_allclose(warped.affine, fixed.affine, atol=1e-5)  # float32 in the header
@@ -254,6 +259,59 @@ def test_two_processes_train_together(bundle: Path, prepared: Path, tmp_path: Pa
     VoxelMorph().load_state_dict(weights)  # no "module." in front of the names
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert state["optimizer"]["state"][0]["step"] == 2  # 4 pairs, shared by 2 processes
+
+
+@pytest.fixture
+def four_structures(bundle: Path) -> str:
+    """Name of an overlay with a table of structures and a group of two of them."""
+    overlay = bundle / "configs" / "mine.yaml"
+    overlay.write_text("structures: {rim: [1], core: [2], left: [3], right: [4]}\ngroups: {nuclei: [left, right]}\n")
+    return overlay.name
+
+
+def test_two_processes_measure_what_one_does(
+    bundle: Path, prepared: Path, tmp_path: Path, four_structures: str
+) -> None:
+    atlas = {f"{kind}": str(prepared / f"{kind}s" / "1.nii.gz") for kind in ("image", "label")}
+    options = {"section": "training", "atlas": str(atlas), "weights": "models/model.pt", "amp": "False"}
+    options |= {"dataset_dir": str(prepared), "output_dir": str(tmp_path)}
+    found = []
+    for processes in (1, 2):
+        several = "'configs/multi_gpu_train.json', " if processes > 1 else ""
+        files = f"['configs/train.json', 'configs/{four_structures}', {several}'configs/evaluate.json']"
+        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        command = [*(command if processes > 1 else []), "monai.bundle", "run", "evaluating", "--config_file", files]
+        command += [*("--evaluation_dir", str(tmp_path / str(processes)))]
+        command += [word for name, value in options.items() for word in (f"--{name}", value)]
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_evaluation(tmp_path / str(processes)))
+    one, two = found
+    assert list(one.pairs.index) == [("1", "2"), ("1", "3")]
+    assert list(one.over("dice", "groups")) == ["nuclei"]
+    pd.testing.assert_frame_equal(two.structures, one.structures, check_exact=True)
+    pd.testing.assert_frame_equal(
+        two.pairs.drop(columns="seconds"), one.pairs.drop(columns="seconds"), check_exact=True
+    )
+
+
+def test_a_second_evaluation_is_refused_before_the_work(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path), "num_labels": 4, "weights": "models/model.pt"}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "pairs.csv").write_text("mine")
+    _fails("must be new, or overwrite be true", ["train.json", "evaluate.json"], **options)
+    assert (tmp_path / "evaluation" / "pairs.csv").read_text() == "mine"
+    done = workflow(["train.json", "vm2.yaml", "evaluate.json"], **{**options, "overwrite": True, "weights": "vm2.pt"})
+    torch.save(VoxelMorph("vm2").state_dict(), "vm2.pt")
+    done.run()
+    assert "inverse_consistency_mm" not in load_evaluation(tmp_path).pairs  # vm2 has no inverse
 
 
 def test_network_takes_and_gives_what_the_metadata_say(bundle: Path) -> None:

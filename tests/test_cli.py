@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from voxelmorph_monai import cli, preparation, registration
+from voxelmorph_monai import cli, comparison, preparation, registration, uncertainty
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import Grid, Prepared, sample
 
@@ -26,7 +27,7 @@ try:
     main(["--help"])
 except SystemExit as end:
     assert end.code == 0
-print(sorted({"torch", "monai", "itk", "nibabel", "nilearn", "scipy", "matplotlib"} & set(sys.modules)))
+print(sorted({"torch", "monai", "itk", "nibabel", "nilearn", "scipy", "matplotlib", "pandas"} & set(sys.modules)))
 """
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "prepare" in shown
@@ -112,6 +113,59 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     assert calls[0] == (inputs, {"grid": Grid(), **defaults})
     options = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid", "overwrite": True}
     options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
+    assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
+
+
+def test_what_is_asked_of_compare_is_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls: list[Any] = []
+    index = pd.MultiIndex.from_tuples([("dice", "structures", "a")], names=["measure", "over", "run"])
+    table = pd.DataFrame({"mean": [0.71239]}, index=index)
+
+    def noted(*args: Any, **options: Any) -> comparison.Comparison:
+        calls.append((args, options))
+        return comparison.Comparison(table, table, "they share scans")
+
+    monkeypatch.setattr(comparison, "compare_runs", noted)
+    assert main(["compare", "a", "b", "--output", "out", "--published", "ixi", "--common"]) == 0
+    assert main(["compare", "a", "--output", "out"]) == 0
+    assert calls == [
+        (([Path("a"), Path("b")], Path("out")), {"common": True}),
+        (([Path("a")], Path("out")), {"common": False}),
+    ]
+    first, second = capsys.readouterr().out.split("out: measures.csv")[:2]
+    assert "0.7124" in first
+    assert "they share scans\n" in first
+    assert "TransMorph-bspl   dice over groups 0.761" in first
+    assert "source: Chen et al." in first
+    assert "TransMorph" not in second
+    assert main(["compare", "a", "--output", "out", "--published", "mnist"]) == 2
+
+
+def test_what_is_asked_of_uncertainty_is_what_is_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls: list[Any] = []
+    summary: dict[str, Any] = {"sd_mm": {"mean": 0.25}, "meaning": "no error bar", "calibration": None}
+
+    def noted(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append((args, options))
+        return summary
+
+    monkeypatch.setattr(uncertainty, "uncertainty_files", noted)
+    assert main(["uncertainty", "m.mgz", "f.nii", "--weights", "w.pt", "--output", "out"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "out: sd_mm.nii.gz, in the fixed scan on average 0.250 mm",
+        "no error bar",
+    ]
+    summary["calibration"] = {"expected_calibration_error": 0.125}
+    words = "uncertainty m.mgz f.nii --weights w.pt --output out --preset p --samples 7 --seed 3 --space fixed "
+    words += "--transform none --moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2"
+    assert main(words.split()) == 0
+    assert "expected calibration error of the labels 0.125" in capsys.readouterr().out
+    inputs = Path("m.mgz"), Path("f.nii"), Path("out")
+    defaults = {"weights": Path("w.pt"), "preset": "diffeomorphic", "moving_labels": None, "fixed_labels": None}
+    defaults |= {"num_samples": 50, "seed": 0, "space": "mni152", "transform": "affine"}  # type: ignore[dict-item]
+    assert calls[0] == (inputs, {"grid": Grid(), **defaults})
+    options = {"preset": "p", "num_samples": 7, "seed": 3, "space": "fixed", "transform": "none"}
+    options |= {"weights": Path("w.pt"), "moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
 
 

@@ -6,7 +6,7 @@ from monai.data import MetaTensor
 from torch.testing import assert_close
 
 from voxelmorph_monai import engines
-from voxelmorph_monai.engines import TimedInferer, pair_names, prepare_pair
+from voxelmorph_monai.engines import TimedInferer, pair_paths, prepare_pair
 
 
 def batch(**extra):
@@ -35,7 +35,7 @@ def test_prepare_pair_moves_everything():
     assert {value.device.type for value in (pair, *target.values())} == {"meta"}
 
 
-def test_prepare_pair_names_what_is_wrong():
+def test_prepare_pair_paths_what_is_wrong():
     with pytest.raises(ValueError, match=r"batch must have 'moving' and 'fixed', got only \['image', 'moving'\]\."):
         prepare_pair({"moving": torch.zeros(1, 1, 4, 4), "image": torch.zeros(1, 1, 4, 4)})
     message = r"moving and fixed must have the same shape, got \[2, 1, 5, 6, 4\] and \[2, 1, 5, 6, 3\]\."
@@ -57,12 +57,10 @@ def test_timed_inferer_shares_the_time_among_the_pairs(monkeypatch):
     assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_pairs_are_called_after_their_files():
+def test_pairs_are_known_by_their_files():
     def image(path):
         return MetaTensor(torch.zeros(1, 2, 2), meta={"filename_or_obj": path})
 
-    items = [
-        {"moving": image("/data/images/1005.nii.gz"), "fixed": image("/data/images/1018.nii.gz")},
-        {"moving": image("a.b.mgz"), "fixed": image("/x/c.nii.gz")},
-    ]
-    assert pair_names(items) == [{"filename_or_obj": "1005 to 1018"}, {"filename_or_obj": "a.b.mgz to c"}]
+    items = [{"moving": image("/a/1005.nii.gz"), "fixed": image("/a/1018.nii.gz")}]
+    items += [{"moving": image("b.mgz"), "fixed": image("/x/c.nii")}]
+    assert pair_paths(items) == [("/a/1005.nii.gz", "/a/1018.nii.gz"), ("b.mgz", "/x/c.nii")]

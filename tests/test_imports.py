@@ -30,10 +30,13 @@ ALLOWED = {
     "processes": set(),
     "preparation": {"affine", "processes", "spaces", "synthesis"},
     "engines": {"networks"},
-    "handlers": {"data", "spaces"},
+    "evaluation": {"pictures", "spaces"},
+    "comparison": {"evaluation", "pictures", "spaces"},
+    "handlers": {"data", "engines", "evaluation", "spaces"},
     "quickstart": {"preparation", "spaces"},
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
     "cohort": {"preparation", "processes", "registration", "spaces"},
+    "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

@@ -24,12 +24,15 @@ from voxelmorph_monai.metrics import (
     InverseConsistency,
     LabelDice,
     LogJacobianSD,
+    NonDiffeomorphicVolume,
+    PairValue,
     TargetRegistrationError,
     dice,
     folding,
     hausdorff95,
     inverse_consistency,
     log_jacobian_sd,
+    non_diffeomorphic_volume,
     target_registration_error,
 )
 
@@ -81,6 +84,72 @@ def half_mask(size):
     mask[0, :, 3:7] = 1
     mask[1, :, 2:8] = 1
     return mask
+
+
+# Non-diffeomorphic volume
+
+
+def divisions(spatial_dims):
+    """The two ways to cut a cell of the grid into simplices, each a list of corners (0 or 1 along each axis)."""
+    cell = list(product((0, 1), repeat=spatial_dims))
+    for parity in (0, 1):
+        cut = [c for c in cell if sum(c) % 2 == parity]  # at these a corner is cut off
+        ends = [[c, *([*c[:d], 1 - c[d], *c[d + 1 :]] for d in range(spatial_dims))] for c in cut]
+        if spatial_dims == 3:
+            ends.append([c for c in cell if sum(c) % 2 != parity])  # what remains in the middle
+        yield np.array(ends)
+
+
+def turned_volume(phi):
+    """Volume of simplices whose orientation ``phi`` ``(D, *size)`` changes, by cells, mean of the two divisions."""
+    spatial_dims, total = len(phi), 0.0
+    for cell in product(*(range(n - 1) for n in phi.shape[1:])):
+        for simplices in divisions(spatial_dims):
+            for corners in simplices:
+                image = np.stack([phi[(slice(None), *(np.array(cell) + c))] for c in corners])
+                before = np.linalg.det((corners[1:] - corners[0]).astype(float))
+                after = np.linalg.det(image[1:] - image[0])
+                total += max(-after * np.sign(before), 0) / math.factorial(spatial_dims) / 2
+    return total
+
+
+@pytest.mark.parametrize("size", [(11, 13), (8, 9, 10)])
+def test_non_diffeomorphic_volume_is_that_of_turned_simplices(size):
+    ddf = field(size, seed=3, amplitude=1.5)
+    core = (slice(None), slice(None), *(slice(3, -3) for _ in size))
+    still = torch.zeros_like(ddf)
+    still[core] = ddf[core]  # at the border, whose voxels are not counted, nothing folds
+    expected = [turned_volume((item + identity_grid(ddf)[0]).numpy()) for item in still]
+    counted = math.prod(n - 2 for n in size)
+    assert min(expected) > 0.1
+    found = non_diffeomorphic_volume(still)
+    assert_close(found, 100 * torch.tensor(expected).double() / counted, **EXACT)
+    assert_close(non_diffeomorphic_volume(still.float()), found, rtol=1e-4, atol=0)  # float32 differences
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mirrored_half_is_its_volume(size):
+    rows = torch.arange(size[0])
+    ddf = torch.cat([ramp(size, -2.0 * (rows - m).clamp(min=0)) for m in (4, 5)])
+    found = non_diffeomorphic_volume(ddf, half_mask(size))  # half of what is around row m is turned, all beyond
+    expected = torch.tensor([100 * 2.5 / 4, 100 * 2.5 / 6], dtype=torch.float64)
+    assert_close(found, expected, **EXACT)
+    assert_close(non_diffeomorphic_volume(torch.zeros_like(ddf)), torch.zeros(2).double(), **EXACT)
+
+
+def test_non_diffeomorphic_volume_sees_a_checkerboard_and_depth():
+    board = ramp((12, 7), 0.75 * (-1.0) ** torch.arange(12))  # every other slope is -1.5
+    shallow, deep = non_diffeomorphic_volume(board), non_diffeomorphic_volume(2 * board)
+    assert_close(shallow, torch.tensor([100 * 0.5 / 2]).double(), **EXACT)
+    assert_close(deep, torch.tensor([100 * 2.0 / 2]).double(), **EXACT)
+
+
+def test_values_of_pairs_are_kept_as_they_are():
+    metric = PairValue()
+    metric(torch.tensor([0.5, 0.25]))
+    metric(torch.tensor([2.0]))
+    assert metric.get_buffer().tolist() == [0.5, 0.25, 2.0]
+    assert metric.aggregate() == pytest.approx(2.75 / 3)
 
 
 # Dice
@@ -385,6 +454,7 @@ def example(size=(9, 14, 11)):
         (Hausdorff95(3, spacing), labels, reference, hausdorff95(labels, reference, 3, spacing=spacing)),
         (Folding("forward"), ddf, None, folding(ddf, scheme="forward")),
         (Folding(), ddf, mask, folding(ddf, mask)),
+        (NonDiffeomorphicVolume(), ddf, mask, non_diffeomorphic_volume(ddf, mask)),
         (LogJacobianSD("learn2reg"), ddf, None, log_jacobian_sd(ddf, definition="learn2reg")),
         (LogJacobianSD(), ddf, mask, log_jacobian_sd(ddf, mask)),
         (TargetRegistrationError(spacing), ddf, points, errors.mean(1)),
@@ -563,7 +633,7 @@ def test_fields_and_options_are_checked():
         log_jacobian_sd(DDF, definition="L2R")
     with pytest.raises(ValueError, match=r"scheme must be 'central' or 'forward', got 'backward'"):
         folding(DDF, scheme="backward")
-    for measure in (folding, log_jacobian_sd):
+    for measure in (folding, log_jacobian_sd, non_diffeomorphic_volume):
         with pytest.raises(ValueError, match=r"ddf must be .* got \[2, 1, 6, 7\]"):
             measure(DDF[:, :1])
     with pytest.raises(ValueError, match=r"ddf must be .* got \[2, 3, 6, 7\]"):

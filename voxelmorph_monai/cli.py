@@ -61,6 +61,18 @@ def _prepare(args: argparse.Namespace) -> int:
     return 1 if prepared.errors else 0
 
 
+def _add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--space",
+        choices=("mni152", "fixed"),
+        default="mni152",
+        help="align both to MNI152 (skull-stripped brains), or moving to fixed (anything) (%(default)s)",
+    )
+    parser.add_argument(
+        "--transform", choices=("affine", "rigid", "none"), default="affine", help="to align with (%(default)s)"
+    )
+
+
 def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "moving", type=Path, nargs="?", help="scan to warp (NIfTI, MGZ, NRRD, MHA, folder of a DICOM series)"
@@ -78,15 +90,7 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of a list: Dask cluster to run on, as tcp://host:8786")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network (default: none, affine only)")
     parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
-    parser.add_argument(
-        "--space",
-        choices=("mni152", "fixed"),
-        default="mni152",
-        help="align both to MNI152 (skull-stripped brains), or moving to fixed (anything) (%(default)s)",
-    )
-    parser.add_argument(
-        "--transform", choices=("affine", "rigid", "none"), default="affine", help="to align with (%(default)s)"
-    )
+    _add_alignment_arguments(parser)
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
     parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="register only what lies in it, as of a brain")
@@ -132,6 +136,59 @@ def _register_list(args: argparse.Namespace, options: dict[str, Any]) -> int:
     return 1 if cohort.errors else 0
 
 
+def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("moving", type=Path, help="scan to warp (NIfTI, MGZ)")
+    parser.add_argument("fixed", type=Path, help="scan to warp it to")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="of a probabilistic network")
+    parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
+    parser.add_argument("--samples", type=int, default=50, metavar="N", help="of the velocity (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    _add_alignment_arguments(parser)
+    parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to carry along")
+    parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: check the calibration")
+    _add_grid_arguments(parser)
+
+
+def _uncertainty(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.preparation import Grid
+    from voxelmorph_monai.uncertainty import uncertainty_files
+
+    names = ("moving_labels", "fixed_labels", "weights", "preset", "space", "transform", "seed")
+    options = {name: getattr(args, name) for name in names} | {"num_samples": args.samples}
+    grid = Grid(tuple(args.size), args.spacing)
+    summary = uncertainty_files(args.moving, args.fixed, args.output, grid=grid, **options)
+    print(f"{args.output}: sd_mm.nii.gz, in the fixed scan on average {summary['sd_mm']['mean']:.3f} mm")
+    print(summary["meaning"])
+    if summary["calibration"]:
+        error = summary["calibration"]["expected_calibration_error"]
+        print(f"expected calibration error of the labels {error:.3f}: 0 if a probability of 0.7 is right 7 times of 10")
+    return 0
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluations, the reference first")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
+    parser.add_argument("--published", metavar="NAME", help="show the literature's tables too: ixi, lpba40 or oasis")
+    parser.add_argument("--common", action="store_true", help="compare what all share of different pairs or structures")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.comparison import compare_runs, published
+
+    tables = published(args.published) if args.published else []
+    found = compare_runs(args.runs, args.output, common=args.common)
+    print(found.measures.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
+    print("difference to the first run, [low, high] its 95 % interval (Student), p by Wilcoxon, p_holm corrected")
+    print(found.note or "", end="\n" if found.note else "")
+    for table in tables:
+        print(f"\n{table.title}\nsource: {table.source}\nmeasured by others, perhaps on other scans: no statistics")
+        for method, numbers in table.methods.items():
+            print(f"  {method:<18}" + ", ".join(f"{measure} {value}" for measure, value in numbers.items()))
+    print(f"{args.output}: measures.csv, structures.csv, and a picture of each measure of structures")
+    return 0
+
+
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
@@ -156,6 +213,18 @@ _COMMANDS = {
         "vxm register moving.nii.gz fixed.nii.gz --output registered --weights model.pt",
         _add_register_arguments,
         _register,
+    ),
+    "uncertainty": _Command(
+        "sample the posterior of a probabilistic network: spread of the displacement, probabilities of labels",
+        "vxm uncertainty moving.nii.gz fixed.nii.gz --weights model.pt --output uncertainty --samples 50 --seed 0",
+        _add_uncertainty_arguments,
+        _uncertainty,
+    ),
+    "compare": _Command(
+        "put evaluations of the same pairs side by side, with paired statistics and published numbers",
+        "vxm compare training_a training_b --output comparison --published ixi",
+        _add_compare_arguments,
+        _compare,
     ),
     "quickstart": _Command(
         "register two brains that come with the project, from scratch: prepare, train, evaluate, register",

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-__all__ = ["TimedInferer", "pair_names", "prepare_pair"]
+__all__ = ["TimedInferer", "pair_paths", "prepare_pair"]
 
 
 def prepare_pair(
@@ -53,7 +52,6 @@ class TimedInferer(Inferer):
         return found | {"seconds": torch.full((len(inputs),), seconds)}
 
 
-def pair_names(batch: Sequence[Mapping[str, MetaTensor]]) -> list[dict[str, str]]:
-    """Name the pairs of a decollated batch for MONAI's ``MetricsSaver``: ``"1005 to 1018"``, from names of files."""
-    names = [[Path(str(item[key].meta["filename_or_obj"])).name for key in ("moving", "fixed")] for item in batch]
-    return [{"filename_or_obj": " to ".join(name.removesuffix(".nii.gz") for name in pair)} for pair in names]
+def pair_paths(batch: Sequence[Mapping[str, MetaTensor]]) -> list[tuple[str, str]]:
+    """Files that the moving and the fixed image of each pair of a decollated batch come from."""
+    return [(str(p["moving"].meta["filename_or_obj"]), str(p["fixed"].meta["filename_or_obj"])) for p in batch]

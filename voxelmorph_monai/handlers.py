@@ -1,8 +1,8 @@
-"""Ignite handlers for a training that can be stopped at any moment and goes on as if nothing had happened."""
+"""Ignite handlers: training can be stopped at any moment and goes on as if nothing had happened; results are kept."""
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
@@ -15,9 +15,11 @@ from ignite.handlers import EarlyStopping
 from torch import nn
 
 from voxelmorph_monai.data import PairSampler
+from voxelmorph_monai.engines import pair_paths
+from voxelmorph_monai.evaluation import check_folder, save_evaluation, summarise, tabulate
 from voxelmorph_monai.spaces import atomic
 
-__all__ = ["EpochSeed", "KeepBest", "Resume"]
+__all__ = ["EpochSeed", "KeepBest", "Resume", "SaveEvaluation"]
 
 
 class Stateful(Protocol):
@@ -33,6 +35,15 @@ class Stateful(Protocol):
 def _rank() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
+
+
+def _gather(values: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Lists of all processes, one after the other as MONAI's metrics put them, in each of the processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    lists: list[list[tuple[str, str]]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
 
 
 def _save(state: object, path: Path) -> None:
@@ -154,3 +165,59 @@ class Resume:
         if _rank() == 0:
             state: dict[str, object] = {name: stateful.state_dict() for name, stateful in self.objects.items()}
             _save(state | {"epoch": engine.state.epoch, "settings": self.settings}, self.path)
+
+
+class SaveEvaluation:
+    """Write the tables, the summary and the pictures of an evaluation (``evaluation.save_evaluation``).
+
+    In place of MONAI's ``MetricsSaver``, which calls the structures class0, class1, ..., knows no groups of them,
+    writes a file for each measure and replaces those of an earlier run without a word.
+
+    Args:
+        folder: to write, new. It is looked at here, before any work is done.
+        structures: names of what measures of structures measure, label 1 first; or how many there are.
+        groups: names of the structures to merge, by the name of the group; the value of a group is the mean of its
+            structures' values.
+        settings: what is to be remembered of the evaluation.
+        overwrite: replace the folder if it holds an earlier evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        structures: Sequence[str] | int,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        settings: Mapping[str, object] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        check_folder(folder, overwrite)
+        self.folder = folder
+        self.structures = list(structures if not isinstance(structures, int) else map(str, range(1, structures + 1)))
+        self.groups = groups
+        self.settings = dict(settings or {})
+        self.overwrite = overwrite
+        self.paths: list[tuple[str, str]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator, whose metrics are measures of :func:`~voxelmorph_monai.evaluation.tabulate`."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.note)
+        engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def start(self, engine: Engine) -> None:
+        """Forget the pairs of an earlier run of ``engine``."""
+        self.paths = []
+
+    def note(self, engine: Engine) -> None:
+        """Note whose turn it was."""
+        self.paths += pair_paths(engine.state.batch)  # type: ignore[arg-type] # decollated, so a list
+
+    def save(self, engine: Engine) -> None:
+        """Write what all processes have measured, from one of them."""
+        paths = _gather(self.paths)
+        if _rank() == 0:
+            details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined] # MONAI's
+            measures = {name: values.cpu().double().numpy() for name, values in details.items()}
+            evaluation = tabulate(paths, measures, self.structures, self.groups)
+            save_evaluation(self.folder, evaluation, self.settings, self.overwrite)
+            engine.logger.info(f"{self.folder}, {len(paths)} pairs:\n{summarise(evaluation).to_string()}")

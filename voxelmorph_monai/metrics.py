@@ -12,6 +12,7 @@ in mm along each array axis, or one number for all. Results are float64.
 
 from collections.abc import Sequence
 from itertools import product
+from math import factorial
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,15 @@ __all__ = [
     "InverseConsistency",
     "LabelDice",
     "LogJacobianSD",
+    "NonDiffeomorphicVolume",
+    "PairValue",
     "TargetRegistrationError",
     "dice",
     "folding",
     "hausdorff95",
     "inverse_consistency",
     "log_jacobian_sd",
+    "non_diffeomorphic_volume",
     "target_registration_error",
 ]
 
@@ -157,6 +161,65 @@ def log_jacobian_sd(ddf: Tensor, mask: Tensor | None = None, *, definition: str 
     log = jacobian.log()
     mean = _mean(log, inside).view(-1, *[1] * (log.ndim - 1))
     return _mean((log - mean) ** 2, inside).sqrt()
+
+
+def _edge(ddf: Tensor, start: Sequence[int], stop: Sequence[int]) -> Tensor:
+    r"""Image of an edge of the grid, :math:`\phi(x + stop) - \phi(x + start)`, at all voxels but the outermost."""
+    ends: list[tuple[Any, ...]] = [
+        (..., *(slice(1 + o, n - 1 + o) for o, n in zip(offset, ddf.shape[2:], strict=True)))
+        for offset in (start, stop)
+    ]
+    step = ddf.new_tensor(stop) - ddf.new_tensor(start)
+    return ddf[ends[1]] - ddf[ends[0]] + step.view(-1, *[1] * len(start))
+
+
+def _determinant(edges: Sequence[Tensor]) -> Tensor:
+    """Volume, with its sign, that 2 or 3 vectors ``(B, D, *spatial)`` span: ``(B, 1, *spatial)``."""
+    if len(edges) == 2:
+        (a, b), (c, d) = (edge.split(1, dim=1) for edge in edges)
+        return a * d - b * c
+    u, v, w = (edge.unbind(1) for edge in edges)
+    minors = [v[i - 2] * w[i - 1] - v[i - 1] * w[i - 2] for i in range(3)]  # i - 2 is i + 1, modulo 3
+    return (u[0] * minors[0] + u[1] * minors[1] + u[2] * minors[2]).unsqueeze(1)
+
+
+def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Volume that the map turns inside out, in per cent of the volume counted (Liu et al., IJCV 2024): ``(B,)``.
+
+    Each cell of the grid is cut into 5 tetrahedra (2 triangles in 2-D), in both of the two ways that there are. The
+    map, taken to be linear in each, is one to one if all of them keep their orientation; the volume of those that do
+    not, averaged over the two ways, is
+
+    .. math:: \frac{100}{N} \sum_x \frac{1}{2 D!} \sum_i \max(-|J_i(x)|, 0)
+
+    over the N voxels counted, with the determinants :math:`|J_i|` of the 8 (4) corners at a voxel, all combinations of
+    forward and backward differences, and in 3-D of the 2 tetrahedra in the middle of cells. Unlike ``folding`` it sees
+    folds that central differences step over, and a deep fold counts for more than a shallow one. As the authors do, it
+    leaves out the outermost voxels.
+
+    Args:
+        ddf: displacement in voxels, ``(B, D, *spatial)``; the result is NaN where it is.
+        mask: voxels to count, ``(B, 1, *spatial)``, not 0 inside; without it the whole grid. The LUMIR challenge
+            counts within the brain.
+    """
+    inside = _inside(ddf, mask, border=1)
+    spatial_dims = ddf.ndim - 2
+    if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
+        raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
+    here = (0,) * spatial_dims
+    unit = [tuple(int(d == axis) for d in range(spatial_dims)) for axis in range(spatial_dims)]
+    minus = [tuple(-d for d in axis) for axis in unit]
+    sides = [(_edge(ddf, here, ahead), _edge(ddf, behind, here)) for ahead, behind in zip(unit, minus, strict=True)]
+    simplices = list(product(*sides))
+    if spatial_dims == 3:  # in the middle of a cell, between its corner at the voxel and the 3 across its faces
+        for a, b, c in (unit, minus[::-1]):  # in reverse, as turning all three edges round changes the sign
+            across = [tuple(map(sum, zip(*pair, strict=True))) for pair in ((a, b), (b, c), (a, c))]
+            simplices.append(tuple(_edge(ddf, here, corner) for corner in across))
+    turned = torch.zeros_like(ddf[:, :1])
+    inner: tuple[Any, ...] = (..., *(slice(1, n - 1) for n in ddf.shape[2:]))
+    for edges in simplices:
+        turned[inner] -= _determinant(edges).clamp_max(0)
+    return 100 * _mean(turned, inside) / (2 * factorial(spatial_dims))
 
 
 def _surface(mask: np.ndarray, spacing: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -359,6 +422,24 @@ class LogJacobianSD(_PairMetric):
 
     def _values(self, y_pred: Tensor, y: Any) -> Tensor:
         return log_jacobian_sd(y_pred, y, definition=self.definition)
+
+
+class NonDiffeomorphicVolume(_PairMetric):
+    """``non_diffeomorphic_volume`` in per cent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+
+    y_is_optional = True
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return non_diffeomorphic_volume(y_pred, y)
+
+
+class PairValue(_PairMetric):
+    """What something else has measured of each pair, such as the time it took: ``metric(values)``."""
+
+    y_is_optional = True
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return y_pred.double()
 
 
 class TargetRegistrationError(_PairMetric):

@@ -1,10 +1,11 @@
 """Pictures of a registration, for people who would rather look than read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.spaces import atomic, spacing
 
-__all__ = ["save_registration_picture"]
+__all__ = ["save_box_plot", "save_registration_picture"]
 
 Array = NDArray[np.floating]
 _COLUMNS = ("moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "Jacobian determinant")
@@ -121,3 +122,43 @@ def save_registration_picture(
     figure.suptitle(title, fontsize=12)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=80)
+
+
+def save_box_plot(path: str | Path, series: Mapping[str, pd.DataFrame], *, label: str, title: str = "") -> None:
+    """Write a PNG of box plots side by side: a box for each column of each of the ``series``.
+
+    A box spans the quartiles, its line is the median, whiskers reach to the last value within 1.5 times the box, what
+    lies further out is a point. NaN is left out.
+
+    Args:
+        path: the PNG, written whole or not at all.
+        series: tables by the name to show, with a row for each pair and the same columns.
+        label: of the axis of values.
+        title: a line above.
+    """
+    columns = next(iter(series.values())).columns
+    figure = Figure(figsize=(2.5 + 0.25 * len(columns) * (1 + len(series)), 5.5), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(columns))
+    width = 0.8 / len(series)
+    for number, (name, table) in enumerate(series.items()):
+        colour = f"C{number}"
+        axes.boxplot(
+            [table[column].dropna().to_numpy() for column in columns],
+            positions=places + (number - (len(series) - 1) / 2) * width,
+            widths=0.8 * width,
+            patch_artist=True,
+            boxprops={"facecolor": colour, "alpha": 0.6},
+            medianprops={"color": "black"},
+            flierprops={"markersize": 3},
+            manage_ticks=False,
+        )
+        axes.fill_between([], [], color=colour, alpha=0.6, label=name)  # for the legend
+    axes.set_xticks(places, columns, rotation=90)
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.4)
+    axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100)

@@ -73,7 +73,8 @@ def quickstart(output: str | Path, jobs: int = 2) -> dict[str, object]:
         )
     training = {"dataset_dir": output / "2mm", "output_dir": output / "training"}
     _run_bundle(bundle, "training", "train.json", "quickstart.yaml", **training)
-    _run_bundle(bundle, "evaluating", "train.json", "quickstart.yaml", "evaluate.json", section="fixed", **training)
+    evaluating = {"section": "fixed", "overwrite": True, **training}
+    _run_bundle(bundle, "evaluating", "train.json", "quickstart.yaml", "evaluate.json", **evaluating)
     pair = {
         f"{role}{suffix}": output / "1mm" / folder / f"{name}.nii.gz"
         for role, name in (("moving", "colin27"), ("fixed", "mni152"))

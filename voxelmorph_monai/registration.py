@@ -55,7 +55,7 @@ from voxelmorph_monai.spaces import (
     warp_scan,
 )
 
-__all__ = ["RegistrationResult", "load_network", "register", "register_files"]
+__all__ = ["RegistrationResult", "extended", "load_network", "register", "register_files"]
 
 Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
@@ -207,6 +207,13 @@ def _fade(ddf: Tensor) -> NDArray[np.float32]:
     return array if dims == 3 else np.pad(array, [(0, 1), (0, 0), (0, 0)])[..., None]
 
 
+def extended(ddf: Tensor, affine: Affine) -> tuple[NDArray[np.float32], Affine]:
+    """Field of a :class:`Composite` for ``ddf`` ``(1, D, *spatial)`` on a grid: continued beyond it, fading to 0."""
+    wider, dims = affine.copy(), ddf.ndim - 2
+    wider[:3, 3] -= affine[:3, :dims] @ np.full(dims, _FADE)
+    return _fade(ddf), wider
+
+
 def _predict(
     network: Registration, moving: Image, fixed: Image, maps: tuple[Affine, Affine], grid: Grid, affine: Affine
 ) -> tuple[tuple[NDArray[np.float32], Affine], tuple[NDArray[np.float32], Affine]]:
@@ -217,9 +224,7 @@ def _predict(
     with torch.inference_mode():
         found = network(torch.from_numpy(np.stack(pair)[None]).reshape(1, 2, *grid.size).to(device))
         inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
-    wider = affine.copy()
-    wider[:3, 3] -= affine[:3, : len(grid.size)] @ np.full(len(grid.size), _FADE)
-    return (_fade(found["ddf"]), wider), (_fade(inverse), wider)
+    return extended(found["ddf"], affine), extended(inverse, affine)
 
 
 def register(

@@ -1,0 +1,110 @@
+"""Tables of an evaluation: what stands where, what the summary means, and that nothing is replaced silently."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from voxelmorph_monai.evaluation import Evaluation, load_evaluation, save_evaluation, scan_names, summarise, tabulate
+
+STRUCTURES = ["right thalamus", "left thalamus", "brain stem"]
+GROUPS = {"thalamus": ["right thalamus", "left thalamus"], "stem": ["brain stem"]}
+PATHS = [("/d/b.nii.gz", "/d/0012.nii.gz"), ("/d/0012.nii.gz", "/d/b.nii.gz"), ("/d/0012.nii.gz", "/d/c.nii.gz")]
+DICE = np.array([[0.5, 0.75, 1.0], [0.25, np.nan, 0.5], [1.0, 0.5, 0.125]])
+FOLDING = np.array([3.0, 1.0, 0.5])
+
+
+def evaluation() -> Evaluation:
+    return tabulate(PATHS, {"dice_before": DICE / 2, "dice": DICE, "folding_percent": FOLDING}, STRUCTURES, GROUPS)
+
+
+def test_every_value_stands_beside_its_pair_and_its_structure() -> None:
+    found = evaluation()
+    assert list(found.pairs.index) == [("0012", "b"), ("0012", "c"), ("b", "0012")]
+    for row, (moving, fixed) in enumerate([("b", "0012"), ("0012", "b"), ("0012", "c")]):
+        assert found.pairs.loc[(moving, fixed), "folding_percent"] == FOLDING[row]
+        for column, structure in enumerate(STRUCTURES):
+            value = found.structures.loc[(moving, fixed, structure), "dice"]
+            np.testing.assert_equal(value, DICE[row, column])
+    assert list(found.over("dice").columns) == STRUCTURES  # in the order of the table of structures
+
+
+def test_the_order_of_the_pairs_does_not_matter() -> None:
+    turned = tabulate(PATHS[::-1], {"dice": DICE[::-1], "folding_percent": FOLDING[::-1]}, STRUCTURES, GROUPS)
+    pd.testing.assert_frame_equal(turned.structures, evaluation().structures[["dice"]])
+    pd.testing.assert_frame_equal(turned.pairs, evaluation().pairs)
+
+
+def test_a_group_is_the_mean_of_its_structures_that_have_a_value() -> None:
+    groups = evaluation().over("dice", "groups")
+    assert groups.loc[("b", "0012")].tolist() == [0.625, 1.0]
+    assert groups.loc[("0012", "b")].tolist() == [0.25, 0.5]
+
+
+def test_summary_says_over_what_it_is() -> None:
+    table = summarise(evaluation())
+    of_pairs = np.nanmean(DICE, axis=1)
+    expected = {"mean": of_pairs.mean(), "sd_over_pairs": of_pairs.std(ddof=1), "median": np.median(of_pairs)}
+    expected |= {"sd_over_all": np.nanstd(DICE, ddof=1), "values": 8}
+    assert table.loc[("dice", "structures")].to_dict() == pytest.approx(expected)
+    merged = np.array([[0.625, 1.0], [0.25, 0.5], [0.75, 0.125]])
+    expected = {"mean": merged.mean(), "sd_over_pairs": merged.mean(1).std(ddof=1), "sd_over_all": merged.std(ddof=1)}
+    expected |= {"median": np.median(merged.mean(1)), "values": 6}
+    assert table.loc[("dice", "groups")].to_dict() == pytest.approx(expected)
+    expected = {"mean": 1.5, "sd_over_pairs": FOLDING.std(ddof=1), "median": 1.0, "values": 3}
+    row = table.loc[("folding_percent", "pairs")].to_dict()
+    assert np.isnan(row.pop("sd_over_all"))
+    assert row == pytest.approx(expected)
+
+
+def test_what_is_written_is_what_is_read(tmp_path) -> None:
+    save_evaluation(tmp_path / "training" / "evaluation", evaluation(), {"weights": "model.pt"})
+    folder = tmp_path / "training" / "evaluation"
+    assert {path.name for path in folder.iterdir()} == {"structures.csv", "pairs.csv", "summary.json", "dice.png"}
+    for place in (folder, tmp_path / "training"):
+        found = load_evaluation(place)
+        pd.testing.assert_frame_equal(found.structures, evaluation().structures)
+        pd.testing.assert_frame_equal(found.pairs, evaluation().pairs)
+        assert found.groups == GROUPS
+    text = (folder / "structures.csv").read_text().splitlines()
+    assert text[0] == "moving,fixed,structure,dice_before,dice"
+    assert text[2] == "0012,b,left thalamus,,"  # no value, no number
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["settings"] == {"weights": "model.pt"}
+    assert summary["pairs"] == 3
+    dice = summary["measures"][2]
+    assert (dice["measure"], dice["over"]) == ("dice", "structures")
+    assert dice["mean"] == pytest.approx(np.nanmean(DICE, axis=1).mean())
+    assert summary["measures"][-1]["sd_over_all"] is None
+
+
+def test_nothing_is_replaced_silently(tmp_path) -> None:
+    save_evaluation(tmp_path / "e", evaluation(), {})
+    with pytest.raises(FileExistsError, match=r"must be new, or overwrite be true, but it exists"):
+        save_evaluation(tmp_path / "e", evaluation(), {})
+    one = tabulate(PATHS[:1], {"hd95_mm": DICE[:1]}, STRUCTURES)
+    save_evaluation(tmp_path / "e", one, {}, overwrite=True)
+    assert len(load_evaluation(tmp_path / "e").pairs) == 1
+    assert not (tmp_path / "e" / "dice.png").exists()
+    (tmp_path / "e" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"must be what an evaluation wrote to be overwritten"):
+        save_evaluation(tmp_path / "e", one, {}, overwrite=True)
+    assert (tmp_path / "e" / "thesis.txt").exists()
+
+
+def test_scans_of_one_name_keep_their_folders() -> None:
+    assert scan_names(["/d/s1/t1.nii.gz", "/d/s2/t1.nii.gz", "/d/a.pkl"]) == ["s1/t1", "s2/t1", "a"]
+
+
+def test_what_is_wrong_is_said(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"measure 'x' of 3 pairs and 3 structures must be .* got \(3, 2\)"):
+        tabulate(PATHS, {"x": DICE[:, :2]}, STRUCTURES)
+    with pytest.raises(ValueError, match=r"group 'pons' must hold one structure or more, .* got \['pons'\]"):
+        tabulate(PATHS, {"dice": DICE}, STRUCTURES, {"pons": ["pons"]})
+    with pytest.raises(FileNotFoundError, match=r"must hold an evaluation \(structures.csv, pairs.csv, summary.json\)"):
+        load_evaluation(tmp_path)
+    save_evaluation(tmp_path / "e", evaluation(), {})
+    (tmp_path / "e" / "pairs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"must hold an evaluation's tables, but they cannot be read"):
+        load_evaluation(tmp_path / "e")

@@ -1,0 +1,215 @@
+"""Several evaluations side by side: paired statistics of runs on the same pairs, and tables that were published."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+from scipy import stats
+
+from voxelmorph_monai.evaluation import Evaluation, load_evaluation, scan_names
+from voxelmorph_monai.pictures import save_box_plot
+from voxelmorph_monai.spaces import atomic_folder
+
+__all__ = ["Comparison", "PublishedTable", "compare", "compare_runs", "holm", "paired_statistics", "published"]
+
+
+class PublishedTable(NamedTuple):
+    """Numbers from the literature, not computed here.
+
+    Attributes:
+        title: data, protocol, number of pairs.
+        source: who published them, and where.
+        methods: by method and measure; ``dice over groups`` and the like; text where only a bound is known.
+    """
+
+    title: str
+    source: str
+    methods: dict[str, dict[str, float | str]]
+
+
+class Comparison(NamedTuple):
+    """What :func:`compare` finds.
+
+    Attributes:
+        measures: a row for each ``(measure, over, run)``, the first run being the reference.
+        structures: the same for each structure, ``(measure, structure, run)``.
+        note: what is to be known of the statistics.
+    """
+
+    measures: pd.DataFrame
+    structures: pd.DataFrame
+    note: str
+
+
+def _library() -> dict[str, Any]:
+    return {
+        Path(entry.name).stem: entry
+        for entry in (files("voxelmorph_monai") / "published").iterdir()
+        if entry.name.endswith(".yaml")
+    }
+
+
+def published(name: str) -> list[PublishedTable]:
+    """Tables of the literature for one data set: ``"ixi"``, ``"lpba40"`` or ``"oasis"``."""
+    known = _library()
+    if name not in known:
+        raise ValueError(f"published must be one of {', '.join(sorted(known))}, got '{name}'.")
+    return [PublishedTable(**table) for table in yaml.safe_load(known[name].read_text(encoding="utf-8"))]
+
+
+def holm(p: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """P values corrected for their number (Holm, Scandinavian Journal of Statistics 1979); NaN is not counted.
+
+    The smallest is multiplied by their number, the next by one less, and so on, and none falls below an earlier one.
+
+    >>> holm(np.array([0.01, 0.04, 0.03, np.nan])).round(2).tolist()
+    [0.03, 0.06, 0.06, nan]
+    """
+    corrected = np.full(len(p), np.nan)
+    order = np.argsort(p)[: int(np.isfinite(p).sum())]  # NaN comes last
+    steps = p[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected
+
+
+def paired_statistics(values: pd.Series, reference: pd.Series, confidence: float = 0.95) -> dict[str, float]:
+    """How two runs differ on the same pairs: their mean difference, its interval, and a test.
+
+    Args:
+        values: of one run; pairs in which either is NaN are left out.
+        reference: of the other, on the same pairs.
+        confidence: of the interval.
+
+    Returns:
+        ``difference``, the mean of ``values - reference``; ``low`` and ``high``, its interval by Student's t; ``p``, of
+        Wilcoxon's signed rank test (Biometrics Bulletin 1945), two-sided, which asks for no normal distribution; and
+        ``pairs``, how many there were. Interval and p are NaN for fewer than 2 pairs.
+    """
+    difference = (values - reference).dropna().to_numpy()
+    found = {"difference": difference.mean() if len(difference) else np.nan}
+    low = high = p = np.nan
+    if len(difference) > 1:
+        margin = stats.t.ppf((1 + confidence) / 2, len(difference) - 1) * stats.sem(difference)
+        low, high = found["difference"] - margin, found["difference"] + margin
+        # SciPy gives NaN and a warning where all differences are 0.
+        p = float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
+    return found | {"low": low, "high": high, "p": p, "pairs": len(difference)}
+
+
+def _common(runs: Mapping[str, Evaluation], common: bool) -> tuple[dict[str, Evaluation], str]:
+    """Evaluations of the same pairs and structures: an error unless they are, or, if ``common``, what all share."""
+    indices = [run.structures.index for run in runs.values()]
+    shared = indices[0]
+    for index in indices[1:]:
+        shared = shared.intersection(index, sort=False)
+    groups = [run.groups for run in runs.values()]
+    if all(len(shared) == len(index) for index in indices) and all(group == groups[0] for group in groups):
+        return dict(runs), ""
+    rows = {name: len(index) for name, index in zip(runs, indices, strict=True)}
+    if not common:
+        raise ValueError(
+            "runs to compare must be of the same pairs, structures and groups, or be compared on what they share "
+            f"(common), but of {rows} rows (pairs x structures) only {len(shared)} are in all."
+        )
+    if not len(shared):
+        raise ValueError(f"runs to compare must share pairs and structures, but of {rows} rows none is in all.")
+    pairs = shared.droplevel("structure").unique()
+    kept = {name: Evaluation(run.structures.loc[shared], run.pairs.loc[pairs], {}) for name, run in runs.items()}
+    return kept, f"Compared on the {len(shared)} rows (pairs x structures) that all share, of {rows}; no groups."
+
+
+def _columns(run: Evaluation) -> dict[tuple[str, str], pd.Series]:
+    """The pairs' own values of each measure: of structures as the mean over structures, and over groups."""
+    kinds = ("structures", "groups") if run.groups else ("structures",)
+    found = {(m, kind): run.over(m, kind).mean(axis=1) for m in run.structures.columns for kind in kinds}
+    return found | {(measure, "pairs"): run.pairs[measure] for measure in run.pairs.columns}
+
+
+def _table(
+    columns: Mapping[str, Mapping[tuple[str, str], pd.Series]], names: tuple[str, str], family: Sequence[str]
+) -> pd.DataFrame:
+    """Statistics of each column that all runs have; p is corrected over the rows that share their ``family`` levels."""
+    reference, *_ = columns.values()
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    for first, second in reference:
+        for run, column in columns.items():
+            key = first, second
+            if all(key in other for other in columns.values()):
+                found = {} if column is reference else paired_statistics(column[key], reference[key])
+                rows[first, second, run] = {"mean": column[key].mean(), "sd": column[key].std(), **found}
+    statistics = ["mean", "sd", "difference", "low", "high", "p", "pairs"]
+    index = pd.MultiIndex.from_tuples(rows, names=[*names, "run"])
+    table = pd.DataFrame(list(rows.values()), index=index, columns=statistics)
+    table["p_holm"] = table.groupby(level=list(family), sort=False)["p"].transform(lambda p: holm(p.to_numpy(float)))
+    return table
+
+
+def _structures(run: Evaluation) -> list[tuple[str, str]]:
+    structures = run.structures.index.unique("structure")
+    return [(measure, structure) for measure in run.structures.columns for structure in structures]
+
+
+def _dependence(index: pd.MultiIndex) -> str:
+    """A warning where a scan is in several pairs, other than an atlas, that is in all of them."""
+    for level in ("moving", "fixed"):
+        if index.get_level_values(level).nunique() == 1 and len(index) > 1:
+            return ""
+    scans = [*index.get_level_values("moving"), *index.get_level_values("fixed")]
+    if len(set(scans)) == len(scans):
+        return ""
+    return (
+        f"The {len(index)} pairs share {len(set(scans))} scans, so they are not independent: intervals are too narrow "
+        "and p values too small."
+    )
+
+
+def compare(runs: Mapping[str, Evaluation], *, common: bool = False) -> Comparison:
+    """Compare evaluations by name with the first of them, on the same pairs.
+
+    P values are corrected by :func:`holm`: of ``measures`` over the runs, of ``structures`` over runs and structures.
+
+    Args:
+        runs: the evaluations; a single one is only summarised.
+        common: compare what all share, where they are not of the same pairs and structures; else that is an error.
+    """
+    kept, note = _common(runs, common)
+    by_structure = {
+        name: {(measure, structure): run.over(measure)[structure] for measure, structure in _structures(run)}
+        for name, run in kept.items()
+    }
+    by_measure = {name: _columns(run) for name, run in kept.items()}
+    measures = _table(by_measure, ("measure", "over"), family=("measure", "over"))
+    structures = _table(by_structure, ("measure", "structure"), family=("measure",))
+    notes = [note, _dependence(next(iter(kept.values())).pairs.index)]
+    return Comparison(measures, structures, "\n".join(filter(None, notes)))
+
+
+def compare_runs(folders: Sequence[str | Path], output: str | Path, *, common: bool = False) -> Comparison:
+    """Compare the evaluations in ``folders``; write ``measures.csv``, ``structures.csv`` and box plots to ``output``.
+
+    Runs are called after their folders.
+
+    Raises:
+        FileNotFoundError: a folder without an evaluation.
+        FileExistsError: ``output`` exists.
+        ValueError: runs that cannot be compared.
+    """
+    if Path(output).exists():
+        raise FileExistsError(f"{output} must be new, but it exists.")
+    names = scan_names([f"{Path(folder).absolute()}.run" for folder in folders])  # no ending is cut off a folder
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs to compare must be in different folders, got {[str(folder) for folder in folders]}.")
+    runs = dict(zip(names, map(load_evaluation, folders), strict=True))
+    found = compare(runs, common=common)
+    with atomic_folder(output) as folder:
+        found.measures.to_csv(folder / "measures.csv")
+        found.structures.to_csv(folder / "structures.csv")
+        for measure in found.structures.index.unique("measure"):
+            series = {name: run.over(measure) for name, run in _common(runs, common)[0].items()}
+            save_box_plot(folder / f"{measure}.png", series, label=measure)
+    return found
