@@ -178,7 +178,7 @@ def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @every_page
 def test_named_vxm_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    named = set(re.findall(r"\bvxm ([a-z]\w*)", page.read_text(encoding="utf-8")))
+    named = set(re.findall(r"\bvxm ([a-z][\w-]*)", page.read_text(encoding="utf-8")))
     for name in named:
         with pytest.raises(SystemExit) as stop:
             cli.main([name, "--help"])

@@ -29,6 +29,7 @@ ALLOWED = {
     "engines": {"networks"},
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
+    "weights": {"networks", "spaces"},
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }

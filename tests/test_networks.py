@@ -419,7 +419,7 @@ def test_overfits_one_pair(preset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, got 'vm3'\."),
+        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, miccai2018, got 'vm3'\."),
         ({"widths": 3}, r"changes must name fields of \('encoder', .*\), got \['widths'\]\."),
         ({"in_channels": 3}, r"in_channels counts two images alike and must be even, got 3\."),
         ({"in_channels": 0}, r"must be even, got 0\."),

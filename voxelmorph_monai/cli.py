@@ -103,6 +103,23 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="Keras file of the authors (.h5)")
+    parser.add_argument("output", type=Path, help="file to write, new (.pt)")
+    parser.add_argument("--xy", action="store_true", help="the file is of models/xy/: axes counted as x, y")
+
+
+def _import_weights(args: argparse.Namespace) -> int:
+    try:
+        from voxelmorph_monai.weights import import_weights
+    except ModuleNotFoundError as error:  # of the extra: no other command needs it
+        raise ValueError(f"it needs h5py: pip install 'voxelmorph_monai[import]' ({error}).") from error
+
+    preset = import_weights(args.source, args.output, xy=args.xy)
+    print(f"{args.output}: weights of preset {preset}, for intensities in [0, 1]")
+    return 0
+
+
 _COMMANDS = {
     "prepare": _Command(
         "align skull-stripped T1 scans to MNI152 and write them on one grid, with a datalist for training",
@@ -115,6 +132,12 @@ _COMMANDS = {
         "vxm register moving.nii.gz fixed.nii.gz --output registered --weights model.pt",
         _add_register_arguments,
         _register,
+    ),
+    "import-weights": _Command(
+        "read weights that the authors of VoxelMorph published as Keras files (CVPR 2018, MICCAI 2018)",
+        "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
+        _add_import_arguments,
+        _import_weights,
     ),
     "quickstart": _Command(
         "register two brains that come with the project, from scratch: prepare, train, evaluate, register",

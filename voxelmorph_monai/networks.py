@@ -32,6 +32,7 @@ class Architecture(NamedTuple):
     num_steps: int = 7  # squarings of the velocity's integration; 0: the network predicts the displacement itself
     integration_level: int = 1  # resolution of the integrated field: 0 full, 1 half, ...
     probabilistic: bool = False  # a second head predicts the log-variance of the velocity
+    doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
 
     @property
     def feature_level(self) -> int:
@@ -47,6 +48,8 @@ PRESETS: dict[str, Architecture] = {
     "dense": Architecture(decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max"),
     # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
     "diffeomorphic": Architecture(probabilistic=True),
+    # The same to the last digit of the authors' code, for their weights (weights.import_weights).
+    "miccai2018": Architecture(probabilistic=True, doubles=True),
 }
 
 
@@ -154,7 +157,7 @@ class VoxelMorph(nn.Module):
     torch.Size([1, 2, 30, 45])
 
     Args:
-        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``.
+        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"miccai2018"``.
         spatial_dims: 2 or 3.
         in_channels: channels of the two images together.
         changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``.
@@ -178,6 +181,7 @@ class VoxelMorph(nn.Module):
         self.num_steps = architecture.num_steps
         self.integration_level = architecture.integration_level
         self.feature_level = architecture.feature_level
+        self.doubles = architecture.doubles
         self.multiple = 2 ** len(architecture.encoder)
         self.unet = UNet(spatial_dims, in_channels, architecture)
         self.flow = self._head(std=1e-5)
@@ -229,14 +233,21 @@ class VoxelMorph(nn.Module):
 
     def _fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         size = [(n << self.feature_level) >> self.integration_level for n in features.shape[2:]]
-        mean = resize(self.flow(features).contiguous(), size)
+        mean = self._resize(self.flow(features).contiguous(), size, self.feature_level - self.integration_level)
         if self.log_variance is not None:
             return mean, self.log_variance(features).contiguous()
         return mean, None
 
+    def _resize(self, field: Tensor, size: list[int], levels: int) -> Tensor:
+        """Bring ``field`` to ``size``, which is ``levels`` levels finer."""
+        if not self.doubles:
+            return resize(field, size)
+        mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
+        return F.interpolate(field * 2.0**levels, size, mode=mode, align_corners=True)
+
     def displacement(self, field: Tensor, size: list[int]) -> Tensor:
         """Displacement ``(B, D, *size)`` in voxels of the full grid, from a velocity (or displacement) ``field``."""
-        ddf = resize(integrate(field, self.num_steps), self._padded(size))
+        ddf = self._resize(integrate(field, self.num_steps), self._padded(size), self.integration_level)
         for d in range(self.spatial_dims):
             ddf = ddf.narrow(d + 2, 0, size[d])
         return ddf.contiguous()
