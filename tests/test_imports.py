@@ -21,6 +21,7 @@ ALLOWED = {
     "metrics": {"blocks"},
     "spaces": set(),
     "data": {"spaces"},
+    "datasets": {"data", "spaces"},
     "pictures": {"spaces"},
     "results": {"blocks", "metrics", "pictures", "spaces"},
     "transforms": {"blocks", "metrics", "results", "spaces"},

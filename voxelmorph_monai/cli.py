@@ -103,6 +103,25 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "layout", help="ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (images/, labels/) or csv"
+    )
+    parser.add_argument("source", type=Path, help="its folder; of csv: a table of scans or pairs")
+    parser.add_argument("output", type=Path, help="folder to write, the dataset_dir of the bundle")
+    parser.add_argument("--folds", type=int, metavar="N", help="split scans into N parts (default: as published, or 5)")
+    parser.add_argument("--fold", type=int, default=0, metavar="K", help="the part for the test (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
+
+
+def _datalist(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.datasets import write_datalist
+
+    options = {"folds": args.folds, "fold": args.fold, "seed": args.seed}
+    print(write_datalist(args.layout, args.source, args.output, **options))
+    return 0
+
+
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="Keras file of the authors (.h5)")
     parser.add_argument("output", type=Path, help="file to write, new (.pt)")
@@ -132,6 +151,12 @@ _COMMANDS = {
         "vxm register moving.nii.gz fixed.nii.gz --output registered --weights model.pt",
         _add_register_arguments,
         _register,
+    ),
+    "datalist": _Command(
+        "list the scans or pairs of a data set for training: IXI, OASIS, Learn2Reg, LPBA40, a folder, a table",
+        "vxm datalist oasis neurite-oasis/ oasis/",
+        _add_datalist_arguments,
+        _datalist,
     ),
     "import-weights": _Command(
         "read weights that the authors of VoxelMorph published as Keras files (CVPR 2018, MICCAI 2018)",

@@ -9,12 +9,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from torch import nn
 
-from voxelmorph_monai.data import PairSampler
+from voxelmorph_monai.data import PairSampler, process
 from voxelmorph_monai.spaces import atomic
 
 __all__ = ["EpochSeed", "KeepBest", "Resume"]
@@ -28,11 +27,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> object:
         """Take the state."""
-
-
-def _rank() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
 
 
 def _save(state: object, path: Path) -> None:
@@ -59,7 +53,7 @@ class EpochSeed:
 
     def __call__(self, engine: Engine) -> None:
         """Seed for the epoch that ``engine`` starts."""
-        state = np.random.SeedSequence([self.seed, engine.state.epoch, _rank()])
+        state = np.random.SeedSequence([self.seed, engine.state.epoch, process()[0]])
         first, second, third = (int(s) for s in state.generate_state(3))
         torch.manual_seed(first)
         np.random.seed(second)
@@ -94,7 +88,7 @@ class KeepBest:
             raise ValueError(f"{self.metric} must be a number to keep the best weights, got NaN: nothing to measure.")
         if value > self.best:
             self.best = value
-            if _rank() == 0:
+            if process()[0] == 0:
                 _save(self.network.state_dict(), self.path)
 
     def state_dict(self) -> dict[str, float]:
@@ -151,6 +145,6 @@ class Resume:
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, from one process."""
-        if _rank() == 0:
+        if process()[0] == 0:
             state: dict[str, object] = {name: stateful.state_dict() for name, stateful in self.objects.items()}
             _save(state | {"epoch": engine.state.epoch, "settings": self.settings}, self.path)
