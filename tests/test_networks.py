@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from voxelmorph_monai import networks
 from voxelmorph_monai.blocks import compose, integrate, resize, warp
-from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
+from voxelmorph_monai.losses import GradientLoss, MSELoss, RegistrationLoss
 from voxelmorph_monai.metrics import dice
 from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph, load_weights
 
@@ -471,3 +471,58 @@ def test_wrong_registration():
         Registration(VoxelMorph("vm2", 2), bidirectional=True)
     with pytest.raises(ValueError, match=r"scale_factor must be positive, got 0\."):
         Registration(VoxelMorph("vm2", 2), scale_factor=0)
+
+
+# Smoothness as an input
+
+
+def blob(at):
+    x, y = (torch.arange(n) for n in (32, 48))
+    return torch.exp(-((x[:, None] - at[0]) ** 2 + (y - at[1]) ** 2) / 40)[None, None]
+
+
+def test_one_training_serves_any_smoothness():
+    torch.manual_seed(0)
+    network = VoxelMorph("vm1", 2, smoothness_weight=0.5, encoder=(8, 8), decoder=((8,), (8,), (8,)))
+    registration = Registration(network, amp=False)
+    loss = RegistrationLoss(MSELoss(image_sigma=0.2), GradientLoss())
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    moving, fixed = blob((14, 22)), blob((18, 26))
+    pair, target = torch.cat([moving, fixed], dim=1), {"moving": moving, "fixed": fixed}
+    drawn = []
+    for _ in range(300):
+        found = registration(pair)
+        drawn.append(float(found["smoothness_weight"]))
+        optimizer.zero_grad()
+        loss(found, target).backward()
+        optimizer.step()
+    assert 0.4 < sum(drawn) / len(drawn) < 0.6
+    assert min(drawn) < 0.1 < 0.9 < max(drawn)
+    registration.eval()
+    roughness, errors = [], []
+    for weight in (0.05, 0.5, 0.95):
+        network.smoothness_weight = weight
+        with torch.no_grad():
+            found = registration(pair)
+        assert "smoothness_weight" not in found
+        assert torch.equal(found["ddf"], network(pair))
+        roughness.append(float(GradientLoss()(found["ddf"])))
+        errors.append(float(MSELoss()(found["warped"], fixed)))
+    assert roughness[0] > 1.5 * roughness[2] > 0
+    assert errors[0] < errors[1] < errors[2] < float(MSELoss()(moving, fixed)) / 2
+
+
+@presets
+def test_smoothness_is_one_more_channel_and_exports(preset):
+    network, plain = VoxelMorph(preset, 2, smoothness_weight=0.25), VoxelMorph(preset, 2)
+    sizes = [each.unet.encoder[0].conv.weight.shape[1] for each in (network, plain)]
+    assert sizes == [3, 2]
+    with torch.no_grad():
+        network.flow.weight.normal_()
+        pair = torch.rand(1, 2, 20, 33)
+        torch.testing.assert_close(torch.jit.script(network)(pair), network(pair))
+        own, given = network.features(pair), network.features(pair, torch.tensor(0.25))
+        assert torch.equal(own, given)
+        assert not torch.equal(own, network.features(pair, torch.tensor(0.5)))
+    with pytest.raises(ValueError, match=r"smoothness_weight must be 0 to 1, got 1\.5\."):
+        VoxelMorph(preset, smoothness_weight=1.5)

@@ -160,11 +160,18 @@ class VoxelMorph(nn.Module):
         preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"miccai2018"``.
         spatial_dims: 2 or 3.
         in_channels: channels of the two images together.
+        smoothness_weight: None, or the weight of smoothness to register with, 0 to 1: the network then takes it as an
+            input, one more channel, and is trained for all weights at once (:class:`Registration`).
         changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``.
     """
 
     def __init__(
-        self, preset: str = "diffeomorphic", spatial_dims: int = 3, in_channels: int = 2, **changes: object
+        self,
+        preset: str = "diffeomorphic",
+        spatial_dims: int = 3,
+        in_channels: int = 2,
+        smoothness_weight: float | None = None,
+        **changes: object,
     ) -> None:
         super().__init__()
         if preset not in PRESETS:
@@ -174,6 +181,8 @@ class VoxelMorph(nn.Module):
             raise ValueError(f"changes must name fields of {Architecture._fields}, got {sorted(unknown)}.")
         if in_channels < 2 or in_channels % 2:
             raise ValueError(f"in_channels counts two images alike and must be even, got {in_channels}.")
+        if smoothness_weight is not None and not 0 <= smoothness_weight <= 1:
+            raise ValueError(f"smoothness_weight must be 0 to 1, got {smoothness_weight}.")
         architecture = PRESETS[preset]._replace(**changes)  # type: ignore[arg-type] # checked by name above
         _check_architecture(architecture, spatial_dims)
         self.in_channels = in_channels
@@ -183,7 +192,9 @@ class VoxelMorph(nn.Module):
         self.feature_level = architecture.feature_level
         self.doubles = architecture.doubles
         self.multiple = 2 ** len(architecture.encoder)
-        self.unet = UNet(spatial_dims, in_channels, architecture)
+        self.amortised = smoothness_weight is not None
+        self.smoothness_weight = float(smoothness_weight or 0)
+        self.unet = UNet(spatial_dims, in_channels + self.amortised, architecture)
         self.flow = self._head(std=1e-5)
         self.log_variance = self._head(std=1e-10, bias=-10.0) if architecture.probabilistic else None
         if spatial_dims == 3:
@@ -200,8 +211,11 @@ class VoxelMorph(nn.Module):
     def _padded(self, size: list[int]) -> list[int]:
         return [-(-n // self.multiple) * self.multiple for n in size]
 
-    def features(self, pair: Tensor) -> Tensor:
-        """Features of ``pair`` ``(B, in_channels, *spatial)``, on its grid padded to the multiple the network needs."""
+    def features(self, pair: Tensor, smoothness_weight: Tensor | None = None) -> Tensor:
+        """Features of ``pair`` ``(B, in_channels, *spatial)``, on its grid padded to the multiple the network needs.
+
+        ``smoothness_weight``, a scalar, takes the place of the network's own one.
+        """
         if pair.ndim != self.spatial_dims + 2 or pair.shape[1] != self.in_channels:
             raise ValueError(
                 f"pair must be (B, {self.in_channels}, and {self.spatial_dims} sizes), moving image first, "
@@ -214,6 +228,11 @@ class VoxelMorph(nn.Module):
             padding += [0, n]
         if sum(missing) > 0:
             pair = F.pad(pair, padding, mode="replicate")
+        if self.amortised:
+            weight = torch.full_like(pair[:, :1], self.smoothness_weight)
+            if smoothness_weight is not None:
+                weight = torch.ones_like(weight) * smoothness_weight
+            pair = torch.cat([pair, weight], dim=1)
         if self.spatial_dims == 3:
             pair = pair.contiguous(memory_format=torch.channels_last_3d)
         return self.unet(pair)
@@ -282,7 +301,9 @@ class Registration(nn.Module):
     The result is a dict: ``warped`` (moving image on the fixed grid) and ``ddf``; for velocity networks ``dvf``, the
     mean velocity on the grid and in the voxels of its integration; for probabilistic ones ``log_variance``, and while
     training the displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI 2018);
-    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid).
+    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid). A network that takes
+    the weight of smoothness as an input is trained for a random one, uniform in [0, 1], in each step, which the result
+    has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all weights of the network from it instead).
 
     >>> registration = Registration(VoxelMorph("diffeomorphic", spatial_dims=2), bidirectional=True)
     >>> sorted(registration(torch.rand(1, 2, 32, 48)))
@@ -332,10 +353,12 @@ class Registration(nn.Module):
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
         pair = self._scaled(pair)
+        weight = torch.rand((), device=pair.device) if network.amortised and self.training else None
         with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
-            features = network.features(pair)
+            features = network.features(pair, weight)
         mean, log_variance = network.fields(features)
-        field, found = mean, {}
+        field = mean
+        found = {} if weight is None else {"smoothness_weight": weight}
         if network.num_steps > 0:
             found["dvf"] = mean
         if log_variance is not None:
