@@ -83,12 +83,12 @@ def check_scans(
         ValueError: no pair can be made; a scan without one of ``keys`` or given twice; grids that differ.
         FileNotFoundError: an image or label that is not there.
     """
-    scans, _ = take_apart(scans)
+    scans, pairs = take_apart(scans)
     num_scans = 1 if atlas else 2
     if len(scans) < num_scans:
         raise ValueError(f"the scans for {purpose} must be at least {num_scans}, got {len(scans)}.")
     files = [_file(scan) for scan in scans if "image" in scan]
-    if len(set(files)) < len(files):
+    if pairs is None and len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
         raise ValueError(f"the scans for {purpose} must all be different, got {twice} more than once.")
     first = None
