@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import monai.bundle
@@ -16,8 +16,10 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
+from layouts import SIZE, ixi, learn2reg, lpba40, oasis
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from voxelmorph_monai.datasets import load_submission, write_datalist
 from voxelmorph_monai.evaluation import load_evaluation
 from voxelmorph_monai.networks import PRESETS, VoxelMorph
 from voxelmorph_monai.spaces import save_image
@@ -116,10 +118,13 @@ NEW_KEYS = {
     "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
     "probabilistic.yaml": {"image_sigma", "prior_lambda", "loss#prior"},
+    "amortised.yaml": {"network_def#smoothness_weight"},
+    "accumulation.yaml": {"accumulation_steps", "train#trainer#accumulation_steps"},
 }
+AFTER = {"lpba40_56.yaml": "lpba40.yaml", "learn2reg.yaml": "evaluate.json"}  # overlays of another overlay
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, "evaluate.json", "multi_gpu_train.json"])
+@pytest.mark.parametrize("name", sorted({*OVERLAYS, "evaluate.json", "multi_gpu_train.json"} - set(AFTER)))
 def test_overlay_changes_only_what_exists(name: str) -> None:
     base = ConfigParser.load_config_file(REGISTRATION / "configs" / "train.json")
     overlay = ConfigParser.load_config_file(REGISTRATION / "configs" / name)
@@ -201,7 +206,7 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
     assert warped.shape == fixed.shape
 
 
-@pytest.mark.parametrize("mode", ["mse.yaml", "ncc.yaml", "semi_supervised.yaml"])
+@pytest.mark.parametrize("mode", ["mse.yaml", "mi.yaml", "semi_supervised.yaml"])
 @pytest.mark.parametrize("preset", [f"{name}.yaml" for name in PRESETS])
 def test_every_combination_of_overlays_trains(
     bundle: Path, prepared: Path, tmp_path: Path, preset: str, mode: str
@@ -211,6 +216,101 @@ def test_every_combination_of_overlays_trains(
     assert 0 < trained.evaluator.state.metrics["val_mean_dice"] <= 1
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     VoxelMorph(preset.removesuffix(".yaml")).load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    ("overlays", "num_steps"),
+    [
+        (["ncc.yaml"], 4),
+        (["bidirectional.yaml"], 4),
+        (["both_orders.yaml"], 4),
+        (["flip.yaml"], 4),
+        (["augmentation.yaml", "semi_supervised.yaml"], 4),
+        (["accumulation.yaml"], 1),
+        (["probabilistic.yaml", "bidirectional.yaml", "both_orders.yaml", "flip.yaml", "accumulation.yaml"], 1),
+    ],
+    ids=str,
+)
+def test_modes_train_alone_and_together(
+    bundle: Path, prepared: Path, tmp_path: Path, overlays: list[str], num_steps: int
+) -> None:
+    trained = train(prepared, tmp_path / "out", *overlays, pairs_per_epoch=4)
+    output = trained.trainer.state.output
+    assert np.isfinite(output["loss"].item())
+    assert len(output["pred"]["ddf"]) == (2 if "both_orders.yaml" in overlays else 1)
+    assert ("inverse_ddf" in output["pred"]) == ("bidirectional.yaml" in overlays)
+    assert (trained.train_dataset.augmentation is not None) == bool({"flip.yaml", "augmentation.yaml"} & set(overlays))
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert state["optimizer"]["state"][0]["step"] == num_steps
+
+
+def test_augmented_training_resumes_to_the_same_weights(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    options = {"learning_rate": 1e-3, "pairs_per_epoch": 1}
+    train(prepared, tmp_path / "whole", "augmentation.yaml", max_epochs=2, **options)
+    train(prepared, tmp_path / "plain", max_epochs=2, **options)
+    for max_epochs in (1, 2):
+        train(prepared, tmp_path / "cut", "augmentation.yaml", max_epochs=max_epochs, **options)
+    networks = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["network"] for n in ("whole", "cut")]
+    plain = torch.load(tmp_path / "plain" / "checkpoint.pt", weights_only=True)["network"]
+    assert all(torch.equal(tensor, networks[1][name]) for name, tensor in networks[0].items())
+    assert not all(torch.equal(tensor, plain[name]) for name, tensor in networks[0].items())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(Mean of empty slice|All-NaN|Degrees of freedom):RuntimeWarning"
+)  # of absent structures
+@pytest.mark.parametrize(
+    ("layout", "make", "overlays", "num_structures", "num_pairs"),
+    [
+        ("ixi", ixi, ["ixi.yaml", "vm1.yaml"], 30, 3),
+        ("oasis", oasis, ["oasis.yaml", "dense.yaml", "both_orders.yaml"], 35, 2),
+        ("learn2reg", learn2reg, ["oasis.yaml", "mse.yaml"], 35, 2),
+        ("lpba40", lpba40, ["lpba40.yaml", "lpba40_56.yaml", "semi_supervised.yaml"], 56, 90),
+        ("lpba40", lpba40, ["lpba40_atlas.yaml", "lpba40_regions.yaml"], 7, 9),
+    ],
+    ids=["ixi", "oasis", "learn2reg", "lpba40 pairs", "lpba40 atlas"],
+)
+def test_every_data_set_trains_and_is_evaluated(
+    bundle: Path,
+    tmp_path: Path,
+    layout: str,
+    make: Callable[[Path], Path],
+    overlays: list[str],
+    num_structures: int,
+    num_pairs: int,
+) -> None:
+    write_datalist(layout, make(tmp_path / "published"), tmp_path / "data")
+    trained = train(tmp_path / "data", tmp_path / "out", *overlays, num_labels="$len(@structures)")
+    assert trained.evaluator.state.metric_details["val_mean_dice"].shape[1] == num_structures
+    submit = ["learn2reg.yaml"] if "oasis.yaml" in overlays else []
+    options = {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
+    section = "validation" if submit else "test"
+    evaluated = workflow(["train.json", *overlays, "evaluate.json", *submit], section=section, **options)
+    evaluated.run()
+    assert evaluated.evaluator.state.metric_details["val_mean_dice"].shape == (num_pairs, num_structures)
+    if submit:
+        fields = sorted((tmp_path / "out" / "submission" / "task_03").iterdir())
+        first = 438 if layout == "oasis" else 395
+        assert [path.name for path in fields] == [f"disp_{n:04d}_{n + 1:04d}.npz" for n in (first, first + 1)]
+        assert load_submission(fields[0]).shape == (3, *SIZE)
+
+
+def test_amortised_network_registers_with_any_smoothness(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    train(prepared, tmp_path / "out", "amortised.yaml", pairs_per_epoch=4)
+    pair = {role: str(prepared / "images" / f"{n}.nii.gz") for role, n in (("moving", 6), ("fixed", 7))}
+    fields = []
+    for weight in (0.1, 0.9):
+        options = {"weights": str(tmp_path / "out" / "model.pt"), "output_dir": str(tmp_path / f"registered{weight}")}
+        files = ["inference.json", "amortised.yaml"]
+        workflow(files, "infer", **pair, **options, **{"network_def#smoothness_weight": weight}).run()
+        fields.append(nib.load(Path(options["output_dir"], "displacement.nii.gz")).get_fdata())
+    assert not np.allclose(fields[0], fields[1])
+
+
+def test_fewer_scans_train(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    trained = train(prepared, tmp_path / "out", num_train_scans=2)
+    assert len(trained.train_dataset) == 2  # pairs
+    _fails("must be at least 2, got 1", ["train.json"], dataset_dir=str(prepared), num_train_scans=1)
 
 
 def test_probabilistic_recipe_trains(bundle: Path, prepared: Path, tmp_path: Path) -> None:

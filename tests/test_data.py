@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Lambda
+from monai.transforms import Compose, Lambda, RandFlipd, Randomizable, Transform
 
 from voxelmorph_monai.data import PairDataset, PairSampler, check_scans, load_scans, pair
 
@@ -139,6 +139,79 @@ def test_each_scan_is_loaded_once():
 def test_pairs_that_cannot_be(data, options, message):
     with pytest.raises(ValueError, match=message):
         PairDataset(data, **options)
+
+
+PAIRS = [
+    {"moving": 1, "fixed": 2, "moving_label": 10, "fixed_label": 20},
+    {"moving": 3, "fixed": 2, "moving_label": 30, "fixed_label": 20},
+    {"moving": 2, "fixed": 1, "moving_label": 20, "fixed_label": 10},
+]
+
+
+def test_listed_pairs_are_those_and_load_each_scan_once():
+    loaded = []
+
+    def load(scan):
+        loaded.append(scan["image"])
+        return scan
+
+    pairs = PairDataset(PAIRS, Lambda(load))
+    assert [pairs[i] for i in range(len(pairs))] == PAIRS
+    assert sorted(loaded) == [1, 2, 3]
+    assert [PairDataset([{"moving": 1, "fixed": 2}], cache_rate=0)[0]] == [{"moving": 1, "fixed": 2}]
+    half = [{"moving": 1, "fixed": 2, "moving_label": 10}]
+    assert PairDataset(half, cache_rate=0)[0] == {"moving": 1, "fixed": 2}
+
+
+def test_listed_pairs_are_checked(prepared):
+    scans = load_scans(str(prepared), "training")
+    listed = [pair(a["image"], b["image"], a["label"], b["label"]) for a, b in permutations(scans, 2)]
+    check_scans(listed, keys=("image", "label"))
+    with pytest.raises(ValueError, match=r"each scan must have \['image', 'label'\], got one with \{'image': "):
+        check_scans([*listed, pair(scans[0]["image"], scans[1]["image"])], keys=("image", "label"))
+    with pytest.raises(ValueError, match=r"the scans for training must be at least 2, got 0\."):
+        check_scans([])
+
+
+@pytest.mark.parametrize("wrong", [{"image": 1, "label": 10}, {"moving": 1}, {"moving": 1, "fixed": 2, "image": 3}])
+def test_a_list_holds_scans_or_pairs(wrong):
+    with pytest.raises(ValueError, match=r"data must hold scans with 'image', or pairs with 'moving' and 'fixed'"):
+        PairDataset([*PAIRS, wrong], cache_rate=0)
+    with pytest.raises(ValueError, match=r"pairs that are listed leave no place for an atlas, got \{'image': 9"):
+        PairDataset(PAIRS, atlas=ATLAS, cache_rate=0)
+
+
+# Augmentation
+
+
+class Draw(Randomizable, Transform):
+    """What a random transform of MONAI draws, in place of images."""
+
+    def __call__(self, item):
+        return item | {"drawn": self.R.randint(1 << 30)}
+
+
+def test_augmentation_draws_from_torch_alone():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        pairs = PairDataset(SCANS, augmentation=Compose([Draw()]), cache_rate=0)
+        return [pairs[i]["drawn"] for i in (0, 1, 0)]
+
+    first = drawn(0)
+    assert len(set(first)) == 3
+    assert drawn(0) == first
+    assert not set(drawn(1)) & set(first)
+
+
+def test_augmentation_changes_a_pair_and_not_what_is_cached():
+    scans = [{"image": torch.full((1, 3, 4, 5), n) + torch.arange(5.0), "label": torch.arange(60).view(1, 3, 4, 5)}
+             for n in range(2)]  # fmt: skip
+    keys = ["moving", "fixed", "moving_label", "fixed_label"]
+    pairs = PairDataset(scans, Lambda(lambda scan: scan), augmentation=RandFlipd(keys, prob=1, spatial_axis=2))
+    for _ in range(2):
+        flipped = pairs[1]
+        assert torch.equal(flipped["moving"], scans[1]["image"].flip(-1))
+        assert torch.equal(flipped["fixed_label"], scans[0]["label"].flip(-1))
 
 
 # PairSampler

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from voxelmorph_monai import cli
 from voxelmorph_monai.networks import PRESETS, VoxelMorph
@@ -163,12 +164,15 @@ def test_bundle_commands_name_what_the_configs_hold(page: Path) -> None:
 
 @every_page
 def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options in the text stand alone: of a config, or of ``vxm``."""
+    """Options in the text stand alone: of a config or an overlay, of MONAI's ``run``, or of ``vxm``."""
     known: set[str] = set()
     for files in (["train.json", "evaluate.json"], ["inference.json"]):
         parser = ConfigParser()
         parser.read_config([str(BUNDLE / "configs" / file) for file in files])
         known |= set(parser.config)
+    for overlay in (BUNDLE / "configs").glob("*.yaml"):
+        known |= set(ConfigParser.load_config_file(overlay))
+    known |= {"tracking", *DEFAULT_MLFLOW_SETTINGS["configs"]}
     for command in cli._COMMANDS:
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
@@ -179,7 +183,7 @@ def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @every_page
 def test_named_vxm_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    named = set(re.findall(r"\bvxm ([a-z]\w*)", page.read_text(encoding="utf-8")))
+    named = set(re.findall(r"\bvxm ([a-z][\w-]*)", page.read_text(encoding="utf-8")))
     for name in named:
         with pytest.raises(SystemExit) as stop:
             cli.main([name, "--help"])

@@ -1,12 +1,16 @@
 """What goes into the network, what comes out timed, and how pairs are called."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from monai.data import MetaTensor
 from torch.testing import assert_close
 
 from voxelmorph_monai import engines
-from voxelmorph_monai.engines import TimedInferer, pair_paths, prepare_pair
+from voxelmorph_monai.engines import TimedInferer, check_config, pair_paths, prepare_both_orders, prepare_pair
+
+CONFIGS = Path(__file__).parents[1] / "bundles" / "brain_t1_registration" / "configs"
 
 
 def batch(**extra):
@@ -64,3 +68,66 @@ def test_pairs_are_known_by_their_files():
     items = [{"moving": image("/a/1005.nii.gz"), "fixed": image("/a/1018.nii.gz")}]
     items += [{"moving": image("b.mgz"), "fixed": image("/x/c.nii")}]
     assert pair_paths(items) == [("/a/1005.nii.gz", "/a/1018.nii.gz"), ("b.mgz", "/x/c.nii")]
+
+
+def test_both_orders_are_two_batches_in_one():
+    labels = {f"{role}_label": torch.full((2, 1, 5, 6, 4), i) for i, role in enumerate(("moving", "fixed"))}
+    data = batch(**labels)
+    twins = {"moving": "fixed", "fixed": "moving", "moving_label": "fixed_label", "fixed_label": "moving_label"}
+    other = {key: data[twin] for key, twin in twins.items()}
+    pair, target = prepare_both_orders(data, "cpu")
+    halves = [prepare_pair(data), prepare_pair(other)]
+    assert_close(pair, torch.cat([half[0] for half in halves]), rtol=0, atol=0)
+    assert target.keys() == data.keys()
+    for key, tensor in target.items():
+        assert_close(tensor, torch.cat([half[1][key] for half in halves]), rtol=0, atol=0)
+    assert prepare_both_orders(batch())[1].keys() == {"moving", "fixed"}
+
+
+# Misspelt options
+
+
+def run(files, *options):
+    listed = str([str(CONFIGS / name) for name in files]) if len(files) > 1 else str(CONFIGS / files[0])
+    program = str(Path("site-packages", "monai", "bundle", "__main__.py"))
+    check_config([program, "run", "training", "--config_file", listed, *options])
+
+
+OVERLAYS = sorted({path.name for path in CONFIGS.glob("*.yaml")} - {"lpba40_56.yaml"})  # which needs another one
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "evaluate.json", "multi_gpu_train.json"])
+def test_what_our_configs_hold_is_used(name):
+    run(["train.json", name], "--dataset_dir", "data", "--max_epochs=3", "--train#dataset#cache_rate", "0")
+
+
+def test_inference_and_tracking_are_accepted():
+    run(["inference.json"], "--moving", "a.nii.gz", "--logging_file", "configs/logging.conf")
+    run(["train.json"], "--tracking", "mlflow", "--tracking_uri", "runs", "--experiment_name=mine")
+
+
+@pytest.mark.parametrize(
+    "options", [["--lerning_rate", "1"], ["--lerning_rate=1"], ["--seed", "1", "--lerning_rate", "1"]]
+)
+def test_misspelt_options_are_refused(options):
+    with pytest.raises(ValueError, match=r"must be used somewhere, but these are not: \['lerning_rate'\]\."):
+        run(["train.json"], *options)
+    with pytest.raises(ValueError, match=r"but these are not: \['experiment_name'\]\."):
+        run(["train.json"], "--experiment_name", "mine")  # of no use without --tracking
+    with pytest.raises(ValueError, match=r"but these are not: \['num_train_scans'\]\."):
+        run(["train.json", "quickstart.yaml"], "--num_train_scans", "1")
+
+
+def test_misspelt_entries_of_overlays_are_refused(tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("smothness_weight: 0.5\nbatch_size: 2\n")
+    with pytest.raises(ValueError, match=r"but these are not: \['smothness_weight'\]\."):
+        run(["train.json", str(overlay)])
+
+
+def test_other_programs_are_not_looked_at(monkeypatch):
+    check_config(["pytest", "run", "--lerning_rate", "1"])
+    check_config([str(Path("monai", "bundle", "__main__.py")), "verify_metadata", "--lerning_rate", "1"])
+    monkeypatch.setattr("sys.argv", [str(Path("monai", "bundle", "__main__.py")), "run", "--lerning_rate", "1"])
+    with pytest.raises(ValueError, match="lerning_rate"):
+        check_config()

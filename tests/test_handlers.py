@@ -59,7 +59,6 @@ def test_an_epoch_draws_the_same_whatever_came_before():
 def test_seeds_and_processes_draw_apart(monkeypatch):
     first = draws(1)
     other = draws(1, seed=1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
@@ -116,6 +115,7 @@ def test_one_process_writes(tmp_path, monkeypatch):
     keep = KeepBest(network, str(tmp_path / "model.pt"), "dice")
     Resume(str(tmp_path / "checkpoint.pt"), {"network": network}).attach(trainer)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     evaluate([0.5], keep, network)
     trainer.run([0])

@@ -671,3 +671,14 @@ def test_registration_names_what_a_term_misses(missing, term, where):
 def test_smoothness_needs_a_field():
     with pytest.raises(ValueError, match="smoothness needs 'ddf' in the prediction, got \\['warped'\\]"):
         RegistrationLoss(MSELoss(), GradientLoss())(prediction("warped"), target())
+
+
+def test_a_predicted_weight_trades_similarity_for_smoothness():
+    generator = torch.Generator().manual_seed(0)
+    warped, fixed, moving = torch.rand(3, 2, 1, 6, 7, generator=generator).unbind()
+    ddf = torch.rand(2, 2, 6, 7, generator=generator)
+    loss = RegistrationLoss(MSELoss(), GradientLoss(), smoothness_weight=100)
+    prediction = {"warped": warped, "ddf": ddf, "smoothness_weight": torch.tensor(0.3)}
+    terms = loss.terms(prediction, {"moving": moving, "fixed": fixed})
+    torch.testing.assert_close(terms["similarity"], 0.7 * MSELoss()(warped, fixed))
+    torch.testing.assert_close(terms["smoothness"], 0.3 * GradientLoss()(ddf))

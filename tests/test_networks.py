@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from voxelmorph_monai import networks
 from voxelmorph_monai.blocks import compose, integrate, resize, warp
-from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
+from voxelmorph_monai.losses import GradientLoss, MSELoss, RegistrationLoss
 from voxelmorph_monai.metrics import dice
 from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph, load_weights
 
@@ -411,7 +411,7 @@ def test_overfits_one_pair(preset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, wide, got 'vm3'\."),
+        ({"preset": "vm3"}, r"preset must be one of vm1, vm2, dense, diffeomorphic, miccai2018, wide, got 'vm3'\."),
         ({"widths": 3}, r"changes must name fields of \('encoder', .*\), got \['widths'\]\."),
         ({"in_channels": 3}, r"in_channels counts two images alike and must be even, got 3\."),
         ({"in_channels": 0}, r"must be even, got 0\."),
@@ -467,3 +467,58 @@ def test_wrong_registration():
 
 def test_none_leaves_the_preset_as_it_is():
     assert VoxelMorph("wide", 2, num_steps=None).num_steps == PRESETS["wide"].num_steps == 5
+
+
+# Smoothness as an input
+
+
+def blob(at):
+    x, y = (torch.arange(n) for n in (32, 48))
+    return torch.exp(-((x[:, None] - at[0]) ** 2 + (y - at[1]) ** 2) / 40)[None, None]
+
+
+def test_one_training_serves_any_smoothness():
+    torch.manual_seed(0)
+    network = VoxelMorph("vm1", 2, smoothness_weight=0.5, encoder=(8, 8), decoder=((8,), (8,), (8,)))
+    registration = Registration(network, amp=False)
+    loss = RegistrationLoss(MSELoss(image_sigma=0.2), GradientLoss())
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    moving, fixed = blob((14, 22)), blob((18, 26))
+    pair, target = torch.cat([moving, fixed], dim=1), {"moving": moving, "fixed": fixed}
+    drawn = []
+    for _ in range(300):
+        found = registration(pair)
+        drawn.append(float(found["smoothness_weight"]))
+        optimizer.zero_grad()
+        loss(found, target).backward()
+        optimizer.step()
+    assert 0.4 < sum(drawn) / len(drawn) < 0.6
+    assert min(drawn) < 0.1 < 0.9 < max(drawn)
+    registration.eval()
+    roughness, errors = [], []
+    for weight in (0.05, 0.5, 0.95):
+        network.smoothness_weight = weight
+        with torch.no_grad():
+            found = registration(pair)
+        assert "smoothness_weight" not in found
+        assert torch.equal(found["ddf"], network(pair))
+        roughness.append(float(GradientLoss()(found["ddf"])))
+        errors.append(float(MSELoss()(found["warped"], fixed)))
+    assert roughness[0] > 1.5 * roughness[2] > 0
+    assert errors[0] < errors[1] < errors[2] < float(MSELoss()(moving, fixed)) / 2
+
+
+@presets
+def test_smoothness_is_one_more_channel_and_exports(preset):
+    network, plain = VoxelMorph(preset, 2, smoothness_weight=0.25), VoxelMorph(preset, 2)
+    sizes = [each.unet.encoder[0].conv.weight.shape[1] for each in (network, plain)]
+    assert sizes == [3, 2]
+    with torch.no_grad():
+        network.flow.weight.normal_()
+        pair = torch.rand(1, 2, 20, 33)
+        torch.testing.assert_close(torch.jit.script(network)(pair), network(pair))
+        own, given = network.features(pair), network.features(pair, torch.tensor(0.25))
+        assert torch.equal(own, given)
+        assert not torch.equal(own, network.features(pair, torch.tensor(0.5)))
+    with pytest.raises(ValueError, match=r"smoothness_weight must be 0 to 1, got 1\.5\."):
+        VoxelMorph(preset, smoothness_weight=1.5)

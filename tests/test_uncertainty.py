@@ -164,8 +164,6 @@ def test_what_is_wrong_is_said(files: dict[str, Path], tmp_path: Path) -> None:
     images = [(scan(n)[0], AFFINE) for n in (1, 2)]
     with pytest.raises(ValueError, match="network must be probabilistic"):
         estimate_uncertainty(*images, Registration(VoxelMorph("dense")).eval())
-    with pytest.raises(ValueError, match="and see the grid as it is"):
-        estimate_uncertainty(*images, Registration(VoxelMorph(), scale_factor=0.5).eval())
     with pytest.raises(ValueError, match="num_samples must be 2 to 65535, got 1"):
         estimate(num_samples=1)
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):

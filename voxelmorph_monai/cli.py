@@ -201,6 +201,42 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "layout", help="ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (images/, labels/) or csv"
+    )
+    parser.add_argument("source", type=Path, help="its folder; of csv: a table of scans or pairs")
+    parser.add_argument("output", type=Path, help="folder to write, the dataset_dir of the bundle")
+    parser.add_argument("--folds", type=int, metavar="N", help="split scans into N parts (default: as published, or 5)")
+    parser.add_argument("--fold", type=int, default=0, metavar="K", help="the part for the test (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
+
+
+def _datalist(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.datasets import write_datalist
+
+    options = {"folds": args.folds, "fold": args.fold, "seed": args.seed}
+    print(write_datalist(args.layout, args.source, args.output, **options))
+    return 0
+
+
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="Keras file of the authors (.h5)")
+    parser.add_argument("output", type=Path, help="file to write, new (.pt)")
+    parser.add_argument("--xy", action="store_true", help="the file is of models/xy/: axes counted as x, y")
+
+
+def _import_weights(args: argparse.Namespace) -> int:
+    try:
+        from voxelmorph_monai.weights import import_weights
+    except ModuleNotFoundError as error:  # of the extra: no other command needs it
+        raise ValueError(f"it needs h5py: pip install 'voxelmorph_monai[import]' ({error}).") from error
+
+    preset = import_weights(args.source, args.output, xy=args.xy)
+    print(f"{args.output}: weights of preset {preset}, for intensities in [0, 1]")
+    return 0
+
+
 _COMMANDS = {
     "prepare": _Command(
         "align skull-stripped T1 scans to MNI152 and write them on one grid, with a datalist for training",
@@ -225,6 +261,18 @@ _COMMANDS = {
         "vxm compare training_a training_b --output comparison --published ixi",
         _add_compare_arguments,
         _compare,
+    ),
+    "datalist": _Command(
+        "list the scans or pairs of a data set for training: IXI, OASIS, Learn2Reg, LPBA40, a folder, a table",
+        "vxm datalist oasis neurite-oasis/ oasis/",
+        _add_datalist_arguments,
+        _datalist,
+    ),
+    "import-weights": _Command(
+        "read weights that the authors of VoxelMorph published as Keras files (CVPR 2018, MICCAI 2018)",
+        "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
+        _add_import_arguments,
+        _import_weights,
     ),
     "quickstart": _Command(
         "register two brains that come with the project, from scratch: prepare, train, evaluate, register",

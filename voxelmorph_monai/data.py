@@ -1,8 +1,8 @@
-"""Who is registered to whom: pairs made from a plain list of scans.
+"""Who is registered to whom: pairs made from a plain list of scans, or listed one by one.
 
 A scan is a dict ``{"image": path, "label": path}`` (the label optional), as MONAI's datalists hold them, so that every
 tool that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dict with ``moving`` and ``fixed``, and
-``moving_label`` and ``fixed_label`` where scans have labels.
+``moving_label`` and ``fixed_label`` where scans have labels. A list holds one or the other.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,24 +11,61 @@ from pathlib import Path
 import torch
 import torch.distributed
 from monai.data import CacheDataset, load_decathlon_datalist
+from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
 from voxelmorph_monai.spaces import open_volume, require_same_grid
 
-__all__ = ["PairDataset", "PairSampler", "check_scans", "load_scans", "pair"]
+__all__ = ["PairDataset", "PairSampler", "check_scans", "load_scans", "pair", "process", "take_apart"]
 
 Scan = Mapping[str, object]
 
 
 def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
-    """Scans of one section (``"training"``, ``"validation"``, ``"test"``) of ``dataset_dir/datalist.json``.
+    """Scans (or pairs) of one section (``"training"``, ``"validation"``, ``"test"``) of ``dataset_dir/datalist.json``.
 
-    ``vxm prepare`` writes such a folder. Paths in it are relative to the folder.
+    ``vxm prepare`` and ``vxm datalist`` write such a folder. Paths in it are relative to the folder.
     """
     datalist = Path(dataset_dir) / "datalist.json"
     if not datalist.is_file():
         raise FileNotFoundError(f"dataset_dir must hold a datalist.json (vxm prepare makes one), got {dataset_dir}.")
     return load_decathlon_datalist(str(datalist), is_segmentation=True, data_list_key=section)
+
+
+def process() -> tuple[int, int]:
+    """Rank of this process, and how many processes work together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def take_apart(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] | None]:
+    """Scans of ``data``, each once; and, if it holds pairs, the indices of moving and fixed scan of each.
+
+    >>> take_apart([{"moving": "b", "fixed": "a"}, {"moving": "c", "fixed": "a", "fixed_label": "l"}])[1]
+    [(0, 1), (2, 3)]
+    >>> take_apart([{"image": "a"}, {"image": "b"}])
+    ([{'image': 'a'}, {'image': 'b'}], None)
+    """
+    if all("image" in item for item in data):
+        return list(data), None
+    scans: list[Scan] = []
+    pairs = []
+    for item in data:
+        if "image" in item or not {"moving", "fixed"} <= set(item):
+            raise ValueError(
+                f"data must hold scans with 'image', or pairs with 'moving' and 'fixed', got {dict(item)}."
+            )
+        both = []
+        for role in ("moving", "fixed"):
+            scan = {"image": item[role]}
+            if f"{role}_label" in item:
+                scan["label"] = item[f"{role}_label"]
+            if scan not in scans:
+                scans.append(scan)
+            both.append(scans.index(scan))
+        pairs.append((both[0], both[1]))
+    return scans, pairs
 
 
 def check_scans(
@@ -37,7 +74,7 @@ def check_scans(
     """Check the headers of ``scans`` before any long work: enough for a pair, complete, all files there, on one grid.
 
     Args:
-        scans: what pairs are made of.
+        scans: what pairs are made of, or pairs.
         atlas: the scan that takes part in every pair, if there is one.
         keys: what each of them must have.
         purpose: what they are for, to be named in errors.
@@ -46,11 +83,12 @@ def check_scans(
         ValueError: no pair can be made; a scan without one of ``keys`` or given twice; grids that differ.
         FileNotFoundError: an image or label that is not there.
     """
+    scans, pairs = take_apart(scans)
     num_scans = 1 if atlas else 2
     if len(scans) < num_scans:
         raise ValueError(f"the scans for {purpose} must be at least {num_scans}, got {len(scans)}.")
     files = [_file(scan) for scan in scans if "image" in scan]
-    if len(set(files)) < len(files):
+    if pairs is None and len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
         raise ValueError(f"the scans for {purpose} must all be different, got {twice} more than once.")
     first = None
@@ -76,12 +114,14 @@ def _file(scan: Scan) -> Path:
 
 
 class PairDataset(Dataset[dict[str, object]]):
-    """Ordered pairs of different scans; or, with an atlas, the atlas with every scan.
+    """Ordered pairs of different scans; with an atlas, the atlas with every scan; or the pairs that are listed.
 
     Args:
-        data: the scans, ``[{"image": ..., "label": ...}, ...]``.
+        data: the scans, ``[{"image": ..., "label": ...}, ...]``, or pairs, ``[{"moving": ..., "fixed": ...}, ...]``.
         transform: what loads and prepares one scan; its result must keep the key ``image``. MONAI's transforms alone
             are cached, up to the first random one.
+        augmentation: a random transform of MONAI for loaded pairs. It draws from a seed that it is given anew for each
+            pair, from torch's generator, so that what an epoch shows depends on its number alone.
         atlas: the scan that takes part in every pair.
         atlas_role: ``"moving"`` or ``"fixed"``.
         cache_rate: share of the scans that stay in memory (they are transformed before the first pair is asked for).
@@ -99,21 +139,28 @@ class PairDataset(Dataset[dict[str, object]]):
         data: Sequence[Scan],
         transform: Callable[..., object] | None = None,
         *,
+        augmentation: Randomizable | None = None,
         atlas: Scan | None = None,
         atlas_role: str = "moving",
         cache_rate: float = 1.0,
     ) -> None:
         if atlas_role not in ("moving", "fixed"):
             raise ValueError(f"atlas_role must be 'moving' or 'fixed', got '{atlas_role}'.")
+        data, pairs = take_apart(data)
         if atlas is not None:  # it may be one of the scans, but is no pair with itself
+            if pairs is not None:
+                raise ValueError(f"pairs that are listed leave no place for an atlas, got {atlas}.")
             data = [scan for scan in data if _file(scan) != _file(atlas)]
         n = len(data)
         if n < (1 if atlas else 2):
             raise ValueError(f"pairs need at least 2 scans, or an atlas and 1 other, got {n} and atlas {atlas}.")
-        if atlas is None:
+        if pairs is not None:
+            self.pairs = pairs
+        elif atlas is None:
             self.pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
         else:
             self.pairs = [(n, i) if atlas_role == "moving" else (i, n) for i in range(n)]
+        self.augmentation = augmentation
         self.scans = CacheDataset(
             [*data, atlas] if atlas else data, transform, cache_rate=cache_rate, progress=cache_rate > 0
         )
@@ -126,6 +173,9 @@ class PairDataset(Dataset[dict[str, object]]):
         pair = {"moving": moving["image"], "fixed": fixed["image"]}
         if "label" in moving and "label" in fixed:
             pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
+        if self.augmentation is not None:
+            self.augmentation.set_random_state(int(torch.randint(2**32, ())))
+            pair = self.augmentation(pair)  # type: ignore[operator] # MONAI's random transforms are callable
         return pair
 
 
@@ -148,8 +198,9 @@ class PairSampler(Sampler[int]):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         self.num_pairs = len(dataset)
         self.num_samples = num_samples or self.num_pairs
-        if self.num_samples < self._share()[1]:
-            raise ValueError(f"each of {self._share()[1]} processes needs a pair, got {self.num_samples} altogether.")
+        _, world = process()
+        if self.num_samples < world:
+            raise ValueError(f"each of {world} processes needs a pair, got {self.num_samples} altogether.")
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
@@ -158,13 +209,8 @@ class PairSampler(Sampler[int]):
         """Make the next iteration that of ``epoch``."""
         self.epoch = epoch
 
-    def _share(self) -> tuple[int, int]:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-
     def _indices(self) -> list[int]:
-        rank, world = self._share()
+        rank, world = process()
         wanted = -(-self.num_samples // world) * world if self.shuffle else self.num_samples
         if not self.shuffle:
             return [i % self.num_pairs for i in range(rank, wanted, world)]
@@ -178,7 +224,7 @@ class PairSampler(Sampler[int]):
         return iter(self._indices())
 
     def __len__(self) -> int:
-        rank, world = self._share()
+        rank, world = process()
         if self.shuffle:
             return -(-self.num_samples // world)
         return len(range(rank, self.num_samples, world))

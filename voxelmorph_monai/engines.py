@@ -1,14 +1,23 @@
-"""What MONAI's engines lack to train and evaluate on pairs of images."""
+"""What MONAI's engines and bundles lack to train and evaluate on pairs of images."""
 
+import inspect
+import json
+import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import monai.bundle
+import monai.utils
 import torch
+from fire.parser import DefaultParseValue
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-__all__ = ["TimedInferer", "pair_paths", "prepare_pair"]
+__all__ = ["TimedInferer", "check_config", "pair_paths", "prepare_both_orders", "prepare_pair"]
 
 
 def prepare_pair(
@@ -35,6 +44,58 @@ def prepare_pair(
             f"{list(target['fixed'].shape)}."
         )
     return torch.cat([target["moving"], target["fixed"]], dim=1), target
+
+
+def prepare_both_orders(
+    batch: Mapping[str, Tensor], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: object
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Do what :func:`prepare_pair` does for each pair and then, as a second half of the batch, for its other order."""
+    pair, target = prepare_pair(batch, device, non_blocking, **kwargs)
+    moving, fixed = pair.chunk(2, dim=1)
+    both = {}
+    for role, other in (("moving", "fixed"), ("fixed", "moving")):
+        for end in ("", "_label"):
+            if role + end in target:
+                both[role + end] = torch.cat([target[role + end], target[other + end]])
+    return torch.cat([pair, torch.cat([fixed, moving], dim=1)]), both
+
+
+# Entries of a config that nothing in it refers to: MONAI, or who runs the bundle, asks for them by name.
+_ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "training", "evaluating"}
+
+
+def check_config(argv: Sequence[str] | None = None) -> None:
+    """Refuse an option or an entry of an overlay that nothing in the configs refers to: it is misspelt.
+
+    MONAI adds an unknown one to the config without a word. It does not tell its expressions what the config is, so this
+    reads the command line (``argv``, default: the process's); nothing is checked if that is not MONAI's ``run``.
+
+    Raises:
+        ValueError: naming the entries.
+    """
+    program, *words = sys.argv if argv is None else argv
+    if not program.endswith(str(Path("bundle", "__main__.py"))) or words[:1] != ["run"]:
+        return
+    options = {}
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            name, given, value = word[2:].partition("=")
+            options[name] = value if given else words[i + 1] if i + 1 < len(words) else ""
+    files = monai.utils.ensure_tuple(DefaultParseValue(options.pop("config_file", "[]")))
+    config = monai.bundle.ConfigParser.load_config_files(files)
+    known = _ENTRY_POINTS | set(inspect.signature(monai.bundle.run).parameters)
+    if "tracking" in options:
+        known |= set(DEFAULT_MLFLOW_SETTINGS["configs"])  # type: ignore[call-overload] # a dict
+    # An overlay may leave an entry of the first file without use.
+    asked = set(config) - set(monai.bundle.ConfigParser.load_config_files(files[:1])) | set(options)
+    text = json.dumps(config)
+    unused = [
+        name
+        for name in sorted(asked - known)
+        if re.fullmatch(r"\w+", name) and not re.search(rf"[@%]{name}\b", text)  # MONAI checks nested ones
+    ]
+    if unused:
+        raise ValueError(f"options and entries of configs must be used somewhere, but these are not: {unused}.")
 
 
 class TimedInferer(Inferer):

@@ -9,12 +9,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from torch import nn
 
-from voxelmorph_monai.data import PairSampler
+from voxelmorph_monai.data import PairSampler, process
 from voxelmorph_monai.engines import pair_paths
 from voxelmorph_monai.evaluation import check_folder, save_evaluation, summarise, tabulate
 from voxelmorph_monai.spaces import atomic
@@ -32,16 +31,12 @@ class Stateful(Protocol):
         """Take the state."""
 
 
-def _rank() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
-
-
 def _gather(values: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Lists of all processes, one after the other as MONAI's metrics put them, in each of the processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    _, world = process()
+    if world == 1:
         return values
-    lists: list[list[tuple[str, str]]] = [[]] * torch.distributed.get_world_size()
+    lists: list[list[tuple[str, str]]] = [[]] * world
     torch.distributed.all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
@@ -70,7 +65,7 @@ class EpochSeed:
 
     def __call__(self, engine: Engine) -> None:
         """Seed for the epoch that ``engine`` starts."""
-        state = np.random.SeedSequence([self.seed, engine.state.epoch, _rank()])
+        state = np.random.SeedSequence([self.seed, engine.state.epoch, process()[0]])
         first, second, third = (int(s) for s in state.generate_state(3))
         torch.manual_seed(first)
         np.random.seed(second)
@@ -105,7 +100,7 @@ class KeepBest:
             raise ValueError(f"{self.metric} must be a number to keep the best weights, got NaN: nothing to measure.")
         if value > self.best:
             self.best = value
-            if _rank() == 0:
+            if process()[0] == 0:
                 _save(self.network.state_dict(), self.path)
 
     def state_dict(self) -> dict[str, float]:
@@ -162,7 +157,7 @@ class Resume:
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, from one process."""
-        if _rank() == 0:
+        if process()[0] == 0:
             state: dict[str, object] = {name: stateful.state_dict() for name, stateful in self.objects.items()}
             _save(state | {"epoch": engine.state.epoch, "settings": self.settings}, self.path)
 
@@ -215,7 +210,7 @@ class SaveEvaluation:
     def save(self, engine: Engine) -> None:
         """Write what all processes have measured, from one of them."""
         paths = _gather(self.paths)
-        if _rank() == 0:
+        if process()[0] == 0:
             details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined] # MONAI's
             measures = {name: values.cpu().double().numpy() for name, values in details.items()}
             evaluation = tabulate(paths, measures, self.structures, self.groups)

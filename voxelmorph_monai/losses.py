@@ -443,7 +443,7 @@ def _get(values: Mapping[str, Tensor], key: str, term: str, owner: str) -> Tenso
 
 
 class RegistrationLoss(nn.Module):
-    """Weighted sum of what a registration network is trained for.
+    r"""Weighted sum of what a registration network is trained for.
 
     Args:
         similarity: of images, called with ``(warped, fixed)``. When the network warps both ways, the mean of
@@ -456,6 +456,9 @@ class RegistrationLoss(nn.Module):
         dice_weight: factor of ``dice``.
         prior: of a probabilistic network, called with ``(dvf, log_variance)``. Its weight is 1 by definition; the
             noise of the images, such as ``image_sigma``, stands against it.
+
+    Where the prediction brings its own ``smoothness_weight`` :math:`\lambda`, in [0, 1], it counts in place of the
+    given one, and the similarity counts :math:`1 - \lambda` (Hoopes et al., IPMI 2021).
 
     >>> loss = RegistrationLoss(similarity=MSELoss(), smoothness=GradientLoss(), smoothness_weight=0.01)
     >>> image = torch.rand(1, 1, 5, 6)
@@ -504,9 +507,13 @@ class RegistrationLoss(nn.Module):
         if both_ways:
             back = self.similarity(predicted("warped_fixed", "similarity"), given("moving", "similarity"))
             terms["similarity"] = (terms["similarity"] + back) / 2
+        weight: float | Tensor = self.smoothness_weight
+        if "smoothness_weight" in prediction:
+            weight = predicted("smoothness_weight", "smoothness")
+            terms["similarity"] = (1 - weight) * terms["similarity"]
         if self.smoothness is not None:
             field = predicted("dvf" if "dvf" in prediction else "ddf", "smoothness")
-            terms["smoothness"] = self.smoothness_weight * self.smoothness(field)
+            terms["smoothness"] = weight * self.smoothness(field)
         if self.dice is not None:
             moving, fixed = given("moving_label", "dice"), given("fixed_label", "dice")
             dice = self.dice(moving, fixed, predicted("ddf", "dice"))

@@ -32,6 +32,7 @@ class Architecture(NamedTuple):
     integration_level: int = 1  # resolution of the integrated field: 0 full, 1 half, ...
     probabilistic: bool = False  # a second head predicts the log-variance of the velocity
     input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
+    doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
 
     @property
     def feature_level(self) -> int:
@@ -47,6 +48,8 @@ PRESETS: dict[str, Architecture] = {
     "dense": Architecture(decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max"),
     # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
     "diffeomorphic": Architecture(probabilistic=True),
+    # The same to the last digit of the authors' code, for their weights (weights.import_weights).
+    "miccai2018": Architecture(probabilistic=True, doubles=True),
     # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few.
     "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1),
 }
@@ -158,15 +161,23 @@ class VoxelMorph(nn.Module):
     torch.Size([1, 2, 30, 45])
 
     Args:
-        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"wide"``.
+        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"miccai2018"``,
+            ``"wide"``.
         spatial_dims: 2 or 3.
         in_channels: channels of the two images together.
+        smoothness_weight: None, or the weight of smoothness to register with, 0 to 1: the network then takes it as an
+            input, one more channel, and is trained for all weights at once (:class:`Registration`).
         changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``; None leaves
             a field as it is.
     """
 
     def __init__(
-        self, preset: str = "diffeomorphic", spatial_dims: int = 3, in_channels: int = 2, **changes: object
+        self,
+        preset: str = "diffeomorphic",
+        spatial_dims: int = 3,
+        in_channels: int = 2,
+        smoothness_weight: float | None = None,
+        **changes: object,
     ) -> None:
         super().__init__()
         if preset not in PRESETS:
@@ -176,6 +187,8 @@ class VoxelMorph(nn.Module):
             raise ValueError(f"changes must name fields of {Architecture._fields}, got {sorted(unknown)}.")
         if in_channels < 2 or in_channels % 2:
             raise ValueError(f"in_channels counts two images alike and must be even, got {in_channels}.")
+        if smoothness_weight is not None and not 0 <= smoothness_weight <= 1:
+            raise ValueError(f"smoothness_weight must be 0 to 1, got {smoothness_weight}.")
         changes = {name: value for name, value in changes.items() if value is not None}
         architecture = PRESETS[preset]._replace(**changes)  # type: ignore[arg-type] # checked by name above
         _check_architecture(architecture, spatial_dims)
@@ -185,8 +198,11 @@ class VoxelMorph(nn.Module):
         self.integration_level = architecture.integration_level
         self.feature_level = architecture.feature_level
         self.block = 2**architecture.input_level
+        self.doubles = architecture.doubles
         self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
-        self.unet = UNet(spatial_dims, in_channels, architecture)
+        self.amortised = smoothness_weight is not None
+        self.smoothness_weight = float(smoothness_weight or 0)
+        self.unet = UNet(spatial_dims, in_channels + self.amortised, architecture)
         self.flow = self._head(std=1e-5)
         self.log_variance = self._head(std=1e-10, bias=-10.0) if architecture.probabilistic else None
         if spatial_dims == 3:
@@ -203,8 +219,11 @@ class VoxelMorph(nn.Module):
     def _padded(self, size: list[int]) -> list[int]:
         return [-(-n // self.multiple) * self.multiple for n in size]
 
-    def features(self, pair: Tensor) -> Tensor:
-        """Features of ``pair`` ``(B, in_channels, *spatial)``, on its grid padded to the multiple the network needs."""
+    def features(self, pair: Tensor, smoothness_weight: Tensor | None = None) -> Tensor:
+        """Features of ``pair`` ``(B, in_channels, *spatial)``, on its grid padded to the multiple the network needs.
+
+        ``smoothness_weight``, a scalar, takes the place of the network's own one.
+        """
         if pair.ndim != self.spatial_dims + 2 or pair.shape[1] != self.in_channels:
             raise ValueError(
                 f"pair must be (B, {self.in_channels}, and {self.spatial_dims} sizes), moving image first, "
@@ -219,6 +238,11 @@ class VoxelMorph(nn.Module):
             pair = F.pad(pair, padding, mode="replicate")
         if self.block > 1:
             pair = F.avg_pool3d(pair, self.block) if self.spatial_dims == 3 else F.avg_pool2d(pair, self.block)
+        if self.amortised:
+            weight = torch.full_like(pair[:, :1], self.smoothness_weight)
+            if smoothness_weight is not None:
+                weight = torch.ones_like(weight) * smoothness_weight
+            pair = torch.cat([pair, weight], dim=1)
         if self.spatial_dims == 3:
             pair = pair.contiguous(memory_format=torch.channels_last_3d)
         return self.unet(pair)
@@ -238,15 +262,22 @@ class VoxelMorph(nn.Module):
 
     def _fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         size = [(n << self.feature_level) >> self.integration_level for n in features.shape[2:]]
-        mean = resize(self.flow(features).contiguous(), size)
+        mean = self._resize(self.flow(features).contiguous(), size, self.feature_level - self.integration_level)
         if self.log_variance is not None:
             return mean, self.log_variance(features).contiguous()
         return mean, None
 
+    def _resize(self, field: Tensor, size: list[int], levels: int) -> Tensor:
+        """Bring ``field`` to ``size``, which is ``levels`` levels finer."""
+        if not self.doubles:
+            return resize(field, size)
+        mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
+        return F.interpolate(field * 2.0**levels, size, mode=mode, align_corners=True)
+
     def displacement(self, field: Tensor, size: list[int]) -> Tensor:
         """Displacement ``(B, D, *size)`` in voxels of the full grid, from a velocity (or displacement) ``field``."""
         padded = self._padded(size)
-        ddf = resize(integrate(field, self.num_steps), [n // self.block for n in padded])
+        ddf = self._resize(integrate(field, self.num_steps), [n // self.block for n in padded], self.integration_level)
         if self.block > 1:  # a voxel of the U-Net lies in the middle of a block: corners do not coincide
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
             ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
@@ -284,7 +315,9 @@ class Registration(nn.Module):
     The result is a dict: ``warped`` (moving image on the fixed grid) and ``ddf``; for velocity networks ``dvf``, the
     mean velocity on the grid and in the voxels of its integration; for probabilistic ones ``log_variance``, and while
     training the displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI 2018);
-    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid).
+    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid). A network that takes
+    the weight of smoothness as an input is trained for a random one, uniform in [0, 1], in each step, which the result
+    has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all weights of the network from it instead).
 
     >>> registration = Registration(VoxelMorph("diffeomorphic", spatial_dims=2), bidirectional=True)
     >>> sorted(registration(torch.rand(1, 2, 32, 48)))
@@ -315,10 +348,12 @@ class Registration(nn.Module):
         """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
+        weight = torch.rand((), device=pair.device) if network.amortised and self.training else None
         with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
-            features = network.features(pair)
+            features = network.features(pair, weight)
         mean, log_variance = network.fields(features)
-        field, found = mean, {}
+        field = mean
+        found = {} if weight is None else {"smoothness_weight": weight}
         if network.num_steps > 0:
             found["dvf"] = mean
         if log_variance is not None:

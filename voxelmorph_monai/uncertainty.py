@@ -103,8 +103,8 @@ class RunningVariance:
 
 
 def _check(network: Registration, num_samples: int, seed: int) -> None:
-    if network.network.log_variance is None or network.scale_factor != 1:
-        raise ValueError("network must be probabilistic (preset diffeomorphic) and see the grid as it is, got another.")
+    if network.network.log_variance is None:
+        raise ValueError("network must be probabilistic (preset diffeomorphic), got another.")
     if not 2 <= num_samples <= 65535:
         raise ValueError(f"num_samples must be 2 to 65535, got {num_samples}.")
     if seed < 0:

@@ -1,0 +1,435 @@
+"""Data sets in exactly the layout they are published in, small: what is read, and what is said of a wrong one."""
+
+import codecs
+import json
+import os
+import pickle
+from itertools import permutations
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from layouts import images_and_labels, ixi, learn2reg, lpba40, oasis, table, volumes, write_pickle
+from monai.data import MetaTensor
+from scipy.ndimage import gaussian_filter
+
+from voxelmorph_monai.cli import main
+from voxelmorph_monai.data import PairDataset, check_scans, load_scans
+from voxelmorph_monai.datasets import LAYOUTS, SaveSubmission, load_submission, read_pickle, write_datalist
+
+PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+
+
+def read(layout, source, output, **options):
+    """Sections of the datalist, with paths as the bundle gets them."""
+    path = write_datalist(layout, source, output, **options)
+    assert path == output / "datalist.json"
+    return {section: load_scans(str(output), section) for section in json.loads(path.read_text())}
+
+
+def seeds(items):
+    """Which scan each file holds, found by its voxels: that file and no other was listed."""
+    known = {volumes(n)[kind].tobytes(): n for n in range(450) for kind in (0, 1)}
+    found = []
+    for item in items:
+        numbers = {}
+        for key, path in item.items():
+            array = np.asarray(nib.load(path).dataobj)
+            array = array.astype(np.uint8 if key.endswith("label") else np.float32)
+            numbers[key] = known.get(array.tobytes())
+        found.append(numbers)
+    return found
+
+
+def scans(*numbers):
+    return [{"image": n, "label": n} for n in numbers]
+
+
+def pairs(*numbers):
+    return [{"moving": m, "fixed": f, "moving_label": m, "fixed_label": f} for m, f in numbers]
+
+
+# Layouts
+
+
+def test_ixi(tmp_path):
+    found = read("ixi", ixi(tmp_path / "IXI_data"), tmp_path / "ixi")
+    sections = {"training": (1, 2, 3), "validation": (11, 12), "test": (21, 22, 23), "atlas": (0,)}
+    assert {name: seeds(items) for name, items in found.items()} == {n: scans(*s) for n, s in sections.items()}
+    check_scans(found["training"], found["atlas"][0], keys=("image", "label"))
+    image = nib.load(found["test"][0]["image"])
+    assert nib.aff2axcodes(image.affine) == ("L", "I", "A")
+    np.testing.assert_allclose(image.affine @ [3.5, 2.5, 4.5, 1], [0, 0, 0, 1], atol=1e-6)  # float32 in the header
+    assert all(
+        str(tmp_path) not in path for path in json.loads((tmp_path / "ixi/datalist.json").read_text())["test"][0]
+    )
+
+
+def test_ixi_goes_on_where_it_was_interrupted(tmp_path):
+    source = ixi(tmp_path / "IXI_data")
+    broken = source / "Test" / "subject_23.pkl"
+    good = broken.read_bytes()
+    broken.write_bytes(good[:100])
+    with pytest.raises(ValueError, match=rf"{broken} must be a pickled pair of arrays \(image, labels\), but: "):
+        write_datalist("ixi", source, tmp_path / "ixi")
+    assert not (tmp_path / "ixi" / "datalist.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ixi").rglob("*.nii.gz")}
+    broken.write_bytes(good)
+    assert len(read("ixi", source, tmp_path / "ixi")["test"]) == 3
+    assert before
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_oasis(tmp_path):
+    found = read("oasis", oasis(tmp_path / "neurite-oasis.v1.0"), tmp_path / "oasis")
+    assert seeds(found["training"]) == scans(1, 2, 4, 436)
+    assert seeds(found["validation"]) == pairs((439, 438), (440, 439))  # moving, fixed
+    assert set(found) == {"training", "validation"}  # the labels of the test are not published
+    assert len(PairDataset(found["validation"], cache_rate=0)) == 2
+    check_scans(found["validation"], keys=("image", "label"))
+
+
+def test_learn2reg(tmp_path):
+    found = read("learn2reg", learn2reg(tmp_path / "OASIS"), tmp_path / "l2r")
+    assert seeds(found["training"]) == scans(1, 2)  # who is validated is not trained on
+    assert seeds(found["validation"]) == pairs((396, 395), (397, 396))
+    assert seeds(found["test"]) == [{"moving": 416, "fixed": 415}]
+    with pytest.raises(ValueError, match=r"each scan must have \['image', 'label'\], got one with .*OASIS_0416_0000"):
+        check_scans(found["test"], keys=("image", "label"))
+
+
+def test_lpba40(tmp_path):
+    found = read("lpba40", lpba40(tmp_path / "LPBA40"), tmp_path / "lpba")
+    assert seeds(found["training"]) == scans(*range(11, 41))
+    assert seeds(found["validation"]) == scans(*range(36, 41))
+    assert seeds(found["test"]) == scans(*range(1, 11))
+    assert seeds(found["atlas"]) == scans(1)
+    with_atlas = PairDataset(found["test"], atlas=found["atlas"][0], atlas_role="fixed", cache_rate=0)
+    assert [len(with_atlas), len(PairDataset(found["test"], cache_rate=0))] == [9, 90]
+    assert len(PairDataset(found["training"], cache_rate=0)) == 870
+
+
+def test_folder(tmp_path):
+    found = read("folder", images_and_labels(tmp_path / "mine", labels=7), tmp_path / "out")
+    assert {name: len(items) for name, items in found.items()} == {"training": 6, "validation": 2, "test": 2}
+    every = sorted(seeds(found["training"] + found["validation"] + found["test"]), key=lambda item: item["image"])
+    assert every == [*scans(*range(7)), {"image": 7}, {"image": 8}, {"image": 9}]
+
+
+def test_a_folder_may_hold_its_own_datalist(tmp_path):
+    images_and_labels(tmp_path)
+    write_datalist("folder", tmp_path, tmp_path)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    check_scans(load_scans(str(moved), "training"), keys=("image", "label"))
+
+
+def test_table_of_scans(tmp_path):
+    images_and_labels(tmp_path / "data", count=6)
+    sections = ["training"] * 3 + ["validation"] + ["test"] * 2
+    rows = [
+        {"image": f"data/images/{n}.nii.gz", "label": f"data/labels/{n}.nii.gz" if n else "", "section": section}
+        for n, section in enumerate(sections)
+    ]
+    found = read("csv", table(tmp_path / "scans.csv", rows), tmp_path / "out")
+    assert seeds(found["training"]) == [{"image": 0}, *scans(1, 2)]
+    assert [seeds(found["validation"]), seeds(found["test"])] == [scans(3), scans(4, 5)]
+    for row in rows:
+        del row["section"], row["label"]
+    drawn = read("csv", table(tmp_path / "images.csv", rows), tmp_path / "drawn")
+    assert sorted(item["image"] for items in drawn.values() for item in seeds(items)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_table_of_pairs(tmp_path):
+    images_and_labels(tmp_path, count=4)
+    rows = [
+        {"section": section, "fixed": f"images/{f}.nii.gz", "moving": f"images/{m}.nii.gz",
+         "moving_label": f"labels/{m}.nii.gz", "fixed_label": f"labels/{f}.nii.gz"}
+        for m, f, section in ((0, 1, "training"), (2, 1, "training"), (3, 0, "test"))
+    ]  # fmt: skip
+    found = read("csv", table(tmp_path / "pairs.csv", rows), tmp_path / "out")
+    assert seeds(found["training"]) == pairs((0, 1), (2, 1))
+    assert seeds(found["test"]) == pairs((3, 0))
+    for row in rows:
+        row["section"] = ""
+    with pytest.raises(ValueError, match=r"^pairs must each have a section: training, validation or test\.$"):
+        write_datalist("csv", table(tmp_path / "none.csv", rows), tmp_path / "none")
+
+
+# Folds
+
+
+def test_each_scan_is_in_the_test_of_one_fold(tmp_path):
+    source = images_and_labels(tmp_path / "mine", count=11)
+    tests, validations = [], []
+    for fold in range(4):
+        found = read("folder", source, tmp_path / f"fold{fold}", folds=4, fold=fold, seed=3)
+        parts = [{item["image"] for item in found[name]} for name in ("training", "validation", "test")]
+        assert len(set.union(*parts)) == sum(map(len, parts)) == 11
+        assert {len(part) for part in parts[1:]} <= {2, 3}
+        tests.append(parts[2])
+        validations.append(parts[1])
+    assert validations == [*tests[1:], tests[0]]
+    assert len(set.union(*tests)) == sum(map(len, tests)) == 11
+    other = read("folder", source, tmp_path / "other", folds=4, seed=4)
+    assert {item["image"] for item in other["test"]} != tests[0]
+
+
+def test_published_scans_can_be_split_anew(tmp_path):
+    found = read("lpba40", lpba40(tmp_path / "LPBA40"), tmp_path / "lpba", folds=3, fold=2)
+    assert {name: len(items) for name, items in found.items()} == {
+        "training": 13, "validation": 13, "test": 13, "atlas": 1,
+    }  # fmt: skip
+    numbers = [seeds(items) for name, items in found.items() if name != "atlas"]
+    assert sorted(n["image"] for part in numbers for n in part) == list(range(2, 41))  # the atlas is in none
+    found = read("oasis", oasis(tmp_path / "oasis"), tmp_path / "out", folds=3)
+    assert sorted(n["image"] for items in found.values() for n in seeds(items)) == [1, 2, 4, 436, 438, 439, 440]
+
+
+@pytest.mark.parametrize(
+    ("folds", "fold", "message"),
+    [
+        (2, 0, r"fold must be 0 to folds - 1, of at least 3 folds, got fold 0 of 2\."),
+        (3, 3, r"fold must be 0 to folds - 1, of at least 3 folds, got fold 3 of 3\."),
+        (3, -1, r"got fold -1 of 3\."),
+        (11, 0, r"the scans must be at least as many as the 11 folds, got 10\."),
+    ],
+)
+def test_folds_that_cannot_be(folds, fold, message, tmp_path):
+    source = images_and_labels(tmp_path / "mine")
+    with pytest.raises(ValueError, match=message):
+        write_datalist("folder", source, tmp_path / "out", folds=folds, fold=fold)
+
+
+# What is wrong with a wrong one
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "csv"])
+def test_an_empty_folder_is_no_data_set(layout, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path} must hold .*\.$"):
+        write_datalist(layout, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "make", "gone", "message"),
+    [
+        ("ixi", ixi, "atlas.pkl", r"must hold Train/\*\.pkl, Val/\*\.pkl, Test/\*\.pkl and atlas\.pkl\."),
+        ("oasis", oasis, "OASIS_OAS1_0002_MR1/aligned_seg35.nii.gz", r"0002_MR1 must hold aligned_norm.nii.gz and ali"),
+        ("learn2reg", learn2reg, "OASIS_dataset.json", r"must hold one NAME_dataset\.json of Learn2Reg\."),
+        ("learn2reg", learn2reg, "imagesTr/OASIS_0002_0000.nii.gz", r"there is no .*imagesTr/OASIS_0002_0000\.nii\.gz"),
+        ("lpba40", lpba40, "fixed.nii.gz", r"must hold train/S11.*, and fixed\.nii\.gz \(S01\)\."),
+        (
+            "lpba40",
+            lpba40,
+            "label/S17.delineation.structure.label.nii.gz",
+            r"the label map label/S17\.delineation\.structure\.label\.nii\.gz of train/S17\.delineation\.skullstripped",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(layout, make, gone, message, tmp_path):
+    source = make(tmp_path / "data")
+    (source / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        write_datalist(layout, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^layout must be one of ixi, oasis, .*, got 'ixy'\.$"):
+        write_datalist("ixy", tmp_path, tmp_path / "out")
+    write_pickle(ixi(tmp_path / "ixi") / "Val" / "subject_2.pkl", volumes(2))
+    with pytest.raises(ValueError, match=r"ixi must have a name of its own, got subject_2\.pkl more than once\."):
+        write_datalist("ixi", tmp_path / "ixi", tmp_path / "out")
+    (images_and_labels(tmp_path / "mine") / "images" / "3.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"labels must have its image, but not \['3\.nii\.gz'\]\."):
+        write_datalist("folder", tmp_path / "mine", tmp_path / "out")
+    for content in ("{", "[]", '{"training": []}', '{"training": [1], "registration_val": []}'):
+        (learn2reg(tmp_path / "l2r") / "OASIS_dataset.json").write_text(content)
+        with pytest.raises(ValueError, match=r"OASIS_dataset\.json must list 'training' \(objects with 'image'\) and "):
+            write_datalist("learn2reg", tmp_path / "l2r", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("moving,fixd\na,b\n", r"must have the columns image, \[label\], .* got \['moving', 'fixd'\]\."),
+        ("image,fixed\na,b\n", r"must have the columns"),
+        ("", r"must have the columns .* got \[\]\."),
+        ("image,label\na,b\n,c\n", r"line 3 of .* must give image, got \{'image': '', 'label': 'c'\}\."),
+        ("image,label\na,b,c\n", r"line 2 of .* must give image, got "),
+        ("moving,fixed,section\na,,test\n", r"line 2 of .* must give fixed, moving, got "),
+    ],
+)
+def test_tables_that_cannot_be_read(text, message, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        write_datalist("csv", path, tmp_path / "out")
+
+
+def test_files_of_a_table_have_to_be_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"scans\.csv must be a table \(CSV\), but there is no such file\."):
+        write_datalist("csv", tmp_path / "scans.csv", tmp_path / "out")
+    path = table(tmp_path / "scans.csv", [{"image": "nowhere.nii.gz", "section": "test"}])
+    with pytest.raises(FileNotFoundError, match=rf"but there is no {tmp_path / 'nowhere.nii.gz'}\."):
+        write_datalist("csv", path, tmp_path / "out")
+
+
+def test_a_datalist_is_not_overwritten(tmp_path):
+    source = images_and_labels(tmp_path / "mine")
+    path = write_datalist("folder", source, tmp_path / "out")
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=rf"output must not hold a datalist yet, but there is a {path}\."):
+        write_datalist("folder", source, tmp_path / "out", seed=1)
+    assert path.read_bytes() == before
+
+
+def test_command(tmp_path, capsys):
+    source = images_and_labels(tmp_path / "mine")
+    assert main(["datalist", "folder", str(source), str(tmp_path / "out"), "--folds", "10", "--fold", "3"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'datalist.json'}\n"
+    assert len(load_scans(str(tmp_path / "out"), "training")) == 8
+    assert main(["datalist", "ixy", str(source), str(tmp_path / "other")]) == 2
+    assert "vxm datalist: layout must be one of" in capsys.readouterr().err
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_every_protocol_are_read(protocol, order, tmp_path):
+    content = tuple(np.asarray(array, order=order) for array in volumes(7))
+    write_pickle(tmp_path / "a.pkl", content, protocol)
+    for found, expected in zip(read_pickle(tmp_path / "a.pkl"), content, strict=True):
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("core", ["numpy.core.", "numpy._core."])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickles_of_both_numpy_generations_are_read(core, protocol, tmp_path):
+    ours = pickle.dumps(volumes(7), protocol)
+    here = b"numpy._core." if b"numpy._core." in ours else b"numpy.core."
+    other = pickle.dumps(volumes(7), 2).replace(here, core.encode()) if protocol == 2 else ours
+    (tmp_path / "a.pkl").write_bytes(other)
+    assert np.array_equal(read_pickle(tmp_path / "a.pkl")[1], volumes(7)[1])
+
+
+class Attack:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "content",
+    [
+        Attack(os.system, "touch attacked"),
+        [volumes(0)[0], Attack(eval, "open('attacked', 'w')")],
+        (volumes(0)[0], np.array([Attack(os.mkdir, "attacked"), None], dtype=object)),
+        (volumes(0)[0], np.dtype([("a", "f4")]), Attack(Path.touch, Path("attacked"))),
+        (volumes(0)[0], Attack(np.save, "attacked.npy", volumes(0)[1])),
+        (volumes(0)[0], Attack(getattr, np.ndarray, "tofile")),
+    ],
+)
+def test_programs_are_not_run(content, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pickle(tmp_path / "a.pkl", content, protocol)
+    with pytest.raises(ValueError, match=r"a\.pkl must be a pickled pair of arrays .*, and arrays alone are allowed\."):
+        read_pickle("a.pkl")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pkl"]
+
+
+def test_codecs_are_not_run(tmp_path):
+    write_pickle(tmp_path / "a.pkl", Attack(codecs.encode, "gur svyr", "rot13"))
+    with pytest.raises(ValueError, match=r"text may be encoded as latin1 alone, not rot13"):
+        read_pickle(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (volumes(0)[0], r"must be a pickled pair of arrays"),  # of 8 slices
+        (3, r"must be a pickled pair of arrays"),
+        (
+            (volumes(0)[0], volumes(0)[1][:-1]),
+            r"of one shape \(X, Y, Z\), got float32 \[8, 6, 10\] and uint8 \[7, 6, 10\]",
+        ),
+        ((volumes(0)[0][0], volumes(0)[1][0]), r"of one shape \(X, Y, Z\), got float32 \[6, 10\]"),
+        (("image", "label"), r"numbers of one shape \(X, Y, Z\), got <U5"),
+        ((volumes(0)[0] * np.nan, volumes(0)[1]), r"must hold finite intensities and whole numbers as labels\."),
+        ((volumes(0)[0], volumes(0)[1] + 0.5), r"must hold finite intensities and whole numbers as labels\."),
+    ],
+)
+def test_other_pickles_are_refused(content, message, tmp_path):
+    write_pickle(tmp_path / "a.pkl", content)
+    with pytest.raises(ValueError, match=message):
+        read_pickle(tmp_path / "a.pkl")
+
+
+# Learn2Reg
+
+
+def submit(folder, ddf, fixed, moving):
+    """Save a batch of one pair as an evaluator of MONAI would."""
+
+    def step(engine, item):
+        images = zip(("fixed", "moving"), (fixed, moving), strict=True)
+        engine.state.batch = [{k: MetaTensor(torch.zeros(1), meta={"filename_or_obj": str(p)}) for k, p in images}]
+        return [{"ddf": torch.from_numpy(ddf)}]
+
+    engine = Engine(step)
+    SaveSubmission(str(folder)).attach(engine)
+    engine.run([0])
+
+
+def smooth_field(size=(32, 24, 40), seed=0):
+    noise = np.random.default_rng(seed).standard_normal((3, *size))
+    field = np.stack([gaussian_filter(component, 6) for component in noise])
+    return (4 * field / np.abs(field).max()).astype(np.float32)
+
+
+def test_submitted_fields_come_back(tmp_path):
+    ddf = smooth_field()
+    images = [f"data/imagesTr/OASIS_{n:04d}_0000.nii.gz" for n in (395, 396)]
+    submit(tmp_path / "task_03", ddf, *images)
+    (path,) = (tmp_path / "task_03").iterdir()
+    assert path.name == "disp_0395_0396.npz"
+    half = np.load(path)["arr_0"]
+    assert (half.shape, half.dtype) == ((3, 16, 12, 20), np.float16)
+    np.testing.assert_allclose(half[:, 0, 0, 0], ddf[:, 0, 0, 0], rtol=1e-3)  # corners coincide; units are not halved
+    back = load_submission(path)
+    assert back.shape == ddf.shape
+    # quadratic splines on every other voxel of a field that changes over 6 voxels; float16 of up to 4 voxels
+    assert np.abs(back - ddf).max() < 0.03
+    assert np.abs(ddf).max() == 4
+
+
+def test_submitted_fields_of_neurite_oasis_are_named_by_their_folders(tmp_path):
+    images = [f"data/OASIS_OAS1_{n:04d}_MR1/aligned_norm.nii.gz" for n in (438, 439)]
+    submit(tmp_path, smooth_field((8, 6, 10)), *images)
+    assert [path.name for path in tmp_path.iterdir()] == ["disp_0438_0439.npz"]
+
+
+def test_fields_that_cannot_be_submitted(tmp_path):
+    images = [f"OASIS_{n:04d}_0000.nii.gz" for n in (395, 396)]
+    with pytest.raises(ValueError, match=r"a field to submit must have even sizes, got \[8, 7, 10\]\."):
+        submit(tmp_path, np.zeros((3, 8, 7, 10), np.float32), *images)
+    with pytest.raises(ValueError, match=r"must be named OASIS_0438_0000\.nii\.gz or so, got mine\.nii\.gz\."):
+        submit(tmp_path, np.zeros((3, 8, 6, 10), np.float32), "mine.nii.gz", images[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_ordered_pair_is_both_orders():
+    data = [{"image": n} for n in range(3)]
+    found = [(p["moving"], p["fixed"]) for p in PairDataset(data, cache_rate=0)]
+    assert sorted(found) == sorted(permutations(range(3), 2))
