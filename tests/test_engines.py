@@ -115,7 +115,7 @@ def test_misspelt_options_are_refused(options):
     with pytest.raises(ValueError, match=r"but these are not: \['experiment_name'\]\."):
         run(["train.json"], "--experiment_name", "mine")  # of no use without --tracking
     with pytest.raises(ValueError, match=r"but these are not: \['num_train_scans'\]\."):
-        run(["train.json", "quickstart.yaml"], "--num_train_scans", "1")
+        run(["train.json", "synthetic.yaml"], "--num_train_scans", "1")
 
 
 def test_misspelt_entries_of_overlays_are_refused(tmp_path):

@@ -191,13 +191,12 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
 
 
 def _quickstart(args: argparse.Namespace) -> int:
     from voxelmorph_monai.quickstart import quickstart
 
-    quickstart(args.output, args.jobs)
+    quickstart(args.output)
     return 0
 
 
@@ -275,7 +274,7 @@ _COMMANDS = {
         _import_weights,
     ),
     "quickstart": _Command(
-        "register two brains that come with the project, from scratch: prepare, train, evaluate, register",
+        "register two brains that come with the project",
         "vxm quickstart --output quickstart",
         _add_quickstart_arguments,
         _quickstart,
