@@ -30,6 +30,7 @@ ALLOWED = {
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
+    "refinement": {"blocks", "losses", "metrics", "networks"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs
