@@ -113,6 +113,7 @@ NEW_KEYS = {
     "evaluate.json": {"weights", "section", "evaluation_dir", "evaluating"},
     "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
+    "refine.yaml": {"budget"},
     "probabilistic.yaml": {"image_sigma", "prior_lambda", "loss#prior"},
 }
 
@@ -178,6 +179,17 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
         metrics["val_mean_dice"],
         abs=1e-4,  # the table has 4 digits
     )
+
+    refined = workflow(
+        ["train.json", "evaluate.json", "refine.yaml"],
+        dataset_dir=str(prepared),
+        output_dir=str(output),
+        num_labels=4,
+        budget=1.0,
+    )
+    refined.run()
+    assert refined.evaluator.state.metrics["val_mean_dice"] > metrics["val_dice_before"]
+    assert refined.evaluator.state.metrics["val_folding_percent"] == 0
 
     pair = {
         f"{role}{suffix}": str(prepared / folder / f"{number}.nii.gz")

@@ -29,7 +29,7 @@ ALLOWED = {
     "engines": {"networks"},
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
-    "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
+    "registration": {"__init__", "affine", "blocks", "networks", "preparation", "refinement", "results", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }

@@ -60,6 +60,8 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network (default: none, affine only)")
     parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
+    parser.add_argument("--refine", action="store_true", help="go on from there by the two scans themselves")
+    parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="to refine in (%(default)s)")
     parser.add_argument(
         "--space",
         choices=("mni152", "fixed"),
@@ -80,9 +82,9 @@ def _register(args: argparse.Namespace) -> int:
     from voxelmorph_monai.registration import register_files
 
     names = ("moving_labels", "fixed_labels", "weights", "preset", "space", "transform", "overwrite")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names} | {"budget": args.budget if args.refine else None}
     summary = register_files(args.moving, args.fixed, args.output, grid=Grid(tuple(args.size), args.spacing), **options)
-    if args.weights is None:
+    if args.weights is None and not args.refine:
         print("no --weights: the registration is affine only")
     print(f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}")
     if summary["dice"]:

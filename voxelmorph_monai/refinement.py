@@ -438,8 +438,13 @@ def refine(
         progress: show a bar.
     """
     moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
-    for name, value in (("step_sigma", step_sigma), ("field_sigma", field_sigma), ("max_steps", max_steps)):
-        if value < 0:
+    for name, value in (
+        ("step_sigma", step_sigma),
+        ("field_sigma", field_sigma),
+        ("max_steps", max_steps),
+        ("budget", budget),
+    ):
+        if value is not None and value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}.")
     pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)

@@ -33,6 +33,7 @@ from voxelmorph_monai.preparation import (
     resample_intensities,
     rescale,
 )
+from voxelmorph_monai.refinement import refine
 from voxelmorph_monai.results import Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     Affine,
@@ -160,14 +161,26 @@ def _fade(ddf: Tensor) -> NDArray[np.float32]:
 
 
 def _predict(
-    network: Registration, moving: Image, fixed: Image, maps: tuple[Affine, Affine], grid: Grid, affine: Affine
+    network: Registration | None,
+    budget: float | None,
+    moving: Image,
+    fixed: Image,
+    maps: tuple[Affine, Affine],
+    grid: Grid,
+    affine: Affine,
 ) -> tuple[tuple[NDArray[np.float32], Affine], tuple[NDArray[np.float32], Affine]]:
     """Displacement and its inverse as fields of :class:`Composite`; ``maps`` lead from the grid to the two scans."""
     pair = [resample_intensities(image, grid.size, affine, m) for image, m in zip((moving, fixed), maps, strict=True)]
-    device = next(network.parameters()).device
-    with torch.inference_mode():
-        found = network(torch.from_numpy(np.stack(pair)[None]).to(device))
-        inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
+    device = torch.device("cpu") if network is None else next(network.parameters()).device
+    images = torch.from_numpy(np.stack(pair)[None]).to(device)
+    found: dict[str, Tensor] = {}
+    if network is not None:
+        with torch.inference_mode():
+            found = network(images)
+    if budget is not None:
+        refined = refine(images[:, :1], images[:, 1:], ddf=found.get("ddf"), budget=budget)
+        found = {"ddf": refined.ddf, "inverse_ddf": refined.inverse_ddf}
+    inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
     wider = affine.copy()
     wider[:3, 3] -= affine[:3, :3] @ np.full(3, _FADE)
     return (_fade(found["ddf"]), wider), (_fade(inverse), wider)
@@ -178,6 +191,7 @@ def register(
     fixed: Image,
     *,
     network: Registration | None = None,
+    budget: float | None = None,
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -194,7 +208,9 @@ def register(
     Args:
         moving: intensities ``(X, Y, Z)``, 0 around what is to be registered, and the affine (RAS, mm).
         fixed: the same.
-        network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine.
+        network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine, unless refined.
+        budget: seconds to refine the map on the two scans (:func:`~voxelmorph_monai.refinement.refine`), from what the
+            network says or from the affine map; None: not at all.
         space: where the network works. ``"mni152"``: both scans are skull-stripped brains and aligned to MNI152, as
             ``vxm prepare`` does, so that the network sees what it was trained on. ``"fixed"``: the moving scan is
             aligned to the fixed one and the grid lies around it, for anything else.
@@ -209,7 +225,8 @@ def register(
     _check_options(network, space, transform)
     for image, name in zip((moving, fixed), names, strict=True):
         _check_scan(image, space, name)
-    affine = np.eye(4) if network is None else grid_affine(grid, fixed if space == "fixed" else None)
+    bends = network is not None or budget is not None
+    affine = grid_affine(grid, fixed if space == "fixed" else None) if bends else np.eye(4)
     seconds: dict[str, float] = {}
     scaled = (rescale(moving[0]), moving[1]), (rescale(fixed[0]), fixed[1])
     with _timed(seconds, "affine"):
@@ -219,8 +236,8 @@ def register(
             to_moving, to_fixed = _align(*scaled, transform), np.eye(4)
     fields: tuple[Any, Any] = (None, None)
     with _timed(seconds, "network"):
-        if network is not None:
-            fields = _predict(network, *scaled, (to_moving, to_fixed), grid, affine)
+        if bends:
+            fields = _predict(network, budget, *scaled, (to_moving, to_fixed), grid, affine)
     forward = Composite(np.linalg.inv(to_fixed), to_moving, fields[0])
     inverse = Composite(np.linalg.inv(to_moving), to_fixed, fields[1])
     with _timed(seconds, "compose"):
@@ -320,6 +337,7 @@ def register_files(
     fixed_labels: str | Path | None = None,
     weights: str | Path | None = None,
     preset: str = "diffeomorphic",
+    budget: float | None = None,
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -340,8 +358,9 @@ def register_files(
         output: folder to write; it must not exist yet.
         moving_labels: label map on the grid of the moving scan.
         fixed_labels: label map on the grid of the fixed scan; with both of them the summary has Dice.
-        weights: of the network; without them the map is affine.
+        weights: of the network; without them the map is affine, unless refined.
         preset: of the network.
+        budget: as in :func:`register`.
         space: as in :func:`register`.
         transform: as in :func:`register`.
         grid: as in :func:`register`.
@@ -371,7 +390,7 @@ def register_files(
             require_same_grid(image, label, (str(paths[role]), str(paths[f"{role}_labels"])))
     network = None if weights is None else load_network(weights, preset)
     names = str(moving), str(fixed)
-    result = register(*images, network=network, space=space, transform=transform, grid=grid, names=names)
+    result = register(*images, network=network, budget=budget, space=space, transform=transform, grid=grid, names=names)
     measures, drawn = _summary(result, images, (labels[0], labels[1]))
     summary = {
         **measures,
@@ -384,6 +403,7 @@ def register_files(
             "space": space,
             "transform": transform,
             "preset": preset if weights is not None else None,
+            "budget": budget,
             "grid": {"size": list(grid.size), "spacing": grid.spacing},
         },
     }
