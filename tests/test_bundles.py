@@ -117,6 +117,7 @@ NEW_KEYS = {
     "evaluate.json": {"weights", "section", "evaluation_dir", "overwrite", "save_evaluation", "evaluating"},
     "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
+    "refine.yaml": {"budget"},
     "probabilistic.yaml": {"image_sigma", "prior_lambda", "loss#prior"},
     "amortised.yaml": {"network_def#smoothness_weight"},
     "accumulation.yaml": {"accumulation_steps", "train#trainer#accumulation_steps"},
@@ -187,6 +188,17 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
     assert set(metrics) == {*tables.structures, *tables.pairs}
     assert tables.over("dice").mean(axis=1).mean() == pytest.approx(metrics["dice"])
     assert (tables.pairs["seconds"] > 0).all()
+
+    refined = workflow(
+        ["train.json", "evaluate.json", "refine.yaml"],
+        dataset_dir=str(prepared),
+        output_dir=str(output),
+        num_labels=4,
+        budget=1.0,
+    )
+    refined.run()
+    assert refined.evaluator.state.metrics["val_mean_dice"] > metrics["val_dice_before"]
+    assert refined.evaluator.state.metrics["val_folding_percent"] == 0
 
     pair = {
         f"{role}{suffix}": str(prepared / folder / f"{number}.nii.gz")

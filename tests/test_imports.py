@@ -36,9 +36,20 @@ ALLOWED = {
     "handlers": {"data", "engines", "evaluation", "spaces"},
     "quickstart": {"preparation", "registration", "spaces"},
     "weights": {"networks", "spaces"},
-    "registration": {"__init__", "affine", "blocks", "formats", "networks", "preparation", "results", "spaces"},
+    "registration": {
+        "__init__",
+        "affine",
+        "blocks",
+        "formats",
+        "networks",
+        "preparation",
+        "refinement",
+        "results",
+        "spaces",
+    },
     "cohort": {"preparation", "processes", "registration", "spaces"},
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
+    "refinement": {"blocks", "losses", "metrics", "networks"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

@@ -276,6 +276,7 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
     assert summary["options"] == {
         **ALIGNED,
         "preset": "diffeomorphic",
+        "budget": None,
         "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
     }
     assert summary["seconds"].keys() == {"affine", "network", "compose", "warp"}
@@ -314,6 +315,16 @@ def test_without_a_network_the_map_is_the_affine(tmp_path: Path, write: Write, m
         np.testing.assert_allclose(moved, np.add(point, (-8, 4, 6)), atol=1e-5)  # LPS; float32
     assert summary["similarity_before"] != pytest.approx(summary["similarity_affine"], abs=1e-3)
     assert summary["similarity_affine"] == pytest.approx(summary["similarity_after"], abs=1e-6)  # float32
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["from affine", "from network"])
+def test_refining_brings_the_scans_closer(given: bool) -> None:
+    start = network() if given else None
+    moving, fixed = (phantom(AFFINES["straight"], bend)[0] for bend in (3.0, 0.0))
+    pair = (moving, AFFINES["straight"]), (fixed, AFFINES["straight"])
+    before = register(*pair, network=start, **ALIGNED)  # type: ignore[arg-type]
+    found = register(*pair, network=start, budget=20, **ALIGNED)  # type: ignore[arg-type]
+    assert np.abs(found.warped - fixed).mean() < 0.8 * np.abs(before.warped - fixed).mean()
 
 
 def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:

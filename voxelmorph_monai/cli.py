@@ -88,8 +88,20 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=int, help="of a list: processes (default: by processors and memory)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of a list: Dask cluster to run on, as tcp://host:8786")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of a network (default: none, affine only)")
-    parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="of a network, or 'none' (default: those of the bundle; with --space fixed none, they know brains alone)",
+    )
+    parser.add_argument("--preset", default="wide", metavar="NAME", help="of the network (%(default)s)")
+    parser.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from there by the two scans themselves (the default)",
+    )
+    parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="to refine in (%(default)s)")
     _add_alignment_arguments(parser)
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
@@ -102,18 +114,25 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _register(args: argparse.Namespace) -> int:
     from voxelmorph_monai.preparation import Grid
-    from voxelmorph_monai.registration import register_files
+    from voxelmorph_monai.registration import register_files, shipped_weights
 
-    names = ("weights", "preset", "space", "transform", "bids", "overwrite")
-    options = {name: getattr(args, name) for name in names} | {"grid": Grid(tuple(args.size), args.spacing)}
+    weights = None if args.weights == Path("none") else args.weights
+    if args.weights is None and args.space == "mni152":
+        weights = shipped_weights()
+    names = ("preset", "space", "transform", "bids", "overwrite")
+    options = {name: getattr(args, name) for name in names} | {
+        "weights": weights,
+        "budget": args.budget if args.refine else None,
+        "grid": Grid(tuple(args.size), args.spacing),
+    }
     if args.list is not None:
         return _register_list(args, options)
     if args.fixed is None or args.jobs is not None or args.scheduler is not None:
         raise ValueError("two scans, without --jobs and --scheduler, or a --list must be given.")
     files = {name: getattr(args, name) for name in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask")}
     summary = register_files(args.moving, args.fixed, args.output, **files, **options)
-    if args.weights is None:
-        print("no --weights: the registration is affine only")
+    if weights is None and not args.refine:
+        print("neither weights nor refinement: the registration is affine only")
     print(f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}")
     if summary["dice"]:
         print(f"mean Dice {summary['dice']['before']['mean']:.3f} -> {summary['dice']['after']['mean']:.3f}")
@@ -245,7 +264,7 @@ _COMMANDS = {
     ),
     "register": _Command(
         "register two scans in physical space; write the warped scan, ITK transforms, a picture and a summary",
-        "vxm register moving.nii.gz fixed.nii.gz --output registered --weights model.pt",
+        "vxm register moving.nii.gz fixed.nii.gz --output registered",
         _add_register_arguments,
         _register,
     ),

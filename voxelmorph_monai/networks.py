@@ -173,7 +173,7 @@ class VoxelMorph(nn.Module):
 
     def __init__(
         self,
-        preset: str = "diffeomorphic",
+        preset: str = "wide",
         spatial_dims: int = 3,
         in_channels: int = 2,
         smoothness_weight: float | None = None,

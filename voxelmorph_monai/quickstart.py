@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from voxelmorph_monai.preparation import mni152, mni152_tissue, sample
-from voxelmorph_monai.registration import register_files
+from voxelmorph_monai.registration import register_files, shipped_weights
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
 
 __all__ = ["quickstart"]
 
+_BUDGET = 30.0  # seconds, as `vxm register` has it
 _TISSUES = ("cerebrospinal fluid", "grey matter", "white matter")
 
 
@@ -41,6 +42,8 @@ def quickstart(output: str | Path) -> dict[str, object]:
         output / "registered",
         moving_labels=paths["moving_labels"],
         fixed_labels=paths["fixed_labels"],
+        weights=shipped_weights(),
+        budget=_BUDGET,
         overwrite=True,
     )
     _print(summary)

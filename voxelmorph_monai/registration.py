@@ -37,6 +37,7 @@ from voxelmorph_monai.preparation import (
     resample_intensities,
     rescale,
 )
+from voxelmorph_monai.refinement import refine
 from voxelmorph_monai.results import NAMES, Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     Affine,
@@ -55,7 +56,7 @@ from voxelmorph_monai.spaces import (
     warp_scan,
 )
 
-__all__ = ["RegistrationResult", "extended", "load_network", "register", "register_files"]
+__all__ = ["RegistrationResult", "extended", "load_network", "register", "register_files", "shipped_weights"]
 
 Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
@@ -100,11 +101,21 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def load_network(weights: str | Path, preset: str = "diffeomorphic", spatial_dims: int = 3) -> Registration:
+def shipped_weights() -> Path:
+    """Weights that come with the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page.
+
+    In a clone the bundles lie beside the package, in a wheel inside it.
+    """
+    package = Path(__file__).parent
+    bundles = package / "bundles" if (package / "bundles").is_dir() else package.parent / "bundles"
+    return bundles / "brain_t1_registration" / "models" / "model.pt"
+
+
+def load_network(weights: str | Path | None = None, preset: str = "wide", spatial_dims: int = 3) -> Registration:
     """Load trained weights, as the bundle's training writes them (``model.pt``), ready for :func:`register`.
 
     Args:
-        weights: the file.
+        weights: the file (default: :func:`shipped_weights`).
         preset: of the network.
         spatial_dims: 2 for a network of slices and 2-D images.
 
@@ -113,7 +124,7 @@ def load_network(weights: str | Path, preset: str = "diffeomorphic", spatial_dim
         ValueError: the file holds no weights, or those of another preset.
     """
     network = VoxelMorph(preset, spatial_dims)
-    load_weights(network, str(weights))
+    load_weights(network, str(weights or shipped_weights()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
 
@@ -215,15 +226,29 @@ def extended(ddf: Tensor, affine: Affine) -> tuple[NDArray[np.float32], Affine]:
 
 
 def _predict(
-    network: Registration, moving: Image, fixed: Image, maps: tuple[Affine, Affine], grid: Grid, affine: Affine
+    network: Registration | None,
+    budget: float | None,
+    moving: Image,
+    fixed: Image,
+    maps: tuple[Affine, Affine],
+    grid: Grid,
+    affine: Affine,
+    seconds: dict[str, float],
 ) -> tuple[tuple[NDArray[np.float32], Affine], tuple[NDArray[np.float32], Affine]]:
     """Displacement and its inverse as fields of :class:`Composite`; ``maps`` lead from the grid to the two scans."""
     size = (*grid.size, 1)[:3]
     pair = [resample_intensities(image, size, affine, m) for image, m in zip((moving, fixed), maps, strict=True)]
-    device = next(network.parameters()).device
-    with torch.inference_mode():
-        found = network(torch.from_numpy(np.stack(pair)[None]).reshape(1, 2, *grid.size).to(device))
-        inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
+    device = torch.device("cpu") if network is None else next(network.parameters()).device
+    images = torch.from_numpy(np.stack(pair)[None]).reshape(1, 2, *grid.size).to(device)
+    found: dict[str, Tensor] = {}
+    if network is not None:
+        with _timed(seconds, "network"), torch.inference_mode():
+            found = network(images)
+    if budget is not None:
+        with _timed(seconds, "refine"):
+            refined = refine(images[:, :1], images[:, 1:], ddf=found.get("ddf"), budget=budget)
+        found = {"ddf": refined.ddf, "inverse_ddf": refined.inverse_ddf}
+    inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
     return extended(found["ddf"], affine), extended(inverse, affine)
 
 
@@ -232,6 +257,7 @@ def register(
     fixed: Image,
     *,
     network: Registration | None = None,
+    budget: float | None = None,
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -246,14 +272,16 @@ def register(
     In three lines, for two files of skull-stripped brains::
 
         moving, fixed = read_image("moving.nii.gz"), read_image("fixed.nii.gz")
-        result = register(moving, fixed, network=load_network("model.pt"))
+        result = register(moving, fixed, network=load_network(), budget=30)
         points_in_moving = result.forward.points(points_in_fixed)  # (N, 3), RAS mm
 
     Args:
         moving: intensities ``(X, Y, Z)``, 0 around what is to be registered, and the affine (RAS, mm).
         fixed: the same.
-        network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine. Of slices, a 2-D
-            one.
+        network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine, unless refined.
+            Of slices, a 2-D one.
+        budget: seconds to refine the map on the two scans (:func:`~voxelmorph_monai.refinement.refine`), from what the
+            network says or from the affine map; None: not at all.
         space: where the network works. ``"mni152"``: both scans are skull-stripped brains and aligned to MNI152, as
             ``vxm prepare`` does, so that the network sees what it was trained on. ``"fixed"``: the moving scan is
             aligned to the fixed one and the grid lies around it, for anything else.
@@ -273,7 +301,8 @@ def register(
         _check_scan(image, space, name)
     _check_pair(moving, fixed, names)
     _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
-    affine = np.eye(4) if network is None else grid_affine(grid, fixed if space == "fixed" else None)
+    bends = network is not None or budget is not None
+    affine = grid_affine(grid, fixed if space == "fixed" else None) if bends else np.eye(4)
     seconds: dict[str, float] = {}
     scaled = (rescale(moving[0]), moving[1]), (rescale(fixed[0]), fixed[1])
     with _timed(seconds, "affine"):
@@ -282,9 +311,8 @@ def register(
         else:
             to_moving, to_fixed = _align(*scaled, transform), np.eye(4)
     fields: tuple[Any, Any] = (None, None)
-    with _timed(seconds, "network"):
-        if network is not None:
-            fields = _predict(network, *scaled, (to_moving, to_fixed), grid, affine)
+    if bends:
+        fields = _predict(network, budget, *scaled, (to_moving, to_fixed), grid, affine, seconds)
     forward = Composite(np.linalg.inv(to_fixed), to_moving, fields[0])
     inverse = Composite(np.linalg.inv(to_moving), to_fixed, fields[1])
     with _timed(seconds, "compose"):
@@ -440,7 +468,8 @@ def register_files(
     moving_mask: str | Path | None = None,
     fixed_mask: str | Path | None = None,
     weights: str | Path | None = None,
-    preset: str = "diffeomorphic",
+    preset: str = "wide",
+    budget: float | None = None,
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -467,8 +496,9 @@ def register_files(
         fixed_labels: label map on the grid of the fixed scan; with both of them the summary has Dice.
         moving_mask: what to register of the moving scan: a mask on its grid, above 0 there.
         fixed_mask: the same of the fixed scan.
-        weights: of the network; without them the map is affine.
+        weights: of the network, :func:`shipped_weights` for example; without them the map is affine, unless refined.
         preset: of the network.
+        budget: as in :func:`register`.
         space: as in :func:`register`.
         transform: as in :func:`register`.
         grid: as in :func:`register`.
@@ -505,6 +535,7 @@ def register_files(
     result = register(
         *images,
         network=network,
+        budget=budget,
         space=space,
         transform=transform,
         grid=grid,
@@ -520,6 +551,7 @@ def register_files(
             "space": space,
             "transform": transform,
             "preset": preset if weights is not None else None,
+            "budget": budget,
             "grid": {"size": list(grid.size), "spacing": grid.spacing},
         },
     }

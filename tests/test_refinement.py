@@ -1,0 +1,251 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from voxelmorph_monai.blocks import compose, integrate, resize, warp, warp_labels
+from voxelmorph_monai.losses import LNCCLoss, MSELoss, MutualInformationLoss
+from voxelmorph_monai.metrics import dice, folding, inverse_consistency, target_registration_error
+from voxelmorph_monai.networks import Registration, VoxelMorph
+from voxelmorph_monai.refinement import (
+    RefinedRegistration,
+    _double,
+    _gradient,
+    _halve,
+    _Objective,
+    _Pair,
+    _smooth,
+    _unfold,
+    refine,
+)
+
+SIZES = [(48, 61), (34, 40, 29)]  # unequal, odd and even sides
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+sizes = pytest.mark.parametrize("size", SIZES, ids=["2d", "3d"])
+
+
+def noise(size, sigma, channels=1, seed=0):
+    """Smooth random field, of standard deviation 1."""
+    generator = torch.Generator().manual_seed(seed)
+    field = _smooth(torch.randn(1, channels, *size, generator=generator), sigma)
+    return field / field.std()
+
+
+def inside(size):
+    """1 in an ellipsoid, 0 around it."""
+    axes = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in size], indexing="ij")
+    return (sum(x.square() for x in axes) < 0.7).float()[None, None]
+
+
+def example(size, amplitude=3.0):
+    """Fixed, and a moving image that the returned displacement warps to it."""
+    image = inside(size) * (noise(size, 1) + 4)
+    truth = integrate(amplitude * noise(size, 6, len(size), seed=1) * _smooth(inside(size), 3))
+    return (
+        warp(image, integrate(-amplitude * noise(size, 6, len(size), seed=1) * _smooth(inside(size), 3))),
+        image,
+        truth,
+    )
+
+
+def error(ddf, truth):
+    """Mean distance in voxels inside the ellipsoid, where the images show something."""
+    distance = torch.linalg.vector_norm(ddf - truth, dim=1, keepdim=True)
+    shown = inside(ddf.shape[2:]) > 0
+    return float(distance[shown].mean())
+
+
+def unfolded(ddf):
+    return all(float(folding(ddf, scheme=scheme)) == 0 for scheme in ("central", "forward"))
+
+
+@sizes
+def test_refine_finds_the_deformation_from_zero(size):
+    moving, fixed, truth = example(size)
+    found = refine(moving, fixed, budget=None)
+    before = error(torch.zeros_like(truth), truth)
+    assert error(found.ddf, truth) < 0.4 * before  # local correlation forgives a shift of some tenths of a voxel
+    assert unfolded(found.ddf)
+    assert unfolded(found.inverse_ddf)
+    consistency = inverse_consistency(found.ddf, found.inverse_ddf, mask=inside(size))
+    assert float(consistency) < 0.1  # voxels: a tenth is what linear interpolation leaves
+
+
+@sizes
+def test_refine_keeps_and_improves_a_start(size):
+    moving, fixed, truth = example(size)
+    start = 0.5 * truth
+    found = refine(moving, fixed, ddf=start, budget=None)
+    assert error(found.ddf, truth) < 0.8 * error(start, truth)
+    none = refine(moving, fixed, ddf=start, max_steps=0).ddf  # only through the grid of half the resolution and back
+    assert error(none, start) < 0.1
+
+
+def test_refine_lowers_the_loss_and_gives_its_course():
+    moving, fixed, _ = example((48, 61))
+    curve = refine(moving, fixed, budget=None).curve
+    scales = [step.scale for step in curve]
+    assert scales == sorted(scales, reverse=True)
+    for scale in set(scales):
+        losses = [step.loss for step in curve if step.scale == scale]
+        assert min(losses) < losses[0]
+
+
+def test_refine_is_deterministic():
+    moving, fixed, _ = example((48, 61))
+    first, second = (refine(moving, fixed, budget=None, max_steps=8) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+
+
+def test_refine_leaves_a_pair_that_is_aligned():
+    _, image, _ = example((48, 61))
+    assert_close(refine(image, image, budget=None).ddf, torch.zeros(1, 2, 48, 61), rtol=0, atol=0)
+
+
+def test_refine_ends_with_its_budget():
+    moving, fixed, _ = example((34, 40, 29))
+    assert len(refine(moving, fixed, budget=0).curve) == 2  # each level looks once at what it has
+
+
+def test_refine_knows_other_contrasts():
+    moving, fixed, truth = example((60, 72))
+    other = (8 - fixed) * (fixed > 0)  # dark where it was bright
+    found = refine(moving, other, similarity=MutualInformationLoss(), budget=None)
+    assert error(found.ddf, truth) < 0.7 * error(torch.zeros_like(truth), truth)  # a histogram knows less than a window
+
+
+@sizes
+def test_bidirectional_refinement_aligns_too(size):
+    moving, fixed, truth = example(size)
+    found = refine(moving, fixed, bidirectional=True, budget=None)
+    assert error(found.ddf, truth) < 0.4 * error(torch.zeros_like(truth), truth)
+    assert unfolded(found.ddf)
+
+
+@sizes
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_force_is_the_gradient_by_a_step(size, bidirectional):
+    """Against autograd through warps: of the moving image by a step after the map, and back by its inverse."""
+    size = tuple(n // 2 * 2 + 1 for n in size)
+    moving, fixed = (_smooth(noise(size, 3, seed=seed) * inside(size), 2) for seed in (1, 2))
+    ddf = integrate(noise(size, 6, len(size), seed=3) * _smooth(inside(size), 3))
+    inverse = integrate(-noise(size, 6, len(size), seed=3) * _smooth(inside(size), 3)) if bidirectional else None
+    _, force = _Objective(MSELoss(), bidirectional, 0, 0).force(_Pair(moving, fixed, None, None, None), ddf, inverse, 0)
+    step = torch.zeros_like(ddf).requires_grad_()
+    loss = MSELoss()(warp(moving, compose(ddf, step)), fixed)
+    if inverse is not None:
+        loss = (loss + MSELoss()(warp(fixed, compose(-step, inverse)), moving)) / 2
+    (expected,) = torch.autograd.grad(loss, step)
+    # interpolation has one-sided slopes where the differences are central: alike, not equal
+    cosine = torch.nn.functional.cosine_similarity(force.flatten(), expected.flatten(), dim=0)
+    assert float(cosine) > 0.97
+    assert_close(force.norm(), expected.norm(), rtol=0.1, atol=0)
+
+
+def test_labels_pull_where_images_show_nothing():
+    size = (48, 60)
+    flat = inside(size)
+    labels = torch.zeros(2, 1, *size, dtype=torch.int32)
+    labels[0, :, 20:30, 18:28], labels[1, :, 20:30, 24:34] = 1, 1
+    moving, fixed = labels.split(1)
+    found = refine(flat, flat, labels=(moving, fixed), budget=None)
+    before, after = dice(moving, fixed, 1), dice(warp_labels(moving, found.ddf), fixed, 1)
+    assert float(before) < 0.5
+    assert float(after) > 0.8
+
+
+def test_points_pull_where_images_show_nothing():
+    size = (48, 60)
+    flat = inside(size)
+    fixed = torch.tensor([[[20.0, 25.0], [30.0, 35.0]]])
+    moving = fixed + torch.tensor([3.0, -2.0])
+    found = refine(flat, flat, points=(moving, fixed), points_weight=1, budget=None)
+    assert float(target_registration_error(moving, fixed, found.ddf, 1).max()) < 1  # of 3.6 voxels
+
+
+def test_images_count_only_inside_the_mask():
+    size = (48, 61)
+    moving, fixed, truth = example(size)
+    mask = torch.zeros(1, 1, *size)
+    mask[..., :30] = 1
+    other = torch.where(mask > 0, fixed, noise(size, 2, seed=7))
+    found = refine(moving, other, mask=mask, budget=None)
+    far = found.ddf[..., 45:]
+    assert float(far.abs().max()) < float(found.ddf[..., :30].abs().max()) / 2
+    shown = (inside(size) * mask)[..., :25] > 0
+    distance = torch.linalg.vector_norm((found.ddf - truth)[..., :25], dim=1, keepdim=True)
+    assert float(distance[shown].mean()) < 0.5 * float(truth[..., :25].norm(dim=1, keepdim=True)[shown].mean())
+
+
+@sizes
+def test_unfold_removes_all_folds(size):
+    folds = 4 * noise(size, 1, len(size))
+    assert float(folding(folds)) > 10
+    assert unfolded(_unfold(folds))
+    smooth = integrate(noise(size, 6, len(size)))
+    assert_close(_unfold(smooth), smooth, rtol=0, atol=0)
+
+
+@sizes
+def test_double_is_resize_and_halve_its_inverse_on_lines(size):
+    ddf = noise(size, 1, len(size))
+    assert_close(_double(ddf), resize(ddf, [2 * n - 1 for n in size]))
+    line = torch.arange(9.0).view(1, 1, 1, 9).expand(1, 1, 7, 9)
+    inner = _halve(line)[..., 1:-1]  # at the ends one neighbour is missing
+    assert_close(inner, line[:, :, ::2, ::2][..., 1:-1])
+
+
+def test_gradient_sums_over_channels():
+    line = torch.arange(6.0).expand(1, 2, 5, 6)
+    slope = torch.ones(1, 2, 5, 6)
+    slope[:, 1] = 2
+    assert _gradient(line, slope)[0, :, 2, 2].tolist() == [0, 3]
+
+
+def test_smooth_keeps_sums_and_has_its_width():
+    pulse = torch.zeros(1, 1, 31, 33)
+    pulse[..., 15, 16] = 1
+    found = _smooth(pulse, 1.5)[0, 0]
+    assert_close(found.sum(), torch.tensor(1.0))
+    variance = (found.sum(1) * (torch.arange(31) - 15.0).square()).sum()
+    assert_close(variance, torch.tensor(1.5**2), rtol=0.05, atol=0)  # cut off at 3 sigma
+
+
+def test_several_channels_and_other_levels():
+    moving, fixed, truth = example((21, 19))  # so small that there is one resolution
+    found = refine(moving.repeat(1, 2, 1, 1), fixed.repeat(1, 2, 1, 1), budget=None)
+    assert error(found.ddf, truth) < error(torch.zeros_like(truth), truth)
+    assert {step.scale for step in found.curve} == {1}
+
+
+def test_refined_registration_takes_the_place_of_a_registration():
+    moving, fixed, truth = example((32, 48))
+    torch.manual_seed(0)
+    network = RefinedRegistration(Registration(VoxelMorph(spatial_dims=2)).eval(), budget=None)
+    pair = torch.cat([torch.cat([moving, fixed], 1), torch.cat([fixed, moving], 1)])
+    with torch.inference_mode():
+        found = network(pair)
+    assert sorted(found) == ["ddf", "inverse_ddf", "warped", "warped_fixed"]
+    assert all(value.shape[0] == 2 for value in found.values())
+    assert error(found["ddf"][:1], truth) < 0.8 * error(torch.zeros_like(truth), truth)
+    assert float(LNCCLoss()(found["warped"], pair[:, 1:])) < float(LNCCLoss()(pair[:, :1], pair[:, 1:]))
+
+
+IMAGE = torch.rand(1, 1, 20, 22)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ((IMAGE, IMAGE[..., 1:]), {}, r"one pair of one shape .* got \[1, 1, 20, 22\] and \[1, 1, 20, 21\]"),
+        ((IMAGE.repeat(2, 1, 1, 1),) * 2, {}, "one pair of one shape"),
+        ((IMAGE, IMAGE / 0), {}, "fixed must be finite, got"),
+        ((IMAGE, IMAGE), {"ddf": IMAGE}, r"ddf for images .* must be \[1, 2, 20, 22\], got \[1, 1, 20, 22\]"),
+        ((IMAGE, IMAGE), {"mask": IMAGE[..., 1:]}, "mask for images"),
+        ((IMAGE, IMAGE), {"labels": (IMAGE, IMAGE[..., 1:])}, "labels for images"),
+        ((IMAGE, IMAGE), {"step_sigma": -1}, "step_sigma must be 0 or more, got -1"),
+    ],
+)
+def test_what_cannot_be_refined(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        refine(*images, **options)

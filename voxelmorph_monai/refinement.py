@@ -1,0 +1,495 @@
+r"""Refine the alignment of one pair on the pair itself, from a network's displacement or from nothing.
+
+The map is improved by small steps that are composed with it, :math:`\phi \leftarrow \phi \circ (id + \delta)`, so that
+it can go further than one stationary velocity takes it (Vercauteren et al., NeuroImage 2009; Yushkevich et al.,
+Alzheimer's & Dementia 2016). As :math:`m \circ \phi \circ (id + \delta)` is the warped image :math:`w`, warped by
+:math:`\delta`, the gradient is
+
+.. math:: \frac{\partial L}{\partial \delta} = \frac{\partial L}{\partial w} \nabla w
+
+and nothing has to be differentiated through interpolation or integration. It is smoothed, averaged over the steps and
+divided by its own running length, as Adam does (Kingma and Ba, ICLR 2015), but by one length for all components, so
+that a step does not depend on the axes. The displacement itself is smoothed a little after each step. All this happens
+on grids of a half, a quarter, ... of the resolution; at the end the images have their full one, and the field has half
+of it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, warp
+from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss
+from voxelmorph_monai.metrics import target_registration_error
+from voxelmorph_monai.networks import Registration
+
+__all__ = ["RefinedRegistration", "Refinement", "Step", "refine"]
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+_MARGIN = 8  # voxels around what the images show
+_SMALLEST = 16  # voxels along the shortest axis of the coarsest grid, at least
+_COARSEST = 2  # halvings of the resolution, at most
+_STEP = 0.5  # voxels of the field that a step moves a point, about
+_FLOOR = 1.0  # of the mean length of the gradient, what is added to a point's own: where nothing pulls, nothing moves
+_MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
+_PATIENCE = 10  # steps that must bring 1 % of what the level has brought
+# Halvings of the images and of the field: the share of the budget that is used up when the level ends.
+_SHARES = {(2, 2): 0.1, (1, 1): 0.35, (0, 1): 0.6, (0, 0): 0.9}
+
+
+class Step(NamedTuple):
+    """One step of :func:`refine`: voxels of the images per voxel at its resolution, and the loss before the step."""
+
+    scale: int
+    loss: float
+
+
+class Refinement(NamedTuple):
+    """What :func:`refine` finds.
+
+    Attributes:
+        ddf: displacement ``(1, D, *spatial)`` in voxels of the fixed grid, which warps ``moving``.
+        inverse_ddf: displacement of the inverse map, which warps ``fixed``.
+        curve: the steps taken.
+    """
+
+    ddf: Tensor
+    inverse_ddf: Tensor
+    curve: list[Step]
+
+
+def _cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Voxels ``start`` to ``start + size`` of ``image``, which continues with its border value."""
+    for d, (first, n) in enumerate(zip(start, size, strict=True)):
+        index = torch.arange(first, first + n, device=image.device).clamp(0, image.shape[d + 2] - 1)
+        image = image.index_select(d + 2, index)
+    return image
+
+
+def _box(moving: Tensor, fixed: Tensor, multiple: int) -> tuple[list[int], list[int]]:
+    """Start and size of the box around what the images show; each side a ``multiple`` plus 1, to be halved."""
+    shown = torch.stack([(image != image.amin()).any(1) for image in (moving, fixed)]).any(0)[0]
+    start, size = [], []
+    for d in range(shown.ndim):
+        others = [axis for axis in range(shown.ndim) if axis != d]
+        index = shown.any(others[-1]).any(others[0]).nonzero() if len(others) == 2 else shown.any(others[0]).nonzero()
+        low, high = (int(index.min()), int(index.max())) if len(index) else (0, shown.shape[d] - 1)
+        # Not further than the image reaches: a margin is there to let the field fade.
+        low, high = max(low - _MARGIN, 0), min(high + _MARGIN, shown.shape[d] - 1)
+        start.append(low)
+        size.append(-(-(high - low) // multiple) * multiple + 1)
+    return start, size
+
+
+def _smooth(field: Tensor, sigma: float) -> Tensor:
+    """Convolve with a Gaussian of ``sigma`` voxels, sums of shifted copies: 10 times faster than convolutions."""
+    if sigma == 0:
+        return field
+    radius = math.ceil(3 * sigma)
+    weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    for axis in range(2, field.ndim):
+        n = field.shape[axis]
+        index = torch.arange(-radius, n + radius, device=field.device).clamp(0, n - 1)
+        wide = field.index_select(axis, index)
+        field = wide.narrow(axis, radius, n) * (weights[0] / total)
+        for i in range(1, radius + 1):
+            pair = wide.narrow(axis, radius - i, n) + wide.narrow(axis, radius + i, n)
+            field.add_(pair, alpha=weights[i] / total)
+    return field
+
+
+def _halve(image: Tensor) -> Tensor:
+    """Every other voxel of ``image`` (``2 n - 1`` to ``n`` along each axis) after smoothing with [1, 2, 1] / 4."""
+    for axis in range(2, image.ndim):
+        n = image.shape[axis] // 2
+        index = torch.arange(image.shape[axis], device=image.device)
+        even, odd = image.index_select(axis, index[::2]), image.index_select(axis, index[1::2])
+        half = even * 0.5
+        half.narrow(axis, 0, n).add_(odd, alpha=0.25)
+        half.narrow(axis, 1, n).add_(odd, alpha=0.25)
+        for end in (0, n):  # one neighbour short
+            half.narrow(axis, end, 1).div_(0.75)
+        image = half
+    return image
+
+
+def _double(ddf: Tensor) -> Tensor:
+    """``blocks.resize`` from ``n`` to ``2 n - 1`` along each axis, where it takes a fifth of the time."""
+    ddf = ddf * 2
+    for axis in range(2, ddf.ndim):
+        n = ddf.shape[axis]
+        between = (ddf.narrow(axis, 0, n - 1) + ddf.narrow(axis, 1, n - 1)) * 0.5
+        pairs = torch.stack([ddf.narrow(axis, 0, n - 1), between], dim=axis + 1).flatten(axis, axis + 1)
+        ddf = torch.cat([pairs, ddf.narrow(axis, n - 1, 1)], dim=axis)
+    return ddf
+
+
+def _times(function: Callable[[Tensor], Tensor], number: int, tensor: Tensor) -> Tensor:
+    for _ in range(number):
+        tensor = function(tensor)
+    return tensor
+
+
+def _gradient(image: Tensor, slope: Tensor) -> Tensor:
+    """Central differences of ``image`` ``(1, C, *spatial)`` times ``slope``, summed over C: ``(1, D, *spatial)``.
+
+    0 at the border.
+    """
+    found = image.new_zeros(1, image.ndim - 2, *image.shape[2:])
+    for d in range(image.ndim - 2):
+        n = image.shape[d + 2] - 2
+        rise = image.narrow(d + 2, 2, n) - image.narrow(d + 2, 0, n)
+        found[:, d].narrow(d + 1, 1, n).copy_((rise * slope.narrow(d + 2, 1, n)).sum(1).mul_(0.5))
+    return found
+
+
+class _Pair(NamedTuple):
+    """What is aligned, all on one grid, whose voxels are ``scale`` of the images' own; points in the images' voxels."""
+
+    moving: Tensor
+    fixed: Tensor
+    mask: Tensor | None
+    labels: tuple[Tensor, Tensor] | None
+    points: tuple[Tensor, Tensor] | None
+    scale: int = 1
+
+    def cut(self, start: list[int], size: list[int]) -> "_Pair":
+        """The pair in a box."""
+        shift = torch.tensor(start, device=self.fixed.device)
+        return self._replace(
+            moving=_cut(self.moving, start, size),
+            fixed=_cut(self.fixed, start, size),
+            mask=None if self.mask is None else _cut(self.mask, start, size),
+            labels=None
+            if self.labels is None
+            else (_cut(self.labels[0], start, size), _cut(self.labels[1], start, size)),
+            points=None if self.points is None else (self.points[0] - shift, self.points[1] - shift),
+        )
+
+    def halved(self) -> "_Pair":
+        """The pair at half the resolution."""
+        every_other: tuple[Any, ...] = (..., *[slice(None, None, 2)] * (self.moving.ndim - 2))
+        return self._replace(
+            moving=_halve(self.moving),
+            fixed=_halve(self.fixed),
+            mask=None if self.mask is None else _halve(self.mask),
+            labels=None if self.labels is None else (self.labels[0][every_other], self.labels[1][every_other]),
+            scale=2 * self.scale,
+        )
+
+
+class _Objective(NamedTuple):
+    """The loss that is minimised, and how steps change it."""
+
+    similarity: Similarity
+    bidirectional: bool
+    label_weight: float
+    points_weight: float
+
+    def _slope(self, warped: Tensor, fixed: Tensor, mask: Tensor | None) -> tuple[float, Tensor]:
+        """Similarity of two images and its gradient by the first."""
+        leaf = warped.detach().requires_grad_()
+        with torch.enable_grad():
+            masked = (leaf, fixed) if mask is None else (leaf * mask, fixed * mask)
+            loss = self.similarity(*masked)
+            (slope,) = torch.autograd.grad(loss, leaf)
+        return float(loss.detach()), slope
+
+    def _images(self, pair: _Pair, ddf: Tensor, inverse: Tensor | None) -> tuple[float, Tensor]:
+        """Dissimilarity and its gradient by a step, with ``ddf`` and its inverse on the grid of the images."""
+        warped = warp(pair.moving, ddf)
+        loss, slope = self._slope(warped, pair.fixed, pair.mask)
+        force = _gradient(warped, slope)
+        if inverse is None:
+            return loss, force
+        # A step moves the warped fixed image the other way, at the points that the map takes to the moving grid.
+        mask = None if pair.mask is None else warp(pair.mask, inverse)
+        back, slope = self._slope(warp(pair.fixed, inverse), pair.moving, mask)
+        force -= _gradient(pair.fixed, warp(slope, ddf) * jacobian_determinant(ddf).clamp_min_(0))
+        return (loss + back) / 2, force / 2
+
+    def _others(self, pair: _Pair, ddf: Tensor, doublings: int) -> Tensor:
+        """Weighted losses of labels and points; ``ddf`` is ``doublings`` coarser than the pair."""
+        total = ddf.new_zeros(())
+        if pair.labels is not None:
+            dice = LabelDiceLoss(int(max(label.max() for label in pair.labels)))
+            total = total + self.label_weight * dice(*pair.labels, _times(_double, doublings, ddf))
+        if pair.points is not None:
+            side = pair.scale << doublings
+            moving, fixed = (points / side for points in pair.points)
+            error = target_registration_error(moving, fixed, ddf, spacing=side)
+            total = total + self.points_weight * error.square().mean()
+        return total
+
+    def force(self, pair: _Pair, ddf: Tensor, inverse: Tensor | None, doublings: int) -> tuple[float, Tensor]:
+        """Loss at ``ddf`` and its gradient by a step, on the grid of ``ddf``, ``doublings`` coarser than the pair's."""
+        finer = [None if field is None else _times(_double, doublings, field) for field in (ddf, inverse)]
+        assert finer[0] is not None
+        loss, force = self._images(pair, finer[0], finer[1])
+        # Each voxel of the field moves several of the image, and a voxel of the field is longer.
+        force = _times(_halve, doublings, force) * 2 ** (doublings * (1 + force.shape[1]))
+        if pair.labels is not None or pair.points is not None:
+            step = torch.zeros_like(ddf).requires_grad_()
+            with torch.enable_grad():
+                others = self._others(pair, compose(ddf, step), doublings)
+                (slope,) = torch.autograd.grad(others, step)
+            loss, force = loss + float(others.detach()), force + slope
+        return loss, force
+
+
+class _Direction:
+    """Where each point should go: the mean of the gradients, divided by their root mean square length."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.mean = torch.zeros_like(like)
+        self.square = torch.zeros_like(like[:, :1])
+        self.steps = 0
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Take in the ``gradient`` ``(1, D, *spatial)``; the result is 1 long at most, about."""
+        (first, second), self.steps = _MOMENTA, self.steps + 1
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.lerp_(gradient.square().sum(1, keepdim=True), 1 - second)
+        length = (self.square / (1 - second**self.steps)).sqrt_()
+        floor = length.mean() * _FLOOR + torch.finfo(length.dtype).tiny
+        return self.mean / ((first**self.steps - 1) * (length + floor))
+
+
+def _folded(ddf: Tensor) -> Tensor:
+    """Where a map folds, by central or forward differences: ``(1, 1, *spatial)``."""
+    return ~((jacobian_determinant(ddf) > 0) & (jacobian_determinant(ddf, "forward") > 0))
+
+
+def _unfold(ddf: Tensor) -> Tensor:
+    """Smooth ``ddf`` around its folds until there are none; wider and wider, so that it ends."""
+    pool = F.max_pool3d if ddf.ndim == 5 else F.max_pool2d
+    radius = 1
+    while bool((folded := _folded(ddf)).any()):
+        near = pool(folded.to(ddf.dtype), 2 * radius + 1, 1, radius)
+        ddf = ddf + _smooth(near, radius / 2) * (_smooth(ddf, radius / 2) - ddf)
+        radius = min(radius + 1, 2 * max(ddf.shape[2:]))
+    return ddf
+
+
+def _inverse(ddf: Tensor) -> Tensor:
+    """Inverse of a map that does not fold, without folds."""
+    inverse = _double(invert(_halve(ddf) / 2, tolerance=0.05)[0])
+    for _ in range(3):  # what half the resolution misses
+        inverse = -warp(ddf, inverse)
+    return _unfold(inverse)
+
+
+class _Course:
+    """When to stop at a resolution: no time, no step, or no progress left."""
+
+    def __init__(self, deadline: float, max_steps: int) -> None:
+        self.deadline = deadline
+        self.max_steps = max_steps
+        self.best: list[float] = []  # the lowest loss up to each step
+
+    def improves(self, loss: float) -> bool:
+        """Take in the loss of a step, and say whether it is the lowest."""
+        lowest = not self.best or loss < self.best[-1]
+        self.best.append(loss if lowest else self.best[-1])
+        return lowest
+
+    def ends(self) -> bool:
+        """Whether the last step was the last."""
+        steps = len(self.best)
+        if steps > self.max_steps or time.perf_counter() >= self.deadline:
+            return True
+        if steps <= _PATIENCE:
+            return False
+        return self.best[-1 - _PATIENCE] - self.best[-1] <= 0.01 * (self.best[0] - self.best[-1])
+
+
+def _descend(
+    objective: _Objective,
+    pair: _Pair,
+    ddf: Tensor,
+    doublings: int,
+    course: _Course,
+    sigmas: tuple[float, float],
+) -> Iterator[tuple[float, Tensor]]:
+    """Improve ``ddf``, ``doublings`` coarser than the pair: the loss of each step, and the best field so far."""
+    direction, best = _Direction(ddf), ddf
+    inverse = invert(ddf)[0] if objective.bidirectional else None
+    while True:
+        loss, force = objective.force(pair, ddf, inverse, doublings)
+        if course.improves(loss):
+            best = ddf
+        yield loss, best
+        if course.ends():
+            return
+        ddf = _smooth(compose(ddf, direction(_smooth(force, sigmas[0])) * _STEP), sigmas[1])
+        if inverse is not None:  # from that of the step before, two passes come close enough
+            inverse = -warp(ddf, -warp(ddf, inverse))
+
+
+def _check(pair: _Pair, ddf: Tensor | None) -> None:
+    shape = list(pair.fixed.shape)
+    if len(shape) not in (4, 5) or shape[0] != 1 or list(pair.moving.shape) != shape or min(shape[2:]) < 2:
+        raise ValueError(
+            f"moving and fixed must be one pair of one shape (1, C, *spatial), 2 voxels or more along each of 2 or 3 "
+            f"axes, got {list(pair.moving.shape)} and {shape}."
+        )
+    labels = pair.labels or (None, None)
+    fields = (("ddf", ddf, len(shape) - 2), ("mask", pair.mask, 1), *(("labels", label, 1) for label in labels))
+    for name, tensor, channels in fields:
+        expected = [1, channels, *shape[2:]]
+        if tensor is not None and list(tensor.shape) != expected:
+            raise ValueError(f"{name} for images of shape {shape} must be {expected}, got {list(tensor.shape)}.")
+    for name, tensor in (("moving", pair.moving), ("fixed", pair.fixed), ("ddf", ddf)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got {int((~tensor.isfinite()).sum())} values that are not.")
+
+
+def _levels(size: Sequence[int]) -> list[tuple[int, int]]:
+    """Halvings of the images and of the field, coarse to fine, for a grid of ``size``."""
+    coarsest = min(_COARSEST, max(0, int(math.log2(min(size) / _SMALLEST))))
+    return [(k, max(k, 1)) for k in range(coarsest, -1, -1)] + [(0, 0)]
+
+
+def _refine(
+    objective: _Objective,
+    pair: _Pair,
+    ddf: Tensor | None,
+    sigmas: tuple[float, float],
+    budget: float | None,
+    max_steps: int,
+    progress: bool,
+) -> Refinement:
+    begin, whole = time.perf_counter(), list(pair.fixed.shape[2:])
+    levels = _levels(whole)
+    start, size = _box(pair.moving, pair.fixed, 2 ** levels[0][1])
+    pairs = [pair.cut(start, size)]
+    for _ in range(levels[0][0]):
+        pairs.append(pairs[-1].halved())
+    field, at = torch.zeros_like(pairs[0].fixed[:, :1]).repeat_interleave(len(size), 1), 0
+    if ddf is not None:
+        levels, field = levels[-2:], _cut(ddf.as_subclass(Tensor).float(), start, size)
+    curve: list[Step] = []
+    with tqdm(disable=not progress, desc="refining", unit="step") as bar:
+        for image, coarser in levels:
+            while at < coarser:
+                field, at = _halve(field) / 2, at + 1
+            while at > coarser:
+                field, at = _double(field), at - 1
+            deadline = math.inf if budget is None else begin + budget * _SHARES[image, coarser]
+            course = _Course(deadline, max_steps)
+            steps = _descend(objective, pairs[image], field, coarser - image, course, sigmas)
+            for loss, best in steps:
+                field = best
+                curve.append(Step(pairs[image].scale, loss))
+                bar.set_postfix(voxel=pairs[image].scale, loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+            field = _unfold(field)
+        inverse = _inverse(field)
+    found = [_cut(x, [-n for n in start], whole) for x in (field, inverse)]
+    return Refinement(found[0], found[1], curve)
+
+
+def refine(
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    ddf: Tensor | None = None,
+    similarity: Similarity | None = None,
+    bidirectional: bool = False,
+    mask: Tensor | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
+    label_weight: float = 1.0,
+    points: tuple[Tensor, Tensor] | None = None,
+    points_weight: float = 0.1,
+    step_sigma: float = 0.7,
+    field_sigma: float = 0.5,
+    budget: float | None = 30.0,
+    max_steps: int = 60,
+    progress: bool = False,
+) -> Refinement:
+    r"""Align ``moving`` with ``fixed``, both ``(1, C, *spatial)`` in 2-D or 3-D, by the images themselves.
+
+    Folds are left nowhere, by central or forward differences. The same call gives the same result, as long as no
+    ``budget`` ends it.
+
+    Args:
+        moving: intensities; both images are aligned but for what is local.
+        fixed: the same.
+        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none, from coarse to fine.
+        similarity: loss of two images, called with ``(warped, fixed)``; default: ``LNCCLoss(window=5)``.
+        bidirectional: compare ``moving`` with the warped ``fixed`` too; about twice the time for a step.
+        mask: where images are compared, not 0 inside, ``(1, 1, *spatial)`` on the fixed grid.
+        labels: label maps of moving and fixed, integers ``(1, 1, *spatial)``, whose Dice is part of the loss.
+        label_weight: factor of minus their soft Dice (``LabelDiceLoss``).
+        points: landmarks in moving and in fixed, ``(1, N, D)`` in voxels, whose mean squared distance is part of it.
+        points_weight: factor of that distance, in 1 / voxels^2.
+        step_sigma: of the Gaussian that smooths each step, in voxels of the field (as a fluid).
+        field_sigma: of the Gaussian that smooths the field after each step (as an elastic body).
+        budget: seconds after which it ends with what it has; None: when nothing improves.
+        max_steps: steps at each resolution.
+        progress: show a bar.
+    """
+    moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
+    for name, value in (
+        ("step_sigma", step_sigma),
+        ("field_sigma", field_sigma),
+        ("max_steps", max_steps),
+        ("budget", budget),
+    ):
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}.")
+    pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
+    _check(pair, ddf)
+    objective = _Objective(similarity or LNCCLoss(window=5), bidirectional, label_weight, points_weight)
+    with torch.inference_mode(False), torch.no_grad():  # the similarity alone is differentiated
+        return _refine(objective, pair, ddf, (step_sigma, field_sigma), budget, max_steps, progress)
+
+
+class RefinedRegistration(nn.Module):
+    """A network, and :func:`refine` after it: to put in the place of ``networks.Registration`` where pairs are judged.
+
+    The result is a dict of ``ddf``, ``inverse_ddf``, ``warped`` and ``warped_fixed``.
+
+    Args:
+        registration: as it was trained.
+        budget: seconds for each pair, as in :func:`refine`.
+        similarity: as in :func:`refine`.
+        bidirectional: as in :func:`refine`.
+    """
+
+    def __init__(
+        self,
+        registration: Registration,
+        budget: float | None = 30.0,
+        similarity: Similarity | None = None,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__()
+        self.registration = registration
+        self.budget = budget
+        self.similarity = similarity
+        self.bidirectional = bidirectional
+
+    def forward(self, pair: Tensor) -> dict[str, Tensor]:
+        """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""
+        start = self.registration(pair)["ddf"]
+        moving, fixed = pair.chunk(2, dim=1)
+        found = [
+            refine(*images, ddf=first, similarity=self.similarity, bidirectional=self.bidirectional, budget=self.budget)
+            for *images, first in zip(moving.split(1), fixed.split(1), start.split(1), strict=True)
+        ]
+        ddf, inverse = torch.cat([x.ddf for x in found]), torch.cat([x.inverse_ddf for x in found])
+        return {
+            "ddf": ddf,
+            "inverse_ddf": inverse,
+            "warped": warp(moving, ddf),
+            "warped_fixed": warp(fixed, inverse),
+        }
