@@ -481,6 +481,17 @@ def test_determinant_refuses_other_schemes() -> None:
 
 
 @sizes
+def test_smaller_steps_invert_what_stretches_more(size: tuple[int, ...]) -> None:
+    middle = torch.tensor(size).double().view(1, -1, *[1] * len(size)) / 2
+    away = identity_grid(torch.zeros(1, 1, *size).double()) - middle
+    ddf = 1.5 * away.clamp(-2, 2)  # by 150 % about the middle
+    assert float(invert(ddf)[1]) > 0.5
+    inverse, residual = invert(ddf, step=0.5)  # converges up to 300 %
+    assert float(residual) <= 1e-3
+    same(compose(ddf, inverse), torch.zeros_like(ddf), atol=1e-3)
+
+
+@sizes
 def test_corners_reassemble_the_warp_and_its_gradient(size: tuple[int, ...]) -> None:
     image, ddf = torch.rand(2, 1, *size, dtype=torch.float64), noise(size, batch=2).requires_grad_()
     found = corners(ddf)

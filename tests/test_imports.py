@@ -30,6 +30,10 @@ ALLOWED = {
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
     "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
+    "chains": {"blocks", "spaces"},
+    "transform_files": {"chains", "spaces"},
+    "points": {"spaces"},
+    "apply": {"blocks", "chains", "points", "spaces", "transform_files"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs
