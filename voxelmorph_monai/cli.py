@@ -91,9 +91,11 @@ def _register(args: argparse.Namespace) -> int:
     return 0
 
 
-_ORDER = """TRANSFORM is an ITK transform (.h5, .tfm, .txt, .mat; ANTs' GenericAffine) or a displacement (.nii, .nii.gz of
-intent 1006 or 1007; ANTs' Warp), or '[FILE,1]' for the inverse of what is in FILE. Several are listed as for ANTs: a
-point of the fixed image goes through the first one first."""
+_ORDER = (
+    "TRANSFORM is an ITK transform (.h5, .tfm, .txt, .mat; ANTs' GenericAffine) or a displacement (.nii, .nii.gz of "
+    "intent 1006 or 1007; ANTs' Warp), or '[FILE,1]' for the inverse of what is in FILE. Several are listed as for "
+    "ANTs: a point of the fixed image goes through the first one first."
+)
 
 
 def _add_transforms(parser: argparse.ArgumentParser) -> None:
