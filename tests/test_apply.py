@@ -153,13 +153,16 @@ def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.usefixtures("folder")
 def test_an_ants_pair_of_our_composite_is_the_same_map() -> None:
-    ours = Composite(np.linalg.inv(affine_map()), affine_map(), (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
+    outer = np.diag([1.1, 0.9, 1.0, 1.0])
+    ours = Composite(affine_map(), outer, (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
     ours.save("forward.h5")
     assert vxm("convert forward.h5 a_ --to ants --reference fixed.nii.gz") == 0
     found, _ = read_chain(["a_1Warp.nii.gz", "a_0GenericAffine.mat"])
     index = np.random.default_rng(2).integers(3, 12, (50, 3))  # on voxels: between them it is linear on another grid
     points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
     np.testing.assert_allclose(map_points(found, points), ours.points(points), atol=5e-5)
+    linear = map_points(read_transform("a_0GenericAffine.mat"), points)
+    np.testing.assert_allclose(linear, map_points(linear_transform(ours.linear), points), atol=POINT)
 
 
 @pytest.mark.usefixtures("folder")
@@ -488,7 +491,8 @@ def test_ants_applies_the_same() -> None:
 def test_nitransforms_reads_our_displacement() -> None:
     nonlinear = pytest.importorskip("nitransforms.nonlinear", reason="nitransforms is not installed")
     field = nonlinear.load("1Warp.nii.gz", fmt="itk")
-    points = inner()
+    index = np.random.default_rng(2).integers(5, np.array(FIXED) - 5, (50, 3))  # on voxels: between them it is cubic
+    points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
     np.testing.assert_allclose(field.map(points), map_points(read_transform("1Warp.nii.gz"), points), atol=1e-3)
 
 
