@@ -29,6 +29,7 @@ from voxelmorph_monai.blocks import (
     integrate,
     invert,
     jacobian_determinant,
+    majority,
     resize,
     warp,
     warp_labels,
@@ -480,6 +481,17 @@ def test_determinant_refuses_other_schemes() -> None:
 
 
 @sizes
+def test_smaller_steps_invert_what_stretches_more(size: tuple[int, ...]) -> None:
+    middle = torch.tensor(size).double().view(1, -1, *[1] * len(size)) / 2
+    away = identity_grid(torch.zeros(1, 1, *size).double()) - middle
+    ddf = 1.5 * away.clamp(-2, 2)  # by 150 % about the middle
+    assert float(invert(ddf)[1]) > 0.5
+    inverse, residual = invert(ddf, step=0.5)  # converges up to 300 %
+    assert float(residual) <= 1e-3
+    same(compose(ddf, inverse), torch.zeros_like(ddf), atol=1e-3)
+
+
+@sizes
 def test_corners_reassemble_the_warp_and_its_gradient(size: tuple[int, ...]) -> None:
     image, ddf = torch.rand(2, 1, *size, dtype=torch.float64), noise(size, batch=2).requires_grad_()
     found = corners(ddf)
@@ -491,6 +503,28 @@ def test_corners_reassemble_the_warp_and_its_gradient(size: tuple[int, ...]) -> 
     same(gathered, warped)
     share = torch.rand_like(warped)
     same(torch.autograd.grad((gathered * share).sum(), ddf), torch.autograd.grad((warped * share).sum(), ddf))
+
+
+@sizes
+def test_corners_of_another_grid_are_its_voxels(size: tuple[int, ...]) -> None:
+    other, ddf = [n + 3 for n in size[::-1]], noise(size)
+    image = torch.rand(1, 1, *other, dtype=torch.float64)
+    found = corners(ddf, other)
+    gathered = sum(image.flatten(1).gather(1, i.flatten(1)).view_as(weight) * weight for i, weight in found)
+    common = [max(n, m) for n, m in zip(size, other, strict=True)]  # a grid for both, cut to where points lie within
+    points = (ddf + identity_grid(ddf)).clamp(min=0)
+    within = torch.stack([point <= n - 1 for point, n in zip(points.unbind(1), other, strict=True)]).all(0)
+    ends = [pad for n, m in zip(reversed(common), reversed(size), strict=True) for pad in (0, n - m)]
+    wider = torch.nn.functional.pad(points - identity_grid(ddf), ends)
+    ends = [pad for n, m in zip(reversed(common), reversed(other), strict=True) for pad in (0, n - m)]
+    warped = warp(torch.nn.functional.pad(image, ends), wider)[:, 0][(..., *(slice(n) for n in size))]
+    assert within.double().mean() > 0.5
+    same(gathered[within], warped[within])
+
+
+def test_corners_refuse_a_size_of_another_space() -> None:
+    with pytest.raises(ValueError, match=r"^size for a ddf of 2 components must be as many sizes > 0, got \[5\]\.$"):
+        corners(torch.zeros(1, 2, 5, 4), [5])
 
 
 def test_corners_on_a_voxel_are_that_voxel() -> None:
@@ -602,6 +636,7 @@ def inputs(size: tuple[int, ...], batch: int) -> dict[str, Any]:
         "dvf": noise(size, batch, reach=1.0),
         "size": [6, 11, 8][: len(size)],
         "small": 0.3 * torch.rand(batch, len(size), *size, dtype=torch.float64),
+        "votes": torch.randint(0, 2, (batch, len(size), *size)),
     }
 
 
@@ -618,6 +653,8 @@ CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     (jacobian_determinant, ["ddf"], {}),
     (jacobian_determinant, ["ddf"], {"scheme": "forward"}),
     (corners, ["ddf"], {}),
+    (corners, ["ddf", "size"], {}),
+    (majority, ["votes", "small"], {}),
     (warp_labels, ["labels", "ddf"], {}),
 ]
 
@@ -682,7 +719,8 @@ def test_scripts_give_the_same(function: Callable[..., Any]) -> None:
             given = inputs(size, batch=2)
             expected = call(function, names, options, given)
             same(call(scripted, names, options, given), expected)
-            same(call(loaded, names, defaults | options, given), expected)  # a file keeps no defaults
+            absent = {name: value for name, value in defaults.items() if name not in names}  # a file keeps no defaults
+            same(call(loaded, names, absent | options, given), expected)
 
 
 class HalfResolution(torch.nn.Module):

@@ -50,6 +50,10 @@ ALLOWED = {
     "cohort": {"preparation", "processes", "registration", "spaces"},
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
+    "chains": {"blocks", "spaces"},
+    "transform_files": {"chains", "spaces"},
+    "points": {"spaces"},
+    "apply": {"blocks", "chains", "points", "spaces", "transform_files"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

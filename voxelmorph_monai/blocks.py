@@ -20,6 +20,7 @@ __all__ = [
     "integrate",
     "invert",
     "jacobian_determinant",
+    "majority",
     "resize",
     "warp",
     "warp_labels",
@@ -142,17 +143,19 @@ def _length(field: Tensor) -> Tensor:
     return torch.linalg.vector_norm(field, dim=1)
 
 
-def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3) -> tuple[Tensor, Tensor]:
+def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Inverse of a displacement that comes without a velocity, and how far it is from one.
 
     Fixed point :math:`u^{-1} \leftarrow -u \circ (id + u^{-1})` (Chen et al., Medical Physics 2008). It converges where
-    ``u`` stretches nothing by 100 % or more; elsewhere the residual tells what is left. A small residual does not rule
-    out folds, as of several points that meet in one it finds one: :func:`jacobian_determinant` sees them.
+    ``u`` stretches nothing by 100 % or more, with a smaller ``step`` by ``2 / step - 1``; elsewhere the residual tells
+    what is left. A small residual does not rule out folds, as of several points that meet in one it finds one:
+    :func:`jacobian_determinant` sees them.
 
     Args:
         ddf: displacement in voxels, ``(B, D, *spatial)``.
         max_iterations: passes at most.
         tolerance: stop when no voxel is further than this (voxels) from being undone.
+        step: share of its error that each pass takes off.
 
     Returns:
         The inverse, same shape, and the residual ``(B,)``: the largest :math:`|\phi(\phi^{-1}(x)) - x|` in voxels.
@@ -163,7 +166,7 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3) -> t
     for _ in range(max_iterations):
         if float(_length(error.detach()).max()) <= tolerance:
             break
-        inverse = inverse - error
+        inverse = inverse - step * error
         error = compose(ddf, inverse)
     return inverse, _length(error).flatten(1).amax(dim=1)
 
@@ -230,18 +233,25 @@ def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
     return (a[:, 0] * x + a[:, 1] * y + a[:, 2] * z).unsqueeze(1)
 
 
-def corners(ddf: Tensor) -> list[tuple[Tensor, Tensor]]:
+def corners(ddf: Tensor, size: list[int] | None = None) -> list[tuple[Tensor, Tensor]]:
     r"""Voxels that linear interpolation mixes at :math:`\phi(x)`, with their shares.
 
     For each of the ``2**D`` corners of the cell around :math:`\phi(x)`: the flat index ``(B, *spatial)`` of the voxel
     (int64, into the grid of one batch item) and its weight ``(B, *spatial)``, differentiable in ``ddf``. The weights of
     a point sum to 1. What a warp does to label maps can so be computed for all labels at once, without one-hot images.
+
+    Args:
+        ddf: displacement in voxels.
+        size: of the grid that the voxels belong to, when it is another one: :math:`\phi(x)` counts in its voxels.
     """
     _check_ddf(ddf, ddf)
     ddf = _exact(ddf)
+    grid = list(ddf.shape[2:]) if size is None else list(size)
+    if len(grid) != ddf.shape[1] or min(grid) < 1:
+        raise ValueError(f"size for a ddf of {ddf.shape[1]} components must be as many sizes > 0, got {grid}.")
     found = [(torch.zeros_like(ddf[:, 0], dtype=torch.int64), torch.ones_like(ddf[:, 0]))]
     for d in range(ddf.shape[1]):
-        n = ddf.shape[d + 2]
+        n = grid[d]
         point = (ddf[:, d] + _axis(ddf, d)).clamp(0, n - 1)
         low = point.detach().floor()
         share = point - low
@@ -255,6 +265,26 @@ def corners(ddf: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def majority(labels: Tensor, shares: Tensor) -> Tensor:
+    """Of labels with their shares, ``(B, K, *spatial)`` both, the one with the largest sum: ``(B, 1, *spatial)``.
+
+    Of labels with equal shares the smaller one wins.
+
+    >>> majority(torch.tensor([[2, 5, 3], [2, 5, 5]]), torch.tensor([[0.4, 0.35, 0.25]]).expand(2, 3))
+    tensor([[2],
+            [5]])
+    """
+    given, weights = labels.unbind(1), shares.unbind(1)
+    best, most = given[0], torch.zeros_like(weights[0])
+    for label in given:
+        share = torch.zeros_like(most)
+        for other, weight in zip(given, weights):  # noqa: B905, TorchScript knows no strict=True
+            share = share + weight * (other == label)
+        better = (share > most) | ((share == most) & (label < best))
+        best, most = torch.where(better, label, best), torch.where(better, share, most)
+    return best.unsqueeze(1)
+
+
 def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linearly interpolated share.
 
@@ -264,13 +294,7 @@ def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     _check_ddf(labels, ddf)
     if labels.shape[1] != 1:
         raise ValueError(f"labels must have one channel, got shape {list(labels.shape)}.")
+    found = corners(ddf.detach())
     flat = labels.flatten(1)
-    found = [(flat.gather(1, index.flatten(1)).view_as(index), weight) for index, weight in corners(ddf.detach())]
-    best, most = found[0][0], torch.zeros_like(found[0][1])
-    for label, _ in found:
-        share = torch.zeros_like(most)
-        for other, weight in found:
-            share = share + weight * (other == label)
-        better = (share > most) | ((share == most) & (label < best))
-        best, most = torch.where(better, label, best), torch.where(better, share, most)
-    return best.unsqueeze(1)
+    there = torch.stack([flat.gather(1, index.flatten(1)).view_as(index) for index, _ in found], dim=1)
+    return majority(there, torch.stack([weight for _, weight in found], dim=1))

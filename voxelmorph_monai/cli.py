@@ -208,6 +208,142 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+_ORDER = (
+    "TRANSFORM is an ITK transform (.h5, .tfm, .txt, .mat; ANTs' GenericAffine) or a displacement (.nii, .nii.gz of "
+    "intent 1006 or 1007; ANTs' Warp), or '[FILE,1]' for the inverse of what is in FILE. Several are listed as for "
+    "ANTs: a point of the fixed image goes through the first one first."
+)
+
+
+def _add_transforms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("transforms", nargs="+", metavar="TRANSFORM", help="in ANTs' order, see below")
+    parser.epilog = f"{_ORDER} {parser.epilog}"
+
+
+def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--to", choices=("itk", "1007", "1006", "ants"), help="format (default: by the ending, 1007 for .nii, .nii.gz)"
+    )
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="fixed image, for the grid of a displacement")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _save_chain(args: argparse.Namespace, transform: Any, inputs: Sequence[str]) -> None:
+    from voxelmorph_monai.apply import read_grid
+    from voxelmorph_monai.transform_files import save_chain
+
+    grid = None if args.reference is None else read_grid(args.reference)
+    save_chain(args.output, transform, form=args.to, grid=grid, overwrite=args.overwrite, inputs=inputs)
+
+
+def _report(residual: float) -> None:
+    if residual:
+        print(f"inverted numerically; the inverse misses by {residual:.2g} mm at most")
+
+
+def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_transforms(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--image", type=Path, metavar="FILE", help="moving image to pull onto the reference")
+    what.add_argument("--labels", type=Path, metavar="FILE", help="moving label map to pull onto the reference")
+    what.add_argument("--points", type=Path, metavar="FILE", help="points to take along: .csv, .fcsv, .mrk.json")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="fixed image, whose grid the output gets")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--interpolation",
+        choices=("linear", "nearest", "bspline", "lanczos", "label"),
+        help="of an image (linear, or the others but label), of labels (label: linear for each; or nearest)",
+    )
+    parser.add_argument(
+        "--points-of",
+        choices=("fixed", "moving"),
+        help="where the points were drawn: those of the fixed image go to the moving one, along the transform; those "
+        "of the moving image go to the fixed one, as the image does, by the inverse",
+    )
+    parser.add_argument("--coordinates", choices=("RAS", "LPS"), help="of points in a CSV file, which does not tell")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+
+
+def _apply(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apply import pull_file, pull_label_file, take_points
+
+    if args.points is None and (args.reference is None or args.points_of or args.coordinates):
+        raise ValueError("an image or label map must come with --reference, and without --points-of or --coordinates.")
+    if args.points is not None and (args.points_of is None or args.reference or args.interpolation):
+        raise ValueError("points must come with --points-of (fixed or moving), without --reference or --interpolation.")
+    options = {"overwrite": args.overwrite}
+    if args.points is not None:
+        residual = take_points(
+            args.transforms,
+            args.points,
+            args.output,
+            drawn_in=args.points_of,
+            coordinates=args.coordinates,
+            **options,
+        )
+    else:
+        pull, path, default = (
+            (pull_file, args.image, "linear") if args.image else (pull_label_file, args.labels, "label")
+        )
+        chosen = args.interpolation or default
+        residual = pull(args.transforms, path, args.reference, args.output, interpolation=chosen, **options)
+    _report(residual)
+    return 0
+
+
+def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_transforms(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="transform to write")
+    _add_saving_arguments(parser)
+
+
+def _compose(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.transform_files import read_chain
+
+    transform, residual = read_chain(args.transforms)
+    _save_chain(args, transform, args.transforms)
+    _report(residual)
+    return 0
+
+
+def _invert(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.chains import invert_transform
+    from voxelmorph_monai.transform_files import read_chain
+
+    transform, missed = read_chain(args.transforms)
+    inverse, residual = invert_transform(transform)
+    _save_chain(args, inverse, args.transforms)
+    _report(max(missed, residual))
+    return 0
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="INPUT", help="transform, see below")
+    parser.epilog = f"{_ORDER} {parser.epilog}"
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file, or with --to ants the prefix of two")
+    _add_saving_arguments(parser)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    args.transforms = [args.input]
+    return _compose(args)
+
+
+def _add_jacobian_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_transforms(parser)
+    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="fixed image")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="image to write")
+    parser.add_argument("--log", action="store_true", help="the natural logarithm")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+
+
+def _jacobian(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apply import jacobian_file
+
+    jacobian_file(args.transforms, args.reference, args.output, logarithm=args.log, overwrite=args.overwrite)
+    return 0
+
+
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write (%(default)s)")
 
@@ -267,6 +403,36 @@ _COMMANDS = {
         "vxm register moving.nii.gz fixed.nii.gz --output registered",
         _add_register_arguments,
         _register,
+    ),
+    "apply": _Command(
+        "apply transforms, ours or of ITK, ANTs or 3D Slicer, to an image, labels or points",
+        "vxm apply registered/forward.h5 --image moving.nii.gz --reference fixed.nii.gz --output warped.nii.gz",
+        _add_apply_arguments,
+        _apply,
+    ),
+    "compose": _Command(
+        "write several transforms as one",
+        "vxm compose 1Warp.nii.gz 0GenericAffine.mat --output both.h5",
+        _add_compose_arguments,
+        _compose,
+    ),
+    "invert": _Command(
+        "invert a transform: exactly if it is linear, numerically if it is a displacement",
+        "vxm invert displacement.nii.gz --output inverse.h5",
+        _add_compose_arguments,
+        _invert,
+    ),
+    "convert": _Command(
+        "write a transform in another format: ITK, ANTs, displacement of intent 1006 or 1007",
+        "vxm convert forward.h5 displacement.nii.gz --reference fixed.nii.gz",
+        _add_convert_arguments,
+        _convert,
+    ),
+    "jacobian": _Command(
+        "write by how much a transform changes the volume at each voxel of the fixed image",
+        "vxm jacobian forward.h5 --reference fixed.nii.gz --output jacobian.nii.gz",
+        _add_jacobian_arguments,
+        _jacobian,
     ),
     "uncertainty": _Command(
         "sample the posterior of a probabilistic network: spread of the displacement, probabilities of labels",

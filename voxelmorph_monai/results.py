@@ -118,7 +118,7 @@ def save_results(
         spatial_dims: 2 writes the files of a 2-D image.
     """
     determinant = jacobian_determinant(_field(ddf)).reshape(ddf.shape[1:]).numpy()
-    save_displacement(folder / names["displacement"], ddf, affine, spatial_dims)
+    save_displacement(folder / names["displacement"], ddf, affine, spatial_dims=spatial_dims)
     save_image(folder / names["jacobian"], determinant, affine, spatial_dims)
     save_registration_picture(
         folder / names["report"],

@@ -41,6 +41,8 @@ __all__ = [
     "in_plane",
     "linear_transform",
     "open_volume",
+    "points_to_lps",
+    "read_displacement",
     "read_image",
     "read_labels",
     "require_right_angles",
@@ -225,6 +227,11 @@ def to_lps(value: NDArray[np.floating[Any]]) -> Affine:
     if value.ndim == 1:
         return _lps(len(value))[:-1, :-1] @ value
     return _lps(len(value) - 1) @ value @ _lps(len(value) - 1)
+
+
+def points_to_lps(points: NDArray[np.floating[Any]]) -> NDArray[Any]:
+    """Restate points or vectors ``(..., 3)`` of RAS in LPS, or those of LPS in RAS."""
+    return points * np.array([-1, -1, 1])
 
 
 def transform_affine(transform: itk.Transform) -> Affine:
@@ -532,7 +539,9 @@ def save_transform(path: str | Path, transform: itk.Transform) -> None:
     _write_by_itk(path, lambda temporary: itk.transformwrite([transform], str(temporary)))
 
 
-def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
+def save_displacement(
+    path: str | Path, ddf: NDArray[Any], affine: Affine, *, spatial_dims: int = 3, intent: int = 1007
+) -> None:
     """Write a displacement so that ITK, ANTs and 3D Slicer apply it as it is; whole or not at all.
 
     The file is a NIfTI vector image ``(X, Y, Z, 1, 3)`` (intent 1007), its vectors in mm along LPS:
@@ -544,13 +553,44 @@ def save_displacement(path: str | Path, ddf: NDArray[Any], affine: Affine, spati
         ddf: ``(3, X, Y, Z)``, in voxels of the fixed grid.
         affine: of the fixed image (RAS, mm).
         spatial_dims: 2 writes that of a 2-D image, ``(X, Y, 1, 1, 2)``.
+        intent: 1007, vectors along LPS, which every program takes for such; or 1006, displacements along RAS.
     """
     if ddf.ndim != 4 or ddf.shape[0] != 3:
         raise ValueError(f"ddf for {path} must be (3, X, Y, Z), got {ddf.shape}.")
     if not np.isfinite(ddf).all():
         raise ValueError(f"ddf for {path} must be finite, got NaN or Inf.")
     _check_affine(affine, str(path))
-    vectors = _vectors(ddf, affine)[:, :, :, None, :spatial_dims].astype(np.float32)
-    image = nib.Nifti1Image(vectors, affine)
-    image.header.set_intent("vector")
+    vectors = _vectors(ddf, affine)[:, :, :, None, :spatial_dims]
+    if intent == 1006:
+        vectors = points_to_lps(vectors)
+    image = nib.Nifti1Image(vectors.astype(np.float32), affine)
+    image.header.set_intent(intent)
     _save(path, image)
+
+
+def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
+    """Read a displacement as :func:`save_displacement` and ANTs write it: ``(3, X, Y, Z)`` in voxels, and the affine.
+
+    The intent says how the vectors count: 1006 in mm along RAS, 1007 in mm along LPS.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole NIfTI file ``(X, Y, Z, 1, 3)`` of finite numbers with one of these intents.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} must be a NIfTI file, but there is no such file.")
+    with reading(Path(path)):
+        image = cast(nib.Nifti1Image, nib.load(path))
+        header, shape = image.header, image.shape
+        vectors = np.asarray(image.dataobj, dtype=np.float64) if shape[4:] == (3,) else None
+    intent = int(header["intent_code"])
+    if vectors is None or shape[3] != 1 or min(shape[:3]) < 2:
+        raise ValueError(f"{path} must be a displacement in 3-D, shape (X, Y, Z, 1, 3), got {shape}.")
+    if intent not in (1006, 1007):
+        raise ValueError(f"{path} must have intent 1006 (displacement along RAS) or 1007 (along LPS), got {intent}.")
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{path} must hold finite displacements, got {int((~np.isfinite(vectors)).sum())} others.")
+    _check_affine(image.affine, str(path))
+    require_right_angles(image.affine, str(path))
+    along_ras = points_to_lps(vectors) if intent == 1007 else vectors
+    return np.einsum("ij,xyzkj->ixyz", np.linalg.inv(image.affine[:3, :3]), along_ras), image.affine

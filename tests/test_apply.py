@@ -1,0 +1,509 @@
+"""Files of transforms and points, and the commands that use them, against SimpleITK (and ANTs, where it is there)."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from test_chains import FIXED, LPS, MIRRORED, OBLIQUE, POINT, affine_map, fade, image, inner, smooth
+
+from voxelmorph_monai import cli
+from voxelmorph_monai.chains import chain, field_transform, invert_transform, map_points, pull_image, pull_labels
+from voxelmorph_monai.points import read_points
+from voxelmorph_monai.spaces import (
+    Composite,
+    linear_transform,
+    read_displacement,
+    read_image,
+    save_displacement,
+    save_image,
+    save_transform,
+)
+from voxelmorph_monai.transform_files import FORMATS, read_chain, read_transform, save_chain
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A moving and a fixed image, labels, and a registration as ANTs leaves one: Warp and GenericAffine."""
+    monkeypatch.chdir(tmp_path)
+    save_image("moving.nii.gz", image(), MIRRORED)
+    save_image("fixed.nii.gz", image(FIXED), OBLIQUE)
+    save_image("labels.nii.gz", (image() // 15).astype(np.int16), MIRRORED)
+    save_displacement("1Warp.nii.gz", fade(smooth(FIXED, 1)), OBLIQUE)
+    save_transform("0GenericAffine.mat", linear_transform(affine_map()))
+    return tmp_path
+
+
+PAIR = ["1Warp.nii.gz", "0GenericAffine.mat"]
+
+
+def vxm(words: str) -> int:
+    return cli.main(words.split())
+
+
+def expected() -> Any:
+    return chain([field_transform(fade(smooth(FIXED, 1)), OBLIQUE), linear_transform(affine_map())])
+
+
+def sitk_points(transform: sitk.Transform, points: NDArray[Any]) -> NDArray[Any]:
+    return np.array([transform.TransformPoint(point) for point in (points * LPS).tolist()]) * LPS
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_order_is_that_of_ants() -> None:
+    transform, residual = read_chain(PAIR)
+    assert residual == 0
+    np.testing.assert_allclose(map_points(transform, inner()), map_points(expected(), inner()), atol=POINT)
+    assert np.abs(map_points(read_chain(PAIR[::-1])[0], inner()) - map_points(transform, inner())).max() > 0.1
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_marked_file_is_inverted() -> None:
+    transform, residual = read_chain(["[0GenericAffine.mat,1]"])
+    assert residual == 0
+    back = np.linalg.inv(affine_map())
+    np.testing.assert_allclose(map_points(transform, inner()), inner() @ back[:3, :3].T + back[:3, 3], atol=POINT)
+    unmarked, _ = read_chain(["[0GenericAffine.mat, 0]"])
+    np.testing.assert_allclose(
+        map_points(unmarked, inner()), map_points(linear_transform(affine_map()), inner()), atol=POINT
+    )
+    _, residual = read_chain(["[0GenericAffine.mat,1]", "[1Warp.nii.gz,1]"])
+    assert residual > 0
+
+
+def sitk_transforms() -> dict[str, sitk.Transform]:
+    affine = sitk.AffineTransform([1.1, 0.1, 0, -0.1, 0.9, 0.05, 0, 0.02, 1.0], [3, -4, 5], [10, -7, 2])
+    euler = sitk.Euler3DTransform((5, -3, 2), 0.1, -0.2, 0.3, (1, 2, 3))
+    spline = sitk.BSplineTransformInitializer(sitk.Image(20, 20, 20, sitk.sitkFloat32), [3, 3, 3])
+    spline.SetParameters((np.sin(np.arange(len(spline.GetParameters()))) * 2).tolist())
+    return {
+        "affine.tfm": affine,
+        "affine.mat": affine,
+        "affine.txt": affine,
+        "affine.h5": affine,
+        "euler.tfm": euler,
+        "shift.tfm": sitk.TranslationTransform(3, (1.5, -2, 4)),
+        "spline.tfm": spline,
+        "composite.h5": sitk.CompositeTransform([affine, euler, spline]),
+        "composite.tfm": sitk.CompositeTransform([euler, affine]),
+        "nested.h5": sitk.CompositeTransform([sitk.CompositeTransform([affine, spline]), euler]),
+    }
+
+
+@pytest.mark.parametrize("name", sitk_transforms())
+def test_simpleitk_s_files_do_what_simpleitk_does(name: str, tmp_path: Path) -> None:
+    written = sitk_transforms()[name]
+    if name == "nested.h5":
+        written.FlattenTransform()  # the format holds one level
+    sitk.WriteTransform(written, str(tmp_path / name))
+    found = chain([read_transform(tmp_path / name)])
+    np.testing.assert_allclose(map_points(found, inner()), sitk_points(written, inner()), atol=1e-9)
+
+
+def test_our_composites_are_read(tmp_path: Path) -> None:
+    ours = Composite(np.linalg.inv(affine_map()), affine_map(), (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
+    ours.save(tmp_path / "forward.h5")
+    found = read_transform(tmp_path / "forward.h5")
+    np.testing.assert_allclose(map_points(found, inner()), ours.points(inner()), atol=2e-5)  # written in float32
+
+
+@pytest.mark.parametrize("intent", [1006, 1007])
+def test_a_displacement_is_read_as_simpleitk_reads_it(intent: int, tmp_path: Path) -> None:
+    path = tmp_path / "field.nii.gz"
+    save_displacement(path, smooth(FIXED, 2), OBLIQUE, intent=intent)
+    assert nib.load(path).header["intent_code"] == intent
+    vectors = sitk.ReadImage(str(path), sitk.sitkVectorFloat64)
+    peer = sitk_points(sitk.DisplacementFieldTransform(vectors), inner())
+    np.testing.assert_allclose(map_points(read_transform(path), inner()), peer, atol=POINT)
+    ddf, affine = read_displacement(path)
+    np.testing.assert_allclose(ddf, smooth(FIXED, 2), atol=1e-5)  # float32
+    np.testing.assert_allclose(affine, OBLIQUE, atol=1e-4)  # float32
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("form", "name", "files"),
+    [
+        ("itk", "out.h5", ["out.h5"]),
+        ("1006", "out.nii.gz", ["out.nii.gz"]),
+        ("1007", "out.nii", ["out.nii"]),
+        ("ants", "out_", ["out_1Warp.nii.gz", "out_0GenericAffine.mat"]),
+    ],
+)
+def test_every_format_comes_back(form: str, name: str, files: list[str]) -> None:
+    assert vxm(f"compose {' '.join(PAIR)} --output {name} --to {form}") == 0
+    found, _ = read_chain(files)
+    np.testing.assert_allclose(map_points(found, inner()), map_points(expected(), inner()), atol=2 * POINT)
+    assert vxm(f"convert {files[0]} again.h5 --overwrite") == 0
+    np.testing.assert_allclose(
+        map_points(read_transform("again.h5"), inner()), map_points(read_transform(files[0]), inner()), atol=POINT
+    )
+
+
+def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vxm("convert --help")
+    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_ants_pair_of_our_composite_is_the_same_map() -> None:
+    outer = np.diag([1.1, 0.9, 1.0, 1.0])
+    ours = Composite(affine_map(), outer, (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
+    ours.save("forward.h5")
+    assert vxm("convert forward.h5 a_ --to ants --reference fixed.nii.gz") == 0
+    found, _ = read_chain(["a_1Warp.nii.gz", "a_0GenericAffine.mat"])
+    index = np.random.default_rng(2).integers(3, 12, (50, 3))  # on voxels: between them it is linear on another grid
+    points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
+    np.testing.assert_allclose(map_points(found, points), ours.points(points), atol=5e-5)
+    linear = map_points(read_transform("a_0GenericAffine.mat"), points)
+    np.testing.assert_allclose(linear, map_points(linear_transform(ours.linear), points), atol=POINT)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_linear_pair_has_no_warp_and_no_old_one() -> None:
+    assert vxm(f"compose {' '.join(PAIR)} --output a_ --to ants") == 0
+    assert vxm("convert 0GenericAffine.mat a_ --to ants --overwrite") == 0
+    assert not Path("a_1Warp.nii.gz").exists()
+    np.testing.assert_allclose(
+        map_points(read_transform("a_0GenericAffine.mat"), inner()),
+        map_points(linear_transform(affine_map()), inner()),
+        atol=POINT,
+    )
+
+
+@pytest.mark.usefixtures("folder")
+def test_images_and_labels_are_pulled_onto_the_reference() -> None:
+    chain_ = " ".join(PAIR)
+    assert vxm(f"apply {chain_} --image moving.nii.gz --reference fixed.nii.gz --output w.nii.gz") == 0
+    warped, affine = read_image("w.nii.gz")
+    np.testing.assert_array_equal(affine, nib.load("fixed.nii.gz").affine)
+    transform, _ = read_chain(PAIR)
+    moving = read_image("moving.nii.gz")
+    np.testing.assert_array_equal(warped, pull_image(moving, transform, FIXED, affine))
+    sharp = "--interpolation lanczos --overwrite"
+    assert vxm(f"apply {chain_} --image moving.nii.gz --reference fixed.nii.gz --output w.nii.gz {sharp}") == 0
+    np.testing.assert_array_equal(read_image("w.nii.gz")[0], pull_image(moving, transform, FIXED, affine, "lanczos"))
+    labels = np.asanyarray(nib.load("labels.nii.gz").dataobj), moving[1]
+    for option, nearest in (("", False), ("--interpolation nearest --overwrite", True)):
+        words = f"apply {chain_} --labels labels.nii.gz --reference fixed.nii.gz --output l.nii.gz {option}"
+        assert vxm(words) == 0
+        found = nib.load("l.nii.gz")
+        assert found.get_data_dtype() == np.int16
+        np.testing.assert_array_equal(
+            np.asanyarray(found.dataobj), pull_labels(labels, transform, FIXED, affine, nearest)
+        )
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_jacobian_is_that_of_simpleitk_s_points_and_holds_the_affine_part() -> None:
+    assert vxm(f"jacobian {' '.join(PAIR)} --reference fixed.nii.gz --output j.nii.gz") == 0
+    assert vxm(f"jacobian {' '.join(PAIR)} --reference fixed.nii.gz --output log.nii.gz --log") == 0
+    found = nib.load("j.nii.gz").get_fdata()
+    np.testing.assert_allclose(np.log(found), nib.load("log.nii.gz").get_fdata(), atol=1e-6)
+    warp = sitk.DisplacementFieldTransform(sitk.ReadImage("1Warp.nii.gz", sitk.sitkVectorFloat64))
+    peer = sitk.CompositeTransform([sitk.ReadTransform("0GenericAffine.mat"), warp])
+    for index in np.random.default_rng(4).integers(1, np.array(FIXED) - 1, (20, 3)):
+        steps = np.concatenate([np.eye(3), -np.eye(3)]) + index  # central differences, voxel to voxel
+        ends = sitk_points(peer, steps @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3])
+        change = np.linalg.det((ends[:3] - ends[3:]) / 2) / np.linalg.det(OBLIQUE[:3, :3])
+        assert abs(found[tuple(index)] - change) < 1e-4  # float32 displacements over voxels of 1.6 mm
+    assert abs(found[0, 0, 0] - np.linalg.det(affine_map()[:3, :3])) < 1e-4  # there the displacement is 0
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_inverse_says_by_how_much_it_misses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert vxm("invert 0GenericAffine.mat --output back.txt") == 0
+    assert capsys.readouterr().out == ""
+    assert sitk.ReadTransform("back.txt").GetName() == "AffineTransform"
+    assert vxm(f"invert {' '.join(PAIR)} --output back.h5") == 0
+    inverse, residual = invert_transform(read_chain(PAIR)[0])
+    assert capsys.readouterr().out == f"inverted numerically; the inverse misses by {residual:.2g} mm at most\n"
+    np.testing.assert_allclose(map_points(read_transform("back.h5"), inner()), map_points(inverse, inner()), atol=POINT)
+
+
+# points
+
+SLICER = """# Markups fiducial file version = 4.11
+# CoordinateSystem = {system}
+# columns = id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID
+"""
+
+
+def csv_file(points: NDArray[Any]) -> str:
+    rows = [f'{i},{x!r},{y!r},{z!r},"left, upper"' for i, (x, y, z) in enumerate(points.tolist())]
+    return "\n".join(["t,X, y,z,label", *rows]) + "\n"
+
+
+def fcsv_file(points: NDArray[Any], system: str) -> str:
+    rows = [f"n{i},{x},{y},{z},0,0,0,1,1,1,0,F-{i},," for i, (x, y, z) in enumerate(points.tolist())]
+    return SLICER.format(system=system) + "\n".join(rows) + "\n"
+
+
+def json_file(points: NDArray[Any], system: str) -> str:
+    placed = [{"id": str(i), "label": f"é-{i}", "position": p} for i, p in enumerate(points.tolist())]
+    unplaced = {"id": "u", "label": "later", "position": None, "positionStatus": "undefined"}
+    markup = {"type": "Curve", "coordinateSystem": system, "coordinateUnits": "mm", "measurements": [{"value": 7}]}
+    return json.dumps({"@schema": "s", "markups": [{**markup, "controlPoints": [*placed, unplaced]}]})
+
+
+def files(points: NDArray[Any]) -> dict[str, tuple[str, str, str]]:
+    """Name, content, options; the points (RAS) in each."""
+    lps = points * LPS
+    return {
+        "CSV RAS": ("p.csv", csv_file(points), "--coordinates RAS"),
+        "CSV LPS": ("p.csv", csv_file(lps), "--coordinates LPS"),
+        "fcsv LPS": ("p.fcsv", fcsv_file(lps, "LPS"), ""),
+        "fcsv 1": ("p.fcsv", fcsv_file(lps, "1"), ""),
+        "fcsv RAS": ("p.fcsv", fcsv_file(points, "RAS"), "--coordinates RAS"),
+        "fcsv 0": ("p.fcsv", fcsv_file(points, "0"), ""),
+        "json LPS": ("p.mrk.json", json_file(lps, "LPS"), ""),
+        "json RAS": ("p.mrk.json", json_file(points, "RAS"), ""),
+    }
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("kind", files(inner(3)))
+@pytest.mark.parametrize("side", ["fixed", "moving"])
+def test_points_go_to_the_other_image(kind: str, side: str, capsys: pytest.CaptureFixture[str]) -> None:
+    here, there = inner(3), map_points(read_chain(PAIR)[0], inner(3))
+    given, goal = (here, there) if side == "fixed" else (there, here)
+    name, content, options = files(given)[kind]
+    Path(name).write_text(content, encoding="utf-8")
+    assert vxm(f"apply {' '.join(PAIR)} --points {name} --points-of {side} {options} --output moved.{name}") == 0
+    assert ("misses by" in capsys.readouterr().out) == (side == "moving")
+    system = options.split()[-1] if name == "p.csv" else None
+    moved = read_points(f"moved.{name}", system)
+    np.testing.assert_allclose(moved.points, goal, atol=2e-6)  # six decimals
+    text = Path(f"moved.{name}").read_text(encoding="utf-8")
+    if name == "p.csv":
+        assert text.splitlines()[0] == "t,X, y,z,label"
+        assert text.splitlines()[3].endswith(',"left, upper"')
+    elif name == "p.fcsv":
+        assert text.startswith(content[: content.index("n0")])
+        assert text.splitlines()[-1].endswith(",0,0,0,1,1,1,0,F-2,,")
+    else:
+        markup = json.loads(text)["markups"][0]
+        assert [point["label"] for point in markup["controlPoints"]] == ["é-0", "é-1", "é-2", "later"]
+        assert "measurements" not in markup
+
+
+def markups(**changes: Any) -> str:
+    document = json.loads(json_file(inner(2), "RAS"))
+    document["markups"][0].update(changes)
+    return json.dumps(document)
+
+
+BAD_POINTS = {
+    "no file": ("p.csv", None, r"p\.csv must be a file of points, but there is no such file"),
+    "unknown ending": ("p.txt", "x,y,z\n1,2,3\n", r"points must come in one of \.fcsv, \.csv, \.mrk\.json, got p\.txt"),
+    "no system": ("p.csv", "x,y,z\n1,2,3\n", r"does not tell its coordinates: say RAS or LPS \(--coordinates\)"),
+    "no columns": ("r.csv", "a,b\n1,2\n", r"must have columns named x, y and z, got a, b"),
+    "empty": ("r.csv", "", r"must have columns named x, y and z, got none"),
+    "no points": ("r.csv", "x,y,z\n", r"must hold points, but there is none"),
+    "a short row": ("r.csv", "x,y,z\n\n1,2\n", r"r\.csv, line 3, must hold three finite coordinates, got \['1', '2'\]"),
+    "words": ("r.csv", "x,y,z\n1,2,three\n", r"line 2, must hold three finite coordinates"),
+    "NaN": ("r.csv", "x,y,z\n1,2,nan\n", r"line 2, must hold three finite coordinates"),
+    "binary": ("r.csv", b"\xff\xfe\x00x", r"must be text in UTF-8"),
+    "another system": ("r.fcsv", fcsv_file(inner(1), "LPS"), r"must be read as it says, in LPS, got coordinates RAS"),
+    "no CoordinateSystem": (
+        "p.fcsv",
+        "n,1,2,3\n",
+        r"must say its CoordinateSystem, RAS or LPS, in a comment, got None",
+    ),
+    "voxels": ("p.fcsv", fcsv_file(inner(1), "2"), r"must say its CoordinateSystem, RAS or LPS, in a comment, got 2"),
+    "cut off": ("p.mrk.json", markups()[:90], r"must be a whole markups file of 3D Slicer, but reading it failed"),
+    "other JSON": ("p.mrk.json", "[1, 2]", r"must be a whole markups file of 3D Slicer"),
+    "a plane": ("p.mrk.json", markups(type="Plane"), r"must hold markups made of points \(.*\), got Plane"),
+    "no system here": ("p.mrk.json", markups(coordinateSystem=None), r"must say one coordinateSystem, RAS or LPS"),
+    "micrometres": ("p.mrk.json", markups(coordinateUnits="um"), r"must be in mm, got coordinateUnits \['um'\]"),
+    "two numbers": ("p.mrk.json", markups(controlPoints=[{"position": [1, 2]}]), r"point 1, must hold three finite"),
+    "none placed": ("p.mrk.json", markups(controlPoints=[]), r"must hold points, but there is none"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_POINTS.values(), ids=BAD_POINTS.keys())
+def test_bad_points_are_named(name: str, content: Any, message: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = FileNotFoundError if content is None else ValueError
+    with pytest.raises(error, match=message):
+        read_points(name, "RAS" if name.startswith("r.") else None)
+
+
+# what cannot be used
+
+
+def vector_file(path: str, array: NDArray[Any], intent: int = 1007, affine: NDArray[Any] = OBLIQUE) -> None:
+    written = nib.Nifti1Image(array.astype(np.float32), affine)
+    written.header.set_intent(intent)
+    nib.save(written, path)
+
+
+def bad_files() -> None:
+    """Write transforms that cannot be used, into the working directory."""
+    field = np.zeros((5, 6, 7, 1, 3))
+    vector_file("scan.nii", field[..., 0, 0])
+    vector_file("four.nii", field[..., 0, :])
+    vector_file("flat.nii", np.zeros((5, 6, 1, 1, 2)))
+    vector_file("slice.nii", np.zeros((5, 6, 1, 1, 3)))
+    vector_file("time.nii", np.zeros((5, 6, 7, 2, 3)))
+    vector_file("intent.nii", field, 0)
+    vector_file("nan.nii", field + np.nan)
+    vector_file("sheared.nii", field, affine=OBLIQUE @ (np.eye(4) + np.diag([0.2, 0, 0], 1)))
+    whole = Path("1Warp.nii.gz").read_bytes()
+    Path("cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    Path("empty.nii.gz").write_bytes(b"")
+    Path("words.nii").write_text("not an image")
+    save_chain("both.h5", expected())
+    Path("cut.h5").write_bytes(Path("both.h5").read_bytes()[:3000])
+    Path("empty.h5").write_bytes(b"")
+    Path("words.tfm").write_text("hello\n")
+    np.savetxt("fsl.mat", np.eye(4))
+    sitk.WriteTransform(sitk.Euler2DTransform((1, 2), 0.1), "flat.tfm")
+    one = "#Insight Transform File V1.0\n#Transform {}\nTransform: AffineTransform_double_3_3\nParameters: {}\n"
+    one += "FixedParameters: 0 0 0\n"
+    identity = "1 0 0 0 1 0 0 0 1 0 0 0"
+    second = one.format(1, identity).split("\n", 1)[1]
+    Path("two.tfm").write_text(one.format(0, identity) + second)
+    Path("singular.tfm").write_text(one.format(0, "1 0 0 0 1 0 0 0 0 0 0 0"))
+    Path("nothing.tfm").write_text(
+        "#Insight Transform File V1.0\n#Transform 0\nTransform: CompositeTransform_double_3_3\n"
+    )
+
+
+BAD_TRANSFORMS = {
+    "absent.h5": "must be a transform, but there is no such file",
+    "fixed.mrk": "must be a transform, but there is no such file",
+    "scan.nii": r"must be a displacement in 3-D, shape \(X, Y, Z, 1, 3\), got \(5, 6, 7\)",
+    "four.nii": r"must be a displacement in 3-D, shape \(X, Y, Z, 1, 3\), got \(5, 6, 7, 3\)",
+    "flat.nii": r"must be a displacement in 3-D, .* got \(5, 6, 1, 1, 2\)",
+    "slice.nii": r"must be a displacement in 3-D, .* got \(5, 6, 1, 1, 3\)",
+    "time.nii": r"must be a displacement in 3-D, .* got \(5, 6, 7, 2, 3\)",
+    "intent.nii": r"must have intent 1006 \(displacement along RAS\) or 1007 \(along LPS\), got 0",
+    "nan.nii": "must hold finite displacements, got 630 others",
+    "sheared.nii": "axes of sheared.nii must be at right angles",
+    "cut.nii.gz": "and whole, but reading it failed",
+    "empty.nii.gz": "and whole, but reading it failed",
+    "words.nii": "and whole, but reading it failed",
+    "cut.h5": "must be a whole ITK transform, but ITK cannot read it as one",
+    "empty.h5": "must be a whole ITK transform, but ITK cannot read it as one",
+    "words.tfm": "must be a whole ITK transform, but ITK cannot read it as one",
+    "fsl.mat": "must be a whole ITK transform, but ITK cannot read it as one",
+    "flat.tfm": "must hold a transform in 3-D, got a Euler2DTransform_double_2_2",
+    "two.tfm": r"must hold one transform \(or one composite\), got 2",
+    "singular.tfm": "must hold linear transforms with an inverse",
+    "nothing.tfm": "must hold a transform, got an empty composite",
+    "moving.txt.gz": r"a transform must end in one of \.h5, .*, \.nii\.gz, got moving\.txt\.gz",
+}
+
+
+@pytest.mark.usefixtures("folder")
+def test_bad_transforms_are_one_line_each(capfd: pytest.CaptureFixture[str]) -> None:
+    bad_files()
+    Path("moving.txt.gz").write_bytes(b"x")
+    before = sorted(os.listdir())
+    capfd.readouterr()
+    for name, message in BAD_TRANSFORMS.items():
+        assert vxm(f"apply {name} --image moving.nii.gz --reference fixed.nii.gz --output w.nii.gz") == 2, name
+        shown = capfd.readouterr().err  # of the libraries too
+        assert shown.count("\n") == 1, shown
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read_chain([name])
+        assert name in shown
+    assert sorted(os.listdir()) == before
+
+
+BAD_COMMANDS = {
+    "apply W --image moving.nii.gz --output w.nii.gz": "an image or label map must come with --reference",
+    "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --points-of fixed": "without --points-of",
+    "apply W --points p.csv --coordinates RAS --output o.csv": r"points must come with --points-of \(fixed or moving\)",
+    "apply W --points p.csv --points-of fixed --coordinates RAS --output o.fcsv": "in the format they come in, .csv",
+    "apply W --points p.csv --points-of fixed --coordinates RAS --output p.csv --overwrite": "must not be an input",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output fixed.nii.gz": "must not be an input",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output labels.nii.gz": r"must be new, .*\(--overwrite\)",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.png": "saved as .nii or .nii.gz, got w.png",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output no/w.nii": "must lie in a folder that exists",
+    "apply W --image moving.nii.gz --reference none.nii.gz --output w.nii": "none.nii.gz must be a NIfTI or MGZ file",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "of an image must",
+    "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --interpolation bspline": "of labels must",
+    "compose W --output w.mat": "a transform that is not linear must be written as .h5",
+    "compose W --output w.xfm": "the output must end in one of",
+    "compose W --output w.nii --to itk": "a file of format itk must end in one of",
+    "compose W --output w.h5 --to 1007": "a file of format 1007 must end in one of",
+    "convert 0GenericAffine.mat w.nii.gz": r"must get its grid from a fixed image \(--reference\)",
+    "convert W 0 --to ants": r"01Warp\.nii\.gz must be new",
+    "jacobian fold.nii --reference fixed.nii.gz --output j.nii --log": r"but \d+ of 6555 voxels fold",
+    "invert fold.nii --output back.h5": "a displacement must not fold to have an inverse",
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("words", "message"), BAD_COMMANDS.items())
+def test_bad_commands_are_one_line_and_write_nothing(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.csv").write_text("x,y,z\n1,2,3\n")
+    fold = np.zeros((3, *FIXED))
+    fold[0, 8:11] = [[[4.0]], [[0.0]], [[-4.0]]]
+    save_displacement("fold.nii", fold, OBLIQUE)
+    Path("01Warp.nii.gz").touch()
+    before = {name: Path(name).read_bytes() for name in os.listdir()}
+    assert vxm(words.replace("W", "1Warp.nii.gz", 1)) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"vxm {words.split()[0]}: ")
+    assert shown.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(shown)
+    assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+@pytest.mark.usefixtures("folder")
+def test_overwriting_replaces(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "convert 0GenericAffine.mat out.txt"
+    assert [vxm(words), vxm(words), vxm(f"{words} --overwrite")] == [0, 2, 0]
+    assert "out.txt must be new, or be overwritten (--overwrite), but it exists" in capsys.readouterr().err
+
+
+# peers that are not installed with the project
+
+
+@pytest.mark.usefixtures("folder")
+def test_ants_applies_the_same() -> None:
+    ants = pytest.importorskip("ants", reason="antspyx is not installed")
+    pandas = pytest.importorskip("pandas")
+    points = pandas.DataFrame(inner() * LPS, columns=list("xyz"))
+    moved = ants.apply_transforms_to_points(3, points, PAIR)[["x", "y", "z"]].to_numpy() * LPS
+    np.testing.assert_allclose(map_points(read_chain(PAIR)[0], inner()), moved, atol=1e-3)
+    fixed, moving = ants.image_read("fixed.nii.gz"), ants.image_read("moving.nii.gz")
+    expected_image = ants.apply_transforms(fixed, moving, PAIR).numpy()
+    pulled = pull_image(read_image("moving.nii.gz"), read_chain(PAIR)[0], FIXED, nib.load("fixed.nii.gz").affine)
+    assert (np.abs(pulled - expected_image) > 0.05).mean() < 1e-3  # those at the edge of the moving image
+
+
+@pytest.mark.usefixtures("folder")
+def test_nitransforms_reads_our_displacement() -> None:
+    nonlinear = pytest.importorskip("nitransforms.nonlinear", reason="nitransforms is not installed")
+    field = nonlinear.load("1Warp.nii.gz", fmt="itk")
+    index = np.random.default_rng(2).integers(5, np.array(FIXED) - 5, (50, 3))  # on voxels: between them it is cubic
+    points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
+    np.testing.assert_allclose(field.map(points), map_points(read_transform("1Warp.nii.gz"), points), atol=1e-3)
+
+
+def test_a_real_scan_is_pulled_as_by_simpleitk(malf: Path, tmp_path: Path) -> None:
+    moving, fixed = (malf / f"{number}_t1.nii.gz" for number in (1000, 1001))
+    field = smooth((20, 24, 18), 3, 1.5)
+    affine = nib.load(fixed).affine @ np.diag([8.0, 8.5, 9, 1])
+    Composite(np.eye(4), affine_map(), (fade(field).astype(np.float32), affine)).save(tmp_path / "forward.h5")
+    words = f"apply {tmp_path}/forward.h5 --image {moving} --reference {fixed} --output {tmp_path}/w.nii.gz"
+    assert vxm(words) == 0
+    images = [sitk.ReadImage(str(path), sitk.sitkFloat32) for path in (moving, fixed)]
+    peer = sitk.Resample(*images, sitk.ReadTransform(str(tmp_path / "forward.h5")), sitk.sitkLinear, 0.0)
+    off = np.abs(nib.load(tmp_path / "w.nii.gz").get_fdata() - sitk.GetArrayFromImage(peer).T)
+    assert off.max() < 0.5  # of intensities up to 4000, with slopes of 1000 a voxel

@@ -1,0 +1,186 @@
+"""Files of points in mm: CSV tables and the markups of 3D Slicer.
+
+Whatever a file holds beside the coordinates, labels and visibility say, goes to the moved file as it is.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.spaces import atomic, points_to_lps
+
+__all__ = ["COORDINATES", "PointFile", "read_points", "save_points"]
+
+COORDINATES = ("RAS", "LPS")
+_MADE_OF_POINTS = ("Fiducial", "Line", "Angle", "Curve", "ClosedCurve")
+_FCSV_SYSTEMS = {"RAS": "RAS", "LPS": "LPS", "0": "RAS", "1": "LPS"}  # a number in files of older versions
+
+_Points = NDArray[np.float64]
+_Text = Callable[[_Points], str]
+_Rows = list[tuple[int, list[str]]]  # each with the number of its line
+_Parsed = tuple[str | None, list[list[float]], _Text]  # coordinates in the file's own system, if it tells
+
+
+class PointFile(NamedTuple):
+    """Points of a file, and how to write the same file with others.
+
+    Attributes:
+        points: ``(N, 3)`` in RAS, mm, whatever the file's own system.
+        text: gives the text of the file with other points, as many and in the same order.
+    """
+
+    points: _Points
+    text: _Text
+
+
+def _numbers(cells: Sequence[Any], subject: str) -> list[float]:
+    try:
+        numbers = [float(cell) for cell in cells]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3 or not np.isfinite(numbers).all():
+        raise ValueError(f"{subject} must hold three finite coordinates, got {list(cells)}.")
+    return numbers
+
+
+def _rows(text: str) -> _Rows:
+    lines = enumerate(text.splitlines(), 1)
+    return [(number, next(csv.reader([line]))) for number, line in lines if line.strip() and line[0] != "#"]
+
+
+def _csv_text(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _table(path: Path, rows: _Rows, columns: Sequence[str]) -> tuple[list[list[float]], _Text]:
+    """Numbers in the columns x, y and z of ``rows``, and how to write the rows with others."""
+    names = [name.strip().lower() for name in columns]
+    if not {"x", "y", "z"} <= set(names):
+        raise ValueError(f"{path} must have columns named x, y and z, got {', '.join(columns) or 'none'}.")
+    at = [names.index(axis) for axis in "xyz"]
+    numbers = [_numbers([row[i] for i in at if i < len(row)], f"{path}, line {line},") for line, row in rows]
+
+    def text(points: _Points) -> str:
+        moved = [list(row) for _, row in rows]
+        for row, point in zip(moved, points.tolist(), strict=True):
+            for i, number in zip(at, point, strict=True):
+                row[i] = f"{number + 0.0:.6f}"  # to a nanometre; no -0
+        return _csv_text(moved)
+
+    return numbers, text
+
+
+def _read_csv(path: Path, content: str) -> _Parsed:
+    (_, head), *rows = _rows(content) or [(1, [])]
+    numbers, text = _table(path, rows, head)
+    return None, numbers, lambda points: _csv_text([head]) + text(points)
+
+
+def _read_fcsv(path: Path, content: str) -> _Parsed:
+    comments = [line for line in content.splitlines() if line.startswith("#")]
+    pairs = [line[1:].split("=", 1) for line in comments if "=" in line]
+    said = {key.strip(): value.strip() for key, value in pairs}
+    system = said.get("CoordinateSystem")
+    if system not in _FCSV_SYSTEMS:
+        raise ValueError(f"{path} must say its CoordinateSystem, RAS or LPS, in a comment, got {system}.")
+    numbers, text = _table(path, _rows(content), said.get("columns", "id,x,y,z").split(","))
+    top = "".join(f"{line}\n" for line in comments)
+    return _FCSV_SYSTEMS[system], numbers, lambda points: top + text(points)
+
+
+def _system_of(path: Path, markups: Sequence[dict[str, Any]]) -> str:
+    kinds = {str(markup.get("type")) for markup in markups}
+    if not kinds <= set(_MADE_OF_POINTS):
+        known, others = ", ".join(_MADE_OF_POINTS), ", ".join(sorted(kinds - set(_MADE_OF_POINTS)))
+        raise ValueError(f"{path} must hold markups made of points ({known}), got {others}.")
+    systems = {markup.get("coordinateSystem") for markup in markups}
+    if len(systems) != 1 or not systems <= set(COORDINATES):
+        raise ValueError(f"{path} must say one coordinateSystem, RAS or LPS, got {sorted(map(str, systems))}.")
+    units = [markup.get("coordinateUnits") for markup in markups]
+    if any(unit not in (None, "mm", ["mm"] * 3) for unit in units):
+        raise ValueError(f"{path} must be in mm, got coordinateUnits {units}.")
+    return str(systems.pop())
+
+
+def _read_markups(path: Path, content: str) -> _Parsed:
+    try:
+        document = json.loads(content)
+        markups = document["markups"]
+        points = [point for markup in markups for point in markup.get("controlPoints", [])]
+        placed = [point for point in points if point.get("position") is not None]  # others are still to be placed
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be a whole markups file of 3D Slicer, but reading it failed: {error!r}."
+        ) from error
+    system = _system_of(path, markups)
+    numbers = [_numbers(point["position"], f"{path}, point {i},") for i, point in enumerate(placed, 1)]
+
+    def text(points: _Points) -> str:
+        for each, point in zip(placed, points.tolist(), strict=True):
+            each["position"] = [round(number, 6) + 0.0 for number in point]
+        for markup in markups:
+            markup.pop("measurements", None)  # lengths and angles as they were; Slicer measures again
+        return json.dumps(document, indent=4, ensure_ascii=False) + "\n"
+
+    return system, numbers, text
+
+
+_READERS: dict[str, Callable[[Path, str], _Parsed]] = {
+    ".fcsv": _read_fcsv,
+    ".csv": _read_csv,
+    ".mrk.json": _read_markups,
+}
+
+
+def _ending(path: Path) -> str:
+    found = [ending for ending in _READERS if path.name.endswith(ending)]
+    if not found:
+        raise ValueError(f"points must come in one of {', '.join(_READERS)}, got {path}.")
+    return found[0]
+
+
+def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:
+    """Read points from a CSV table with columns x, y and z, or from 3D Slicer's ``.fcsv`` or ``.mrk.json``.
+
+    Args:
+        path: of the file.
+        coordinates: ``"RAS"`` or ``"LPS"``, mm, for a CSV file, which does not tell; the others do.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no whole file of at least one point with three finite coordinates, in a known system.
+    """
+    path = Path(path)
+    ending = _ending(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file of points, but there is no such file.")
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, got {error}.") from error
+    said, numbers, text = _READERS[ending](path, content)
+    if said is None and coordinates not in COORDINATES:
+        raise ValueError(f"{path} does not tell its coordinates: say RAS or LPS (--coordinates), got {coordinates}.")
+    if coordinates not in (None, said or coordinates):
+        raise ValueError(f"{path} must be read as it says, in {said}, got coordinates {coordinates}.")
+    if not numbers:
+        raise ValueError(f"{path} must hold points, but there is none.")
+    points = np.array(numbers)
+    if (said or coordinates) == "RAS":
+        return PointFile(points, text)
+    return PointFile(points_to_lps(points), lambda moved: text(points_to_lps(moved)))
+
+
+def save_points(path: str | Path, source: PointFile, points: NDArray[np.floating[Any]]) -> None:
+    """Write the file ``source`` with other ``points`` ``(N, 3)`` (RAS, mm); whole or not at all."""
+    text = source.text(np.asarray(points, dtype=np.float64))
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,218 @@
+"""Files of transforms, ours and others': read, chain, write.
+
+============================  ===========================================================================
+ITK, ANTs, 3D Slicer, elastix  ``.h5``, ``.tfm``, ``.txt``, ``.mat`` of ITK's transforms and composites
+displacement                   ``.nii``, ``.nii.gz`` of shape ``(X, Y, Z, 1, 3)``: intent 1006 RAS, 1007 LPS
+============================  ===========================================================================
+
+All of them take points of the fixed image to points of the moving one.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import itk
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.chains import chain, field_of, field_transform, flatten, invert_transform, is_field, matrix_of
+from voxelmorph_monai.chains import on_grid as sample
+from voxelmorph_monai.spaces import Affine, atomic, linear_transform, read_displacement, save_displacement
+
+__all__ = ["FORMATS", "read_chain", "read_transform", "require_new", "save_chain"]
+
+FORMATS = {
+    "itk": "ITK transform: .h5, or .tfm, .txt, .mat where it is linear",
+    "1007": "displacement of intent 1007, along LPS (ITK, ANTs, Slicer): .nii, .nii.gz",
+    "1006": "displacement of intent 1006, along RAS: .nii, .nii.gz",
+    "ants": "ANTs pair, OUTPUT being a prefix: OUTPUT1Warp.nii.gz and OUTPUT0GenericAffine.mat",
+}
+"""What :func:`save_chain` writes."""
+
+_ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
+_NIFTI = (".nii", ".nii.gz")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep from the terminal what the HDF5 library prints there about a broken file, besides the error it raises."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _read_itk(path: Path) -> itk.Transform:
+    try:
+        with _silent():
+            found = itk.transformread(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one.") from error
+    if len(found) != 1:
+        raise ValueError(f"{path} must hold one transform (or one composite), got {len(found)}.")
+    if found[0].GetInputSpaceDimension() != 3 or found[0].GetOutputSpaceDimension() != 3:
+        raise ValueError(f"{path} must hold a transform in 3-D, got a {found[0].GetTransformTypeAsString()}.")
+    parts = flatten(found[0])
+    if not parts:
+        raise ValueError(f"{path} must hold a transform, got an empty composite.")
+    for part in parts:
+        if part.IsLinear() and not _invertible(matrix_of(part)):
+            raise ValueError(f"{path} must hold linear transforms with an inverse, got {matrix_of(part).tolist()}.")
+    return found[0]
+
+
+def _invertible(matrix: Affine) -> bool:
+    return bool(np.isfinite(matrix).all()) and float(np.linalg.cond(matrix[:3, :3])) < 1e6
+
+
+def read_transform(path: str | Path) -> itk.Transform:
+    """Read one file: an ITK transform or composite, or a displacement.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole file of one transform in 3-D.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a transform, but there is no such file.")
+    if path.name.endswith(_NIFTI):
+        return field_transform(*read_displacement(path))
+    if path.suffix in _ITK:
+        return _read_itk(path)
+    raise ValueError(f"a transform must end in one of {', '.join(_ITK + _NIFTI)}, got {path}.")
+
+
+def read_chain(names: Sequence[str]) -> tuple[itk.Transform, float]:
+    """Read transforms in ANTs' order, the one that a point of the fixed image goes through first coming first.
+
+    Args:
+        names: paths; ``[PATH,1]`` is the inverse of what is in the file, as on ANTs' command lines, and numerical for
+            a displacement.
+
+    Returns:
+        The chain, and the residual of its numerical inverses in mm (:func:`~voxelmorph_monai.chains.invert_transform`).
+    """
+    parts, residual = [], 0.0
+    for name in names:
+        marked = re.fullmatch(r"\[(.+),\s*([01])\]", name)
+        transform = read_transform(marked[1] if marked else name)
+        if marked and marked[2] == "1":
+            transform, missed = invert_transform(transform)
+            residual = max(residual, missed)
+        parts.append(transform)
+    return chain(parts), residual
+
+
+def _form_of(path: Path, form: str | None) -> str:
+    """Format to write, by the ending of ``path`` where none is given."""
+    possible = ["1007", "1006"] if path.name.endswith(_NIFTI) else ["itk"] if path.suffix in _ITK else []
+    if form is None and not possible:
+        raise ValueError(
+            f"the output must end in one of {', '.join(_ITK + _NIFTI)}, or be of a given format, got {path}."
+        )
+    if form not in (None, *FORMATS):
+        raise ValueError(f"a format must be one of {', '.join(FORMATS)}, got '{form}'.")
+    if form not in (None, "ants", *possible):
+        endings = _ITK if form == "itk" else _NIFTI
+        raise ValueError(f"a file of format {form} must end in one of {', '.join(endings)}, got {path}.")
+    return form or possible[0]
+
+
+def _pair(prefix: Path) -> tuple[Path, Path]:
+    return prefix.with_name(f"{prefix.name}1Warp.nii.gz"), prefix.with_name(f"{prefix.name}0GenericAffine.mat")
+
+
+def require_new(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """Raise FileExistsError where writing ``path`` would replace something that may not be."""
+    if path.exists() and any(Path(each).exists() and path.samefile(each) for each in inputs):
+        raise FileExistsError(f"{path} must not be an input.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} must be new, or be overwritten (--overwrite), but it exists.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} must lie in a folder that exists.")
+
+
+def _sample(transform: itk.Transform, grid: tuple[Sequence[int], Affine] | None) -> tuple[NDArray[np.floating], Affine]:
+    """One displacement that does what the transform does: on the given grid, or that of its first displacement."""
+    parts = flatten(transform)
+    if grid is None and is_field(parts[0]):
+        ddf, affine = field_of(parts[0])
+        if len(parts) == 1:
+            return ddf, affine
+        grid = ddf.shape[1:], affine
+    if grid is None:
+        raise ValueError(
+            "a displacement must get its grid from a fixed image (--reference), as the transform does not begin with "
+            "a displacement."
+        )
+    return sample(transform, *grid), grid[1]
+
+
+def _save_itk(path: Path, transform: itk.Transform) -> None:
+    parts = flatten(transform)
+    if len(parts) == 1 and parts[0].IsLinear():
+        transform = linear_transform(matrix_of(parts[0]))
+    elif path.suffix not in (".h5", ".hdf5"):
+        raise ValueError(
+            f"a transform that is not linear must be written as .h5 (or a displacement, .nii.gz), got {path}."
+        )
+    with atomic(path) as temporary:
+        itk.transformwrite([transform], str(temporary), compression=True)
+
+
+def _save_pair(prefix: Path, transform: itk.Transform, grid: tuple[Sequence[int], Affine] | None) -> None:
+    """Write what a point of the fixed image goes through as a displacement first, then all that is linear."""
+    matrix = np.eye(4)
+    for part in flatten(transform):
+        matrix = matrix_of(part) @ matrix if part.IsLinear() else matrix
+    warp, affine = _pair(prefix)
+    rest = flatten(chain([transform, linear_transform(np.linalg.inv(matrix))]))
+    if all(part.IsLinear() for part in rest):
+        warp.unlink(missing_ok=True)  # an old one would be taken for part of this pair
+    else:
+        if rest[-1].IsLinear() and np.allclose(matrix_of(rest[-1]), np.eye(4), atol=1e-9):
+            rest.pop()  # so that a displacement that came on a grid is written as it came
+        save_displacement(warp, *_sample(chain(rest), grid))
+    with atomic(affine) as temporary:
+        itk.transformwrite([linear_transform(matrix)], str(temporary))
+
+
+def save_chain(
+    path: str | Path,
+    transform: itk.Transform,
+    *,
+    form: str | None = None,
+    grid: tuple[Sequence[int], Affine] | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> None:
+    """Write a transform; each file whole or not at all.
+
+    Args:
+        path: file, or prefix of an ANTs pair.
+        transform: from points of the fixed image to points of the moving one.
+        form: one of ``FORMATS`` (default: by the ending of the file, 1007 for NIfTI).
+        grid: size and affine (RAS, mm) of the fixed image, for a displacement (default: the grid of the displacement
+            that the transform begins with).
+        overwrite: replace what is there.
+        inputs: files that are not replaced even so.
+    """
+    path = Path(path)
+    form = _form_of(path, form)
+    for each in _pair(path) if form == "ants" else [path]:
+        require_new(each, overwrite, inputs)
+    if form == "ants":
+        _save_pair(path, transform, grid)
+    elif form == "itk":
+        _save_itk(path, transform)
+    else:
+        save_displacement(path, *_sample(transform, grid), intent=int(form))
