@@ -51,7 +51,7 @@ ALLOWED = {
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
     "chains": {"blocks", "spaces"},
-    "transform_files": {"chains", "spaces"},
+    "transform_files": {"chains", "formats", "spaces"},
     "points": {"spaces"},
     "apply": {"blocks", "chains", "points", "spaces", "transform_files"},
     "cli": set(SOURCES) - {"__init__", "cli"},

@@ -8,11 +8,8 @@ displacement                   ``.nii``, ``.nii.gz`` of shape ``(X, Y, Z, 1, 3)`
 All of them take points of the fixed image to points of the moving one.
 """
 
-import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import itk
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.chains import chain, field_of, field_transform, flatten, invert_transform, is_field, matrix_of
 from voxelmorph_monai.chains import on_grid as sample
+from voxelmorph_monai.formats import silent_stderr
 from voxelmorph_monai.spaces import Affine, atomic, linear_transform, read_displacement, save_displacement
 
 __all__ = ["FORMATS", "read_chain", "read_transform", "require_new", "save_chain"]
@@ -37,23 +35,9 @@ _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 _NIFTI = (".nii", ".nii.gz")
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep from the terminal what the HDF5 library prints there about a broken file, besides the error it raises."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
 def _read_itk(path: Path) -> itk.Transform:
     try:
-        with _silent():
+        with silent_stderr():
             found = itk.transformread(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one.") from error
