@@ -101,17 +101,20 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     ]
     summary["dice"] = {"before": {"mean": 0.25}, "after": {"mean": 0.625}}
     words = "register m.mgz f.nii --output out --weights w.pt --preset vm1 --space fixed --transform rigid "
-    words += "--moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2 --overwrite"
+    words += "--moving-labels a.nii --fixed-labels b.nii --moving-mask c.nii --mask d.nii "
+    words += "--size 80 96 112 --spacing 2 --bids --overwrite"
     assert main(words.split()) == 0
     shown = capsys.readouterr().out
     assert "affine only" not in shown
     assert "mean Dice 0.250 -> 0.625" in shown
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
     defaults = {"moving_labels": None, "fixed_labels": None, "weights": None, "preset": "diffeomorphic"}
-    defaults |= {"space": "mni152", "transform": "affine", "overwrite": False}  # type: ignore[dict-item]
+    defaults |= {"moving_mask": None, "fixed_mask": None}
+    defaults |= {"space": "mni152", "transform": "affine", "bids": False, "overwrite": False}  # type: ignore[dict-item]
     assert calls[0] == (inputs, {"grid": Grid(), **defaults})
     options = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid", "overwrite": True}
-    options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
+    options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "bids": True}
+    options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii")}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
 
 

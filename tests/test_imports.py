@@ -30,7 +30,7 @@ ALLOWED = {
     "engines": {"networks"},
     "handlers": {"data", "spaces"},
     "quickstart": {"preparation", "spaces"},
-    "registration": {"__init__", "affine", "blocks", "networks", "preparation", "results", "spaces"},
+    "registration": {"__init__", "affine", "blocks", "formats", "networks", "preparation", "results", "spaces"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs
