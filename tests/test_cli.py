@@ -70,7 +70,15 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(preparation, "prepare", noted)
     assert main(["prepare", "a", "b.nii.gz", "out"]) == 0
-    defaults = {"images": "*.nii.gz", "labels": None, "split": None, "validation": 0.1, "test": 0.1, "seed": 0}
+    defaults = {
+        "images": "*.nii.gz",
+        "labels": None,
+        "maps": False,
+        "split": None,
+        "validation": 0.1,
+        "test": 0.1,
+        "seed": 0,
+    }
     assert calls == [
         (([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": os.cpu_count(), **defaults})
     ]
@@ -94,26 +102,45 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
         return summary
 
     monkeypatch.setattr(registration, "register_files", noted)
-    assert main(["register", "m.mgz", "f.nii", "--output", "out"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "no --weights: the registration is affine only",
-        "correlation 0.500 -> 0.750",
-        "out: look at report.png",
-    ]
+    register = "register m.mgz f.nii --output out "
+    assert main(register.split()) == 0
+    assert capsys.readouterr().out.splitlines() == ["correlation 0.500 -> 0.750", "out: look at report.png"]
     summary["dice"] = {"before": {"mean": 0.25}, "after": {"mean": 0.625}}
-    words = "register m.mgz f.nii --output out --weights w.pt --preset vm1 --space fixed --transform rigid "
-    words += "--moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2 --overwrite --refine --budget 5"
-    assert main(words.split()) == 0
+    words = "--weights w.pt --preset vm1 --space fixed --transform rigid --budget 5 "
+    words += "--moving-labels a.nii --fixed-labels b.nii --moving-mask c.nii --mask d.nii "
+    words += "--size 80 96 112 --spacing 2 --bids --overwrite"
+    assert main((register + words).split()) == 0
     shown = capsys.readouterr().out
     assert "affine only" not in shown
     assert "mean Dice 0.250 -> 0.625" in shown
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
-    defaults = {"moving_labels": None, "fixed_labels": None, "weights": None, "preset": "diffeomorphic"}
-    defaults |= {"space": "mni152", "transform": "affine", "overwrite": False, "budget": None}  # type: ignore[dict-item]
-    assert calls[0] == (inputs, {"grid": Grid(), **defaults})
-    options = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid", "overwrite": True}
-    options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "budget": 5.0}
+    defaults: dict[str, Any] = {"moving_labels": None, "fixed_labels": None, "moving_mask": None, "fixed_mask": None}
+    defaults |= {"weights": registration.shipped_weights(), "preset": "wide", "budget": 30.0, "grid": Grid()}
+    defaults |= {"space": "mni152", "transform": "affine", "bids": False, "overwrite": False}
+    assert calls[0] == (inputs, defaults)
+    options: dict[str, Any] = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid"}
+    options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "bids": True, "overwrite": True}
+    options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii"), "budget": 5.0}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
+
+
+@pytest.mark.parametrize(
+    ("words", "weights", "budget"),
+    [("--space fixed", None, 30.0), ("--weights none --no-refine", None, None), ("--weights none", None, 30.0)],
+)
+def test_brains_alone_get_the_shipped_weights(
+    words: str, weights: Path | None, budget: float | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def noted(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append(options)
+        return {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
+
+    monkeypatch.setattr(registration, "register_files", noted)
+    assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
+    assert (calls[0]["weights"], calls[0]["budget"]) == (weights, budget)
+    assert ("the registration is affine only" in capsys.readouterr().out) == (budget is None)
 
 
 def test_what_is_asked_of_compare_is_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

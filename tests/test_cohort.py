@@ -380,7 +380,7 @@ def test_as_many_processes_as_find_processors_and_memory(
 
 def test_the_network_is_loaded_once_and_again_if_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
-    monkeypatch.setattr(registration, "load_network", lambda path, preset: loaded.append(path))
+    monkeypatch.setattr(registration, "load_network", lambda path, *_: loaded.append(path))
     (tmp_path / "w.pt").touch()
     paths = Write(tmp_path)("moving", AFFINES["straight"])
     monkeypatch.setattr(registration, "register", stop)

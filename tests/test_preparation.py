@@ -434,11 +434,12 @@ def test_bad_scans_are_found_before_the_work(
 def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:
     for options, message in (
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"validation": 0.7, "test": 0.4}, r"must be shares >= 0 of at most 1 in all, got 0\.7 and 0\.4"),
         ({"validation": -0.1}, r"must be shares >= 0 of at most 1 in all, got -0\.1 and 0\.1"),
-        ({"grid": Grid((0, 10, 10))}, "a grid must have three sizes > 0 and a spacing > 0"),
-        ({"grid": Grid((10, 10), 20.0)}, "a grid must have three sizes > 0 and a spacing > 0"),  # type: ignore[arg-type]
-        ({"grid": Grid(spacing=float("nan"))}, "a grid must have three sizes > 0 and a spacing > 0"),
+        ({"grid": Grid((0, 10, 10))}, "a grid must have 3 sizes > 0 and a spacing > 0"),
+        ({"grid": Grid((10, 10), 20.0)}, "a grid must have 3 sizes > 0 and a spacing > 0"),  # type: ignore[arg-type]
+        ({"grid": Grid(spacing=float("nan"))}, "a grid must have 3 sizes > 0 and a spacing > 0"),
         ({"grid": Grid((80, 96, 112))}, r"a grid must hold the template's brain, .* but has \[80\.0, 96\.0, 112\.0\]"),
         # Axes in another order: 224 voxels from left to right, 160 to the front where the brain is 180 mm long.
         ({"grid": Grid((224, 192, 160))}, "a grid must hold the template's brain"),

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nibabel.orientations import apply_orientation, inv_ornt_aff
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -163,22 +164,118 @@ def check_points(
     assert np.mean(misses) < 0.3  # mm, of displacements of 4 mm on voxels of 4 mm
 
 
-@pytest.mark.parametrize("orientation", ["RAS", "LPI", "ASR", "SLA", "IRP", "PIL"])
-@pytest.mark.parametrize("relabelled", ["moving", "fixed"])
-def test_the_order_of_the_axes_does_not_matter(orientation: str, relabelled: str) -> None:
+def relabelled(image: tuple[NDArray[Any], Affine], codes: str) -> tuple[NDArray[Any], Affine]:
+    """The same voxels in the world, the axes of their array running in other directions."""
+    array, affine = image
+    change = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
+    return np.ascontiguousarray(apply_orientation(array, change)), affine @ inv_ornt_aff(change, array.shape)
+
+
+def test_the_order_of_the_axes_does_not_matter() -> None:
+    """All 48 orientations of the moving scan, each with another one of the fixed scan."""
     affines = {"moving": AFFINES["oblique"], "fixed": AFFINES["mirrored oblique"]}
     images = {name: (phantom(affine)[0], affine) for name, affine in affines.items()}
     bend = network()
     expected = register(**images, network=bend, **ALIGNED)  # type: ignore[arg-type]
-    array, affine = images[relabelled]
-    now = nib.orientations.io_orientation(affine)
-    change = nib.orientations.ornt_transform(now, nib.orientations.axcodes2ornt(orientation))
-    images[relabelled] = np.ascontiguousarray(apply_orientation(array, change)), affine @ inv_ornt_aff(change, SIZE)
-    found = register(**images, network=bend, **ALIGNED)  # type: ignore[arg-type]
-    warped = expected.warped if relabelled == "moving" else apply_orientation(expected.warped, change)
-    assert np.abs(found.ddf).max() > 0.5
-    # The same samples in another order: float32 rounding, which the network passes on.
-    np.testing.assert_allclose(found.warped, warped, atol=0.2)
+    assert np.abs(expected.ddf).max() > 0.5
+    orders = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
+    assert len(set(orders)) == 48
+    for moving, fixed in zip(orders, orders[17:] + orders[:17], strict=True):
+        pair = {"moving": relabelled(images["moving"], moving), "fixed": relabelled(images["fixed"], fixed)}
+        found = register(**pair, network=bend, **ALIGNED)  # type: ignore[arg-type]
+        again = relabelled((found.warped, pair["fixed"][1]), "".join(nib.aff2axcodes(affines["fixed"])))[0]
+        # The same samples in another order: float32 rounding, which the network passes on.
+        np.testing.assert_allclose(again, expected.warped, atol=0.2, err_msg=f"{moving} {fixed}")
+
+
+def test_spacing_and_origin_do_not_matter() -> None:
+    """The map is one of the world: grids twice as fine, and scans put elsewhere, give the same."""
+    affines = AFFINES["oblique"], AFFINES["flipped"]
+    images = [(phantom(affine)[0], affine) for affine in affines]
+    bend = network()
+    expected = register(images[0], images[1], network=bend, **ALIGNED)  # type: ignore[arg-type]
+    points = np.argwhere(images[1][0] > 0)[::7] @ affines[1][:3, :3].T + affines[1][:3, 3]
+    there = expected.forward.points(points)
+    assert np.linalg.norm(there - points, axis=1).max() > 2
+    for which in (0, 1):
+        finer = list(images)
+        fine = affines[which] @ np.diag([0.5, 0.5, 0.5, 1.0])
+        finer[which] = ndimage.zoom(images[which][0], [(2 * n - 1) / n for n in SIZE], order=1), fine
+        found = register(finer[0], finer[1], network=bend, **ALIGNED)  # type: ignore[arg-type]
+        # mm: the finer image is smoothed a little more before the network sees it at 4 mm
+        assert np.linalg.norm(found.forward.points(points) - there, axis=1).max() < 0.5
+    shift = np.eye(4)
+    shift[:3, 3] = (113, -71, 40)
+    moved = register(*((array, shift @ affine) for array, affine in images), network=bend, **ALIGNED)  # type: ignore[arg-type]
+    # mm: the network's grid goes along; float32 fields
+    np.testing.assert_allclose(moved.forward.points(points + shift[:3, 3]) - shift[:3, 3], there, atol=1e-2)
+
+
+@pytest.mark.parametrize("codes", ["PIR", "SAL"])
+def test_the_alignment_does_not_depend_on_the_order_of_the_axes(codes: str) -> None:
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", (20, -15, 25), degrees=True).as_matrix()
+    pose[:3, 3] = (30, -40, 20)
+    fixed = phantom(AFFINES["straight"])[0], AFFINES["straight"]
+    moving = phantom(AFFINES["flipped"])[0], pose @ AFFINES["flipped"]
+    result = register(relabelled(moving, codes), relabelled(fixed, codes[::-1]), space="fixed", transform="rigid")
+    points = np.argwhere(fixed[0] > 0)[::7] @ AFFINES["straight"][:3, :3].T + AFFINES["straight"][:3, 3]
+    expected = points @ pose[:3, :3].T + pose[:3, 3]
+    # mm, a quarter of a voxel: the two are samples of one smooth body on different grids
+    assert np.linalg.norm(result.forward.points(points) - expected, axis=1).mean() < 1.0
+
+
+def test_masks_say_what_is_registered_and_the_whole_scan_is_warped(tmp_path: Path, write: Write) -> None:
+    """A bright block beside each body, elsewhere in each, leads astray unless it is masked."""
+    affine = AFFINES["straight"]
+    body = phantom(affine)[0]
+    mask = ndimage.binary_dilation(body > 0)
+    scans = {}
+    for name, corner in (("moving", np.s_[:4, :6, -6:]), ("fixed", np.s_[-5:, -5:, :9])):
+        array = body.copy()
+        array[corner] = np.where(mask[corner], array[corner], 1500)
+        scans[name] = array
+    shifted = affine.copy()
+    shifted[:3, 3] += (12, -8, 16)
+    save_image(tmp_path / "moving.nii", scans["moving"], shifted)
+    save_image(tmp_path / "moving_mask.nii", mask.astype(np.uint8), shifted)
+    save_image(tmp_path / "fixed.nii", scans["fixed"], affine)
+    save_image(tmp_path / "fixed_mask.nii", mask.astype(np.uint8), affine)
+    masks = {"moving_mask": tmp_path / "moving_mask.nii", "fixed_mask": tmp_path / "fixed_mask.nii"}
+    out = tmp_path / "out"
+    summary = register_files(
+        tmp_path / "moving.nii", tmp_path / "fixed.nii", out, space="fixed", transform="rigid", **masks
+    )
+    transform = sitk.ReadTransform(str(out / "forward.h5"))
+    moved = np.array(transform.TransformPoint((3.0, -4.0, 5.0)))
+    np.testing.assert_allclose(moved, [3 - 12, -4 + 8, 5 + 16], atol=0.5)  # mm, an eighth of a voxel
+    warped = nib.load(out / "warped.nii.gz").get_fdata()
+    np.testing.assert_allclose(warped[1:-1, 1:-1, 1:-1].max(), 1500, rtol=0.05)  # the block is still there
+    assert summary["inputs"].keys() == {"moving", "fixed", "moving_mask", "fixed_mask"}
+
+
+def test_derivatives_are_named_as_bids_has_it(tmp_path: Path, write: Write) -> None:
+    paths = {**write("moving", AFFINES["straight"]), **write("fixed", AFFINES["oblique"])}
+    moving = paths["moving"].rename(tmp_path / "sub-07_ses-a_T2w.nii.gz")
+    fixed = paths["fixed"].rename(tmp_path / "tpl-X_res-1_T1w.nii.gz")
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"moving_labels": paths["moving_labels"], "bids": True, **ALIGNED}
+    register_files(moving, fixed, out, **options)
+    there, here = "sub-07_ses-a_from-sub07sesaT2w_to-tplXres1T1w_mode-image", "sub-07_ses-a_space-tplXres1T1w"
+    assert {path.name for path in out.iterdir()} == {
+        f"{here}_T2w.nii.gz",
+        f"{here}_dseg.nii.gz",
+        f"{here}_desc-jacobian_T2w.nii.gz",
+        f"{there}_xfm.h5",
+        "sub-07_ses-a_from-tplXres1T1w_to-sub07sesaT2w_mode-image_xfm.h5",
+        f"{there}_desc-affine_xfm.txt",
+        f"{there}_desc-displacement_xfm.nii.gz",
+        f"{there}_desc-registration_report.png",
+        f"{there}_desc-registration_summary.json",
+    }
+    register_files(moving, fixed, out, overwrite=True, **options)
+    with pytest.raises(ValueError, match="must be made by 'vxm register' to be overwritten"):
+        register_files(moving, fixed, out, overwrite=True, **ALIGNED)  # type: ignore[arg-type]
 
 
 def test_the_map_is_that_of_the_three_parts_and_the_network_sees_aligned_scans(
@@ -275,7 +372,7 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
         assert summary["inputs"][role]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert summary["options"] == {
         **ALIGNED,
-        "preset": "diffeomorphic",
+        "preset": "wide",
         "budget": None,
         "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
     }

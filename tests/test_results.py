@@ -60,3 +60,15 @@ def test_what_is_saved(tmp_path: Path) -> None:
     vectors = nib.load(tmp_path / "displacement.nii.gz").get_fdata()[..., 0, 0]
     np.testing.assert_allclose(vectors, -2.0 * scale(1.25)[0], atol=1e-5)  # mm along L
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_a_slice_is_measured_in_its_plane_and_what_is_no_number_becomes_null(tmp_path: Path) -> None:
+    ddf = scale(1.5)[:, :, 3:4]
+    assert regularity(ddf) == {"folding_percent": 0.0, "sdlogj": pytest.approx(0, abs=1e-6)}  # float32
+    image = np.random.default_rng(2).uniform(size=ddf.shape[1:]).astype(np.float32)
+    summary = {"similarity_before": 0.25, "similarity_after": 0.5, "folding_percent": 0.0}
+    odd = {"sdlogj": float("nan"), "dice": {"after": {"7": float("inf"), "8": 0.5}}}
+    save_results(tmp_path, Images(image, image, image), ddf, np.eye(4), summary | odd)
+    found = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert found == summary | {"sdlogj": None, "dice": {"after": {"7": None, "8": 0.5}}}
+    np.testing.assert_allclose(nib.load(tmp_path / "jacobian.nii.gz").get_fdata(), 1.5, atol=1e-6)

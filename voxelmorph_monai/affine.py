@@ -89,7 +89,8 @@ def _rotations(number: int, spatial_dims: int) -> NDArray[Any]:
     In 3-D they lie on the super-Fibonacci spiral of Alexa (CVPR 2022).
     """
     if spatial_dims == 2:
-        return Rotation.from_euler("z", 2 * np.pi * np.arange(number) / number).as_matrix()[:, :2, :2]
+        angles = 2 * np.pi * np.arange(number) / number
+        return Rotation.from_euler("z", angles[:, None]).as_matrix()[:, :2, :2]
     s = np.arange(number - 1) + 0.5
     inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
     a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041

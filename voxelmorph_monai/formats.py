@@ -5,6 +5,7 @@ common tools would put it in different places, because a transform that is right
 """
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ _RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # what ITK's LPS becomes RAS by, and the
 _BY_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _WITHOUT_PLACE = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
 _UNITS = {0: "unknown", 1: "metres", 2: "mm", 3: "micrometres"}  # of lengths, in NIfTI
+_STDERR = threading.RLock()  # there is one of it for all threads
 _DEFLATE = 1040  # at most, by which gzip compresses (1032) or any other format does that is read here
 
 
@@ -55,29 +57,30 @@ class _ItkVolume:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         # The slices of a series may differ in type, each with a scaling of its own: they meet in float32.
-        image = itk.imread(list(self.files), itk.F) if len(self.files) > 1 else itk.imread(self.files[0])
+        with silent_stderr():
+            image = itk.imread(list(self.files), itk.F) if len(self.files) > 1 else itk.imread(self.files[0])
         return np.asarray(itk.array_from_image(image).T.reshape(self.shape), dtype)
 
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Drop what C libraries print on stderr, such as ITK's readers and HDF5 before an error is raised."""
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    """Drop what libraries print on stderr themselves: nibabel, ITK's readers, HDF5 before an error is raised."""
+    with _STDERR:
+        stderr = os.dup(2)
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Restate in one ValueError what a reader raises on a broken file, which may be any error."""
     try:
-        with silent_stderr():  # the error says what is wrong
-            yield
+        yield
     except Exception as error:
         reason = " ".join(str(error).split()).rsplit("ITK ERROR: ")[-1]  # before it, where in ITK's source
         raise ValueError(f"{path} must be {FORMATS}, and whole, but reading it failed: {reason}") from error
@@ -110,7 +113,7 @@ def _check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> 
 
 
 def _open_nibabel(path: Path) -> tuple[Volume, Affine]:
-    with reading(path):
+    with reading(path), silent_stderr():
         image = nib.load(path)
         if not isinstance(image, SpatialImage):
             raise TypeError(f"{type(image).__name__} has no place in space.")
@@ -140,7 +143,7 @@ def _size(image: SpatialImage) -> int:
 
 def _itk_header(file: str) -> itk.ImageIOBase:
     """What ITK knows of a file without its voxels."""
-    with reading(Path(file)):
+    with reading(Path(file)), silent_stderr():
         header = itk.ImageIOFactory.CreateImageIO(file, itk.CommonEnums.IOFileMode_ReadMode)
         if header is None:
             raise TypeError("ITK knows no such format.")
@@ -175,7 +178,7 @@ def _open_itk(path: Path) -> tuple[Volume, Affine]:
 
 def _open_series(path: Path) -> tuple[Volume, Affine]:
     """The DICOM series in a folder, where its slices say that they lie; ITK would straighten a tilted gantry."""
-    with reading(path):
+    with reading(path), silent_stderr():
         names = itk.GDCMSeriesFileNames.New(UseSeriesDetails=True, Directory=str(path))
         series = list(names.GetSeriesUIDs())
         files = list(names.GetFileNames(series[0])) if len(series) == 1 else []

@@ -173,15 +173,19 @@ def _check_pair(moving: Image, fixed: Image, names: tuple[str, str]) -> None:
             f"{fixed[0].shape}."
         )
     if _is_slice(fixed):
-        cosine = float(Plane.of(moving).matrix[:3, 2] @ Plane.of(fixed).matrix[:3, 2])
-        if abs(cosine) < 0.7:  # further apart, "right" in one may be "front" in the other
-            angle = np.degrees(np.arccos(abs(cosine)))
+        source = Plane.of(fixed)
+        cosine = float(source.matrix[:3, 2] @ Plane.of(moving, source).matrix[:3, 2])
+        if cosine < 0.7:  # across a right angle, the axes of one say nothing of the other's
+            angle = np.degrees(np.arccos(cosine))
             raise ValueError(f"slices {names[0]} and {names[1]} must lie within 45 degrees, but are {angle:.0f} apart.")
 
 
 def _headers(moving: Labels, fixed: Labels) -> Affine:
     """Map from points of ``fixed`` to those of ``moving`` as the headers have it: for slices, from plane to plane."""
-    return Plane.of(fixed).map_to(Plane.of(moving), np.eye(3)) if _is_slice(fixed) else np.eye(4)
+    if not _is_slice(fixed):
+        return np.eye(4)
+    source = Plane.of(fixed)
+    return source.map_to(Plane.of(moving, source), np.eye(3))
 
 
 def _align(moving: Image, fixed: Image, transform: str) -> Affine:
@@ -191,9 +195,10 @@ def _align(moving: Image, fixed: Image, transform: str) -> Affine:
     try:
         if not _is_slice(fixed):
             return transform_affine(register_affine(moving, fixed, transform))
-        planes = Plane.of(moving), Plane.of(fixed)
-        found = register_affine(planes[0].flatten(moving), planes[1].flatten(fixed), transform)
-        return planes[1].map_to(planes[0], transform_affine(found))
+        source = Plane.of(fixed)
+        target = Plane.of(moving, source)
+        found = register_affine(target.flatten(moving), source.flatten(fixed), transform)
+        return source.map_to(target, transform_affine(found))
     except RuntimeError as error:  # ITK: the images do not overlap, or one has no structure to go by
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"moving and fixed must show something alike, but ITK cannot align them: {reason}") from error
@@ -295,12 +300,12 @@ def register(
     Raises:
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
+    _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
     whole = moving
     moving, fixed = (_masked(image, mask) for image, mask in zip((moving, fixed), masks, strict=True))
     for image, name in zip((moving, fixed), names, strict=True):
         _check_scan(image, space, name)
     _check_pair(moving, fixed, names)
-    _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
     bends = network is not None or budget is not None
     affine = grid_affine(grid, fixed if space == "fixed" else None) if bends else np.eye(4)
     seconds: dict[str, float] = {}

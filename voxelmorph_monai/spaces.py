@@ -277,15 +277,20 @@ class Plane(NamedTuple):
     matrix: Affine
 
     @classmethod
-    def of(cls, image: tuple[NDArray[Any], Affine]) -> "Plane":
-        """The plane of a slice ``(array, affine)``, one of whose axes has length 1."""
+    def of(cls, image: tuple[NDArray[Any], Affine], like: "Plane | None" = None) -> "Plane":
+        """The plane of a slice ``(array, affine)``, one of whose axes has length 1.
+
+        Args:
+            image: the slice.
+            like: a plane whose axes its own shall follow; by default those of RAS that are nearest.
+        """
         array, affine = image
         along = [axis for axis in range(3) if axis != _across(array.shape)]
         normal = np.cross(*affine[:3, along].T)
-        nearest = int(np.argmax(np.abs(normal)))
-        normal *= np.sign(normal[nearest]) / np.linalg.norm(normal)
-        first = np.eye(3)[(nearest + 1) % 3]
-        first = first - normal * (first @ normal)
+        nearest = np.roll(np.eye(3), -1 - int(np.argmax(np.abs(normal))), axis=1)  # that across the plane last
+        axes = nearest if like is None else like.matrix[:3, :3]
+        normal *= np.sign(normal @ axes[:, 2]) / np.linalg.norm(normal)
+        first = axes[:, 0] - normal * (normal @ axes[:, 0])
         first /= np.linalg.norm(first)
         matrix = np.eye(4)
         matrix[:3, :3] = np.stack([first, np.cross(normal, first), normal], axis=1)

@@ -1,0 +1,204 @@
+"""Slices and 2-D images, registered within their planes; the oracle is SimpleITK, in 2-D and in 3-D."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from voxelmorph_monai import registration
+from voxelmorph_monai.affine import register_affine
+from voxelmorph_monai.networks import Registration, VoxelMorph
+from voxelmorph_monai.preparation import Grid, grid_affine
+from voxelmorph_monai.registration import register, register_files
+from voxelmorph_monai.spaces import Affine, Plane, transform_affine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def turn(degrees: float, scale: float = 1.0, shift: tuple[float, float] = (0, 0)) -> Affine:
+    """Map within a plane, 3 x 3."""
+    matrix = np.eye(3)
+    matrix[:2, :2] = scale * Rotation.from_euler("z", degrees, degrees=True).as_matrix()[:2, :2]
+    matrix[:2, 2] = shift
+    return matrix
+
+
+def body(size: tuple[int, int], affine: Affine) -> NDArray[np.float32]:
+    """A body without symmetry about the origin of a plane, on the grid of a 3 x 3 affine (mm)."""
+    x, y = np.tensordot(affine[:2, :2], np.indices(size), 1) + affine[:2, 2].reshape(2, 1, 1)
+    radius = np.sqrt((x / 34) ** 2 + (y / 42) ** 2 + 0.2 * x * y / 1500)
+    core = np.sqrt(((x - 12) / 9) ** 2 + ((y + 13) / 15) ** 2)
+    spot = np.sqrt(((x + 14) / 7) ** 2 + ((y - 15) / 5) ** 2)
+    image = (
+        400 / (1 + np.exp(12 * (radius - 0.9)))
+        + 400 / (1 + np.exp(6 * (core - 1)))
+        + 300 / (1 + np.exp(8 * (spot - 1)))
+    )
+    return np.where(image > 8, image, 0).astype(np.float32)
+
+
+def grid(size: tuple[int, int], sides: tuple[float, float]) -> Affine:
+    """Affine 3 x 3 of a grid about the origin, its first axis running left."""
+    affine = np.diag([-sides[0], sides[1], 1.0])
+    affine[:2, 2] = -affine[:2, :2] @ ((np.array(size) - 1) / 2)
+    return affine
+
+
+MOVING, FIXED = ((70, 82), (1.6, 1.5)), ((66, 58), (1.7, 2.1))
+POSE = turn(40, 1.1, (36, -48))  # 60 mm
+
+
+def points(number: int = 50) -> NDArray[Any]:
+    return np.concatenate([np.random.default_rng(3).uniform(-30, 30, (number, 2)).T, np.ones((1, number))])
+
+
+@pytest.mark.parametrize(("transform", "pose"), [("affine", POSE), ("rigid", turn(-100, 1.0, (30, 20)))])
+def test_a_known_map_in_2d_is_found_again(transform: str, pose: Affine) -> None:
+    moving = body(MOVING[0], grid(*MOVING)), pose @ grid(*MOVING)
+    found = transform_affine(register_affine(moving, (body(FIXED[0], grid(*FIXED)), grid(*FIXED)), transform))
+    # mm, a quarter of a pixel: the images are samples of one body on two grids
+    assert np.linalg.norm(((found - pose) @ points())[:2], axis=0).mean() < 0.5
+
+
+def tilted(plane: Affine, flat: Affine, across: int) -> Affine:
+    """Affine 4 x 4 of a slice that lies in a plane (4 x 4, rigid), its thickness along an axis of the array."""
+    affine = np.eye(4)
+    affine[:2, :2], affine[:2, 3], affine[2, 2] = flat[:2, :2], flat[:2, 2], 5.0
+    order = [axis for axis in range(3) if axis != across]
+    return plane @ affine[:, [*np.argsort([*order, across]), 3]]
+
+
+def rigid(angles: tuple[float, float, float], shift: tuple[float, float, float]) -> Affine:
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    matrix[:3, 3] = shift
+    return matrix
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+@pytest.mark.parametrize("angles", [(0, 0, 0), (20, -15, 10), (90, 5, 0), (0, 85, 30)])
+def test_the_coordinates_of_a_plane_do_not_depend_on_the_axes_of_the_array(
+    angles: tuple[float, float, float], across: int
+) -> None:
+    array = body(FIXED[0], grid(*FIXED))
+    place = rigid(angles, (5, -7, 60))
+    expected = Plane.of((array[..., None], tilted(place, grid(*FIXED), 2)))
+    assert np.linalg.det(expected.matrix[:3, :3]) == pytest.approx(1)
+    image = np.expand_dims(array, across), tilted(place, grid(*FIXED), across)
+    for flipped in (False, True):
+        if flipped:
+            axis = (across + 1) % 3
+            change = np.eye(4)
+            change[axis, axis], change[axis, 3] = -1, image[0].shape[axis] - 1
+            image = np.flip(image[0], axis), image[1] @ change
+        plane = Plane.of(image)
+        np.testing.assert_allclose(plane.matrix, expected.matrix, atol=1e-12)
+        flat, affine = plane.flatten(image)
+        index = np.array([3, 8])
+        point = plane.place(affine) @ [*index, 0, 1]
+        full = np.insert(index, across, 0)
+        np.testing.assert_allclose(point, image[1] @ [*full, 1], atol=1e-9)
+        assert flat[tuple(index)] == image[0][tuple(full)]
+
+
+def test_slices_at_either_side_of_45_degrees_are_described_alike() -> None:
+    array = body(FIXED[0], grid(*FIXED))[..., None]
+    images = [(array, tilted(rigid((0, angle, 0), (0, 0, 0)), grid(*FIXED), 2)) for angle in (42, 48)]
+    first = Plane.of(images[0])
+    turned = first.matrix[:3, :3].T @ Plane.of(images[1], first).matrix[:3, :3]
+    assert np.degrees(Rotation.from_matrix(turned).magnitude()) == pytest.approx(6, abs=1e-6)
+
+
+def save_2d(path: Path, array: NDArray[Any], affine: Affine) -> Path:
+    lifted = np.eye(4)
+    lifted[:2, :2], lifted[:2, 3] = affine[:2, :2], affine[:2, 2]
+    nib.save(nib.Nifti1Image(array, lifted), path)
+    return path
+
+
+def network() -> Registration:
+    """Untrained, but it bends: by some 4 mm at most."""
+    torch.manual_seed(3)
+    model = VoxelMorph("diffeomorphic", 2, encoder=(4, 8), decoder=((8,), (8,)))
+    torch.nn.init.normal_(model.flow.weight, std=0.15)
+    return Registration(model, bidirectional=True, amp=False).eval()
+
+
+def test_simpleitk_applies_the_transforms_of_2d_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "load_network", lambda *_: network())
+    moving = save_2d(tmp_path / "moving.nii.gz", body(MOVING[0], grid(*MOVING)), grid(*MOVING))
+    fixed = save_2d(tmp_path / "fixed.nii.gz", body(FIXED[0], grid(*FIXED)), grid(*FIXED))
+    labels = save_2d(tmp_path / "labels.nii.gz", (body(FIXED[0], grid(*FIXED)) > 450).astype(np.uint8), grid(*FIXED))
+    out, weights = tmp_path / "out", tmp_path / "weights.pt"
+    weights.write_bytes(b"never read")
+    options: dict[str, Any] = {"space": "fixed", "transform": "none", "grid": Grid((64, 72), 1.5), "weights": weights}
+    summary = register_files(moving, fixed, out, fixed_labels=labels, **options)
+    assert json.loads((out / "summary.json").read_text()) == summary
+    warped, target = sitk.ReadImage(str(out / "warped.nii.gz")), sitk.ReadImage(str(fixed))
+    assert warped.GetDimension() == 2
+    ours = sitk.GetArrayFromImage(warped)
+    straight = sitk.GetArrayFromImage(
+        sitk.Resample(sitk.ReadImage(str(moving)), target, sitk.Transform(2, sitk.sitkIdentity))
+    )
+    assert np.abs(ours - straight).max() > 80  # of 800: there is something to agree on
+    field = sitk.ReadImage(str(out / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+    for transform in (sitk.ReadTransform(str(out / "forward.h5")), sitk.DisplacementFieldTransform(field)):
+        theirs = sitk.GetArrayFromImage(sitk.Resample(sitk.ReadImage(str(moving)), target, transform, sitk.sitkLinear))
+        assert np.abs(ours - theirs).max() < 0.1  # 800 over some 5 mm, times the 1e-4 mm of float32 headers and fields
+    forward, inverse = (sitk.ReadTransform(str(out / f"{name}.h5")) for name in ("forward", "inverse"))
+    misses = [np.linalg.norm(np.subtract(inverse.TransformPoint(forward.TransformPoint(p)), p)) for p in points()[:2].T]
+    assert np.mean(misses) < 0.2  # mm, of displacements of 4 mm on pixels of 1.5 mm
+    assert summary["inverse_consistency_mm"] < 0.2
+    assert 0 < summary["sdlogj"] < 0.5
+    assert sitk.ReadImage(str(out / "jacobian.nii.gz")).GetSize() == target.GetSize()
+    assert (out / "report.png").stat().st_size > 10_000
+
+
+def test_slices_of_two_planes_are_registered_from_plane_to_plane(tmp_path: Path) -> None:
+    places = rigid((10, 65, 20), (5, -7, 60)), rigid((15, 70, 25), (-20, 9, 30))
+    moving = np.expand_dims(body(MOVING[0], grid(*MOVING)), 1), tilted(places[0], grid(*MOVING), 1)
+    fixed = body(FIXED[0], grid(*FIXED))[..., None], tilted(places[1], grid(*FIXED), 2)
+    result = register(moving, fixed, space="fixed", transform="rigid")
+    flat = np.insert(points(), 2, 0, axis=0)
+    found = result.forward.points((places[1] @ flat)[:3].T)
+    # mm, a quarter of a pixel
+    assert np.linalg.norm(found - (places[0] @ flat)[:3].T, axis=1).mean() < 0.5
+    np.testing.assert_allclose(result.inverse.points(found), (places[1] @ flat)[:3].T, atol=1e-9)
+    assert result.warped.shape == (*FIXED[0], 1)
+    assert np.corrcoef(result.warped.ravel(), fixed[0].ravel())[0, 1] > 0.99
+
+
+def test_a_2d_grid_lies_around_the_slice_in_its_plane() -> None:
+    place = rigid((15, 70, 25), (-20, 9, 30))
+    fixed = body(FIXED[0], grid(*FIXED))[..., None], tilted(place, grid(*FIXED), 2)
+    affine = grid_affine(Grid((80, 90), 1.5), fixed)
+    inside = np.argwhere(fixed[0] > 0)
+    index = np.linalg.inv(affine) @ fixed[1] @ np.concatenate([inside.T, np.ones((1, len(inside)))])
+    np.testing.assert_allclose(index[2], 0, atol=1e-9)
+    assert (index[:2] >= 0).all()
+    assert (index[:2].T <= [79, 89]).all()
+    middle = (index[:2].min(axis=1) + index[:2].max(axis=1)) / 2
+    np.testing.assert_allclose(middle, [39.5, 44.5], atol=0.6)  # of pixels
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "match"),
+    [
+        (rigid((0, 90, 0), (0, 0, 0)), {}, "slices moving and fixed must lie within 45 degrees, but are 90 apart"),
+        (np.eye(4), {"space": "mni152"}, "space must be 'fixed' for slices and 2-D images"),
+        (np.eye(4), {"network": Registration(VoxelMorph()).eval()}, "network must take two 2-D images"),
+        (np.eye(4), {"network": network(), "grid": Grid()}, "a grid must have 2 sizes > 0"),
+    ],
+)
+def test_slices_that_cannot_be_registered_are_refused(place: Affine, options: dict[str, Any], match: str) -> None:
+    moving = body(MOVING[0], grid(*MOVING))[..., None], tilted(place, grid(*MOVING), 2)
+    fixed = body(FIXED[0], grid(*FIXED))[..., None], tilted(np.eye(4), grid(*FIXED), 2)
+    with pytest.raises(ValueError, match=match):
+        register(moving, fixed, **{"space": "fixed", "transform": "none", **options})
