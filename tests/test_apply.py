@@ -430,7 +430,7 @@ BAD_COMMANDS = {
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output labels.nii.gz": r"must be new, .*\(--overwrite\)",
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.png": "saved as .nii or .nii.gz, got w.png",
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output no/w.nii": "must lie in a folder that exists",
-    "apply W --image moving.nii.gz --reference none.nii.gz --output w.nii": "none.nii.gz must be a scan .NIfTI, MGZ, NRRD, MetaImage. or a folder",
+    "apply W --image moving.nii.gz --reference none.nii.gz --output w.nii": "none.nii.gz must be a scan .NIfTI",
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "of an image must",
     "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --interpolation bspline": "of labels must",
     "compose W --output w.mat": "a transform that is not linear must be written as .h5",

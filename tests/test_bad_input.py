@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = (12, 14, 10)
 AFFINE = np.array([[-4.0, 0, 0, 20], [0, 0, 4, -30], [0, -4, 0, 25], [0, 0, 0, 1]])
-ALIGNED = ["--space", "fixed", "--transform", "none"]
+ALIGNED = ["--space", "fixed", "--transform", "none", "--no-refine"]
 FOREIGN = tuple[Path, Callable[..., None]]
 
 

@@ -70,23 +70,23 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(preparation, "prepare", noted)
     assert main(["prepare", "a", "b.nii.gz", "out"]) == 0
-    defaults = {
-        "images": "*.nii.gz",
-        "labels": None,
-        "maps": False,
-        "split": None,
-        "validation": 0.1,
-        "test": 0.1,
-        "seed": 0,
-    }
+    defaults = {"images": "*.nii.gz", "labels": None, "maps": False, "split": None, "seed": 0}
+    defaults |= {"validation": 0.1, "test": 0.1}
     assert calls == [
         (([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": os.cpu_count(), **defaults})
     ]
     errors["x7"] = "no space left"
     words = "prepare a out --images *.mgz --labels *_l.mgz --size 80 96 112 --spacing 2 --split s.json "
-    words += "--validation 0.2 --test 0.3 --seed 4 --jobs 3"
+    words += "--validation 0.2 --test 0.3 --seed 4 --jobs 3 --maps"
     assert main(words.split()) == 1
-    options = {"images": "*.mgz", "labels": "*_l.mgz", "split": Path("s.json"), "validation": 0.2, "test": 0.3}
+    options = {
+        "images": "*.mgz",
+        "labels": "*_l.mgz",
+        "maps": True,
+        "split": Path("s.json"),
+        "validation": 0.2,
+        "test": 0.3,
+    }
     assert calls[1][1] == {"grid": Grid((80, 96, 112), 2.0), "seed": 4, "jobs": 3, **options}
     shown = capsys.readouterr()
     assert shown.err == "vxm prepare: x7 failed: no space left\n"
