@@ -175,6 +175,20 @@ def test_slices_of_two_planes_are_registered_from_plane_to_plane(tmp_path: Path)
     assert np.corrcoef(result.warped.ravel(), fixed[0].ravel())[0, 1] > 0.99
 
 
+def test_a_tilted_slice_is_bent_all_over() -> None:
+    """Across it, rounding must not be taken for outside of the field."""
+    place = rigid((15, 70, 25), (-20, 9, 30))
+    images = [
+        (body(size, grid(size, sides))[..., None], tilted(place, grid(size, sides), 2))
+        for size, sides in (MOVING, FIXED)
+    ]
+    result = register(*images, network=network(), space="fixed", transform="none", grid=Grid((96, 90), 1.5))
+    length = np.linalg.norm(result.ddf[:2, ..., 0], axis=0)[images[1][0][..., 0] > 100]
+    assert length.max() > 0.5
+    assert np.mean(length == 0) < 0.01
+    np.testing.assert_allclose(result.ddf[2], 0, atol=1e-5)  # float32
+
+
 def test_a_2d_grid_lies_around_the_slice_in_its_plane() -> None:
     place = rigid((15, 70, 25), (-20, 9, 30))
     fixed = body(FIXED[0], grid(*FIXED))[..., None], tilted(place, grid(*FIXED), 2)
