@@ -106,6 +106,17 @@ class Convolution(nn.Module):
         return F.leaky_relu(x, 0.2, inplace=True)
 
 
+class Block(nn.Sequential):
+    """Convolutions of one resolution, the first one of features from the resolution below."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Map ``x``, half as fine as ``skip`` where that is given, through all convolutions."""
+        for convolution in self:
+            x = convolution(x, skip)
+            skip = None
+        return x
+
+
 class UNet(nn.Module):
     """U-Net of :class:`Architecture`: ``(B, in_channels, *spatial)`` to the features of its last resolution.
 
@@ -128,7 +139,7 @@ class UNet(nn.Module):
             for channels in widths:
                 convolutions.append(Convolution(spatial_dims, width, channels))
                 width = channels
-            self.decoder.append(nn.Sequential(*convolutions))
+            self.decoder.append(Block(*convolutions))
         self.out_channels = width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,8 +154,7 @@ class UNet(nn.Module):
                 skips.append(x)
                 x = convolution(x)
         for level, block in enumerate(self.decoder):
-            for i, convolution in enumerate(block):
-                x = convolution(x, skips.pop() if level > 0 and i == 0 else None)
+            x = block(x, skips.pop() if level > 0 else None)
         return x
 
 
@@ -273,7 +283,8 @@ class VoxelMorph(nn.Module):
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
             ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
         for d in range(self.spatial_dims):
-            ddf = ddf.narrow(d + 2, 0, size[d])
+            if size[d] < padded[d]:  # each cut, even of nothing, copies the field's gradient
+                ddf = ddf.narrow(d + 2, 0, size[d])
         return ddf.contiguous()
 
     def forward(self, pair: Tensor) -> Tensor:
