@@ -1,12 +1,17 @@
 """What goes into the network, what comes out timed, and how pairs are called."""
 
+import ctypes
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from monai.data import MetaTensor
 from torch.testing import assert_close
 
 from voxelmorph_monai import engines
-from voxelmorph_monai.engines import TimedInferer, pair_names, prepare_pair
+from voxelmorph_monai.engines import TimedInferer, keep_freed_memory, pair_names, prepare_pair
 
 
 def batch(**extra):
@@ -66,3 +71,29 @@ def test_pairs_are_called_after_their_files():
         {"moving": image("a.b.mgz"), "fixed": image("/x/c.nii.gz")},
     ]
     assert pair_names(items) == [{"filename_or_obj": "1005 to 1018"}, {"filename_or_obj": "a.b.mgz to c"}]
+
+
+FAULTS = """
+import resource, torch
+from voxelmorph_monai.engines import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), keep_freed_memory(), faults(), faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, taken, _, after = done.stdout.split()
+    assert taken == "True"
+    assert int(before) >= 32  # 64 MiB in pages of 4 KiB, or at the largest of 2 MiB
+    assert int(after) <= 4  # the same pages again; a few are for small objects
+
+
+def test_other_c_libraries_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not keep_freed_memory()
