@@ -1,6 +1,9 @@
 """The networks: against an own forward pass in NumPy, MONAI's network, the published sizes, and their laws."""
 
 import io
+import os
+import subprocess
+import sys
 from itertools import product
 
 import numpy as np
@@ -379,6 +382,55 @@ def test_bfloat16_counts_the_grid_of_the_unet(monkeypatch):
     network.unet.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     Registration(network)(random_pair((64, 70), dtype=torch.float32))
     assert seen == [torch.float32]
+
+
+OLD_PROCESSOR = """
+import sys, torch
+from voxelmorph_monai.networks import Registration, VoxelMorph
+torch.cpu._is_avx512_bf16_supported = lambda: False
+network = VoxelMorph("dense", 3)
+saved = torch.load(sys.argv[1])
+network.load_state_dict(saved["state"])
+found = Registration(network)(saved["pair"])
+found["warped"].square().sum().backward()
+print(torch.backends.cpu.get_cpu_capability())
+torch.save({"ddf": found["ddf"].detach(), "gradient": network.unet.decoder[4][0].conv.weight.grad}, sys.argv[1])
+"""
+
+
+def test_a_processor_without_bfloat16_falls_back(tmp_path):
+    network, pair = trained("dense", 3).float(), random_pair((48, 48, 50), batch=1, dtype=torch.float32)
+    torch.save({"state": network.state_dict(), "pair": pair}, tmp_path / "exchange.pt")
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", OLD_PROCESSOR, str(tmp_path / "exchange.pt")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "AVX2"
+    old = torch.load(tmp_path / "exchange.pt")
+    found = Registration(network, amp=False)(pair)
+    found["warped"].square().sum().backward()
+    # float32 summed in other orders, enlarged by 7 squarings of a field that is not smooth; bfloat16 is 1e-2 off
+    assert_close(old["ddf"], found["ddf"].detach(), rtol=1e-3, atol=1e-3)
+    gradient = network.unet.decoder[4][0].conv.weight.grad
+    assert (old["gradient"] - gradient).norm() < 1e-3 * gradient.norm()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_upsampled_features_are_convolved_at_their_own_resolution(dims):
+    torch.manual_seed(0)
+    low = (3, 5, 4)[:dims]
+    x = torch.randn(2, 3, *low, dtype=torch.float64)
+    skip = torch.randn(2, 2, *(2 * n for n in low), dtype=torch.float64)
+    convolution = networks.Convolution(dims, 5, 4).double()
+    nn.init.normal_(convolution.conv.bias)
+    whole = x
+    for axis in range(2, 2 + dims):
+        whole = whole.repeat_interleave(2, axis)
+    results, gradients = [], []
+    for found in (convolution(x, skip), convolution(torch.cat([whole, skip], dim=1))):
+        results.append(found)
+        gradients.append(torch.autograd.grad(found.square().sum(), list(convolution.parameters())))
+    assert_close(*results, **EXACT)
+    assert_close(*gradients, **EXACT)
 
 
 @pytest.mark.parametrize("preset", ["vm2", "diffeomorphic"])

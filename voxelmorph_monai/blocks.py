@@ -103,9 +103,10 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
         if mode != "nearest":
             raise TypeError(f"only mode='nearest' keeps labels: linear interpolation got an image of {image.dtype}.")
         dtype = torch.float64  # float32 would round labels past 2^24
+    components = ddf.unbind(1)  # one gradient for all; indexed one by one, each would fill a whole field with zeros
     unit = []  # grid_sample counts from -1 to 1, last array axis first
     for d in range(ddf.shape[1] - 1, -1, -1):
-        point = ddf[:, d] + _axis(ddf, d)
+        point = components[d] + _axis(ddf, d)
         if mode == "nearest":
             point = point.round()  # here, where halves are exact: the way to [-1, 1] and back is not
         unit.append(point * (2.0 / max(ddf.shape[d + 2] - 1, 1)) - 1.0)
@@ -185,7 +186,8 @@ def resize(field: Tensor, size: list[int]) -> Tensor:
     resampled = F.interpolate(field, list(size), mode=mode, align_corners=True)
     # One number for each component: a tensor of them would be rounded to float32 by TorchScript.
     ratio = [(size[d] - 1) / max(field.shape[d + 2] - 1, 1) for d in range(len(size))]
-    return torch.stack([resampled[:, d] * ratio[d] for d in range(len(size))], dim=1)
+    components = resampled.unbind(1)
+    return torch.stack([components[d] * ratio[d] for d in range(len(size))], dim=1)
 
 
 def _difference(field: Tensor, axis: int, scheme: str) -> Tensor:

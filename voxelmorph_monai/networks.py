@@ -62,6 +62,22 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
     return torch.device(device).type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def _convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve ``x``, each voxel repeated 2 times along each axis, concatenated with ``skip``."""
+    # The three weights along an axis meet only two different voxels of x, so they are added up first: a transposed
+    # convolution of four. No upsampled or concatenated image is made (forward and backward take 0.6 of the CPU time).
+    wide = weight[:, : x.shape[1]].transpose(0, 1)
+    for axis in range(2, weight.ndim):
+        a, b, c = wide.unbind(axis)
+        wide = torch.stack([c, b + c, a + b, a], dim=axis)
+    narrow = weight[:, x.shape[1] :]
+    if x.ndim == 5:
+        out = F.conv_transpose3d(x, wide, bias, stride=2, padding=1)
+        return out.add_(F.conv3d(skip, narrow, padding=1))
+    out = F.conv_transpose2d(x, wide, bias, stride=2, padding=1)
+    return out.add_(F.conv2d(skip, narrow, padding=1))
+
+
 class Convolution(nn.Module):
     """3-voxel convolution and LeakyReLU(0.2), He-initialised; with ``stride=2`` it halves an even size.
 
@@ -79,11 +95,29 @@ class Convolution(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type] # there is a bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial / stride)``."""
-        if len(self.padding) > 0:
-            x = F.pad(x, self.padding)
-        return F.leaky_relu(self.conv(x), 0.2, inplace=True)
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Map ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial / stride)``.
+
+        With ``skip`` ``(B, C, *spatial * 2)`` the input is ``x``, repeated to that resolution, and ``skip``.
+        """
+        if skip is not None:
+            x = _convolve_upsampled(x, skip, self.conv.weight, self.conv.bias)
+        else:
+            if len(self.padding) > 0:
+                x = F.pad(x, self.padding)
+            x = self.conv(x)
+        return F.leaky_relu(x, 0.2, inplace=True)
+
+
+class Block(nn.Sequential):
+    """Convolutions of one resolution, the first one of features from the resolution below."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Map ``x``, half as fine as ``skip`` where that is given, through all convolutions."""
+        for convolution in self:
+            x = convolution(x, skip)
+            skip = None
+        return x
 
 
 class UNet(nn.Module):
@@ -108,7 +142,7 @@ class UNet(nn.Module):
             for channels in widths:
                 convolutions.append(Convolution(spatial_dims, width, channels))
                 width = channels
-            self.decoder.append(nn.Sequential(*convolutions))
+            self.decoder.append(Block(*convolutions))
         self.out_channels = width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,9 +157,7 @@ class UNet(nn.Module):
                 skips.append(x)
                 x = convolution(x)
         for level, block in enumerate(self.decoder):
-            if level > 0:
-                x = torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skips.pop()], dim=1)
-            x = block(x)
+            x = block(x, skips.pop() if level > 0 else None)
         return x
 
 
@@ -282,7 +314,8 @@ class VoxelMorph(nn.Module):
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
             ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
         for d in range(self.spatial_dims):
-            ddf = ddf.narrow(d + 2, 0, size[d])
+            if size[d] < padded[d]:  # each cut, even of nothing, copies the field's gradient
+                ddf = ddf.narrow(d + 2, 0, size[d])
         return ddf.contiguous()
 
     def forward(self, pair: Tensor) -> Tensor:

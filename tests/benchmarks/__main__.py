@@ -1,0 +1,346 @@
+"""Time this package against its peers, on this machine, and print the table of ``docs/performance.md``.
+
+    python -m tests.benchmarks                              # about 15 minutes on 2 idle cores
+    python -m tests.benchmarks --output docs/performance.md # and put the table between the marks of that page
+    python -m tests.benchmarks --quick                      # small images: does it run?
+
+Each measurement is a process of its own, where its peak memory is read. Contenders take turns, and each row gives
+medians. A row whose contenders disagree is no comparison: it says so, and the exit status is 1.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import processor
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.benchmarks import speed
+from tests.benchmarks.speed import STRIDE, Cost, Measurement, Size
+
+MARKS = "<!-- benchmark -->\n", "<!-- end of benchmark -->\n"
+PATIENCE = 60.0  # seconds after which a contender gets no further turn
+GIB_OF_A_WORKSTATION = 24
+
+# Mean difference of displacements in voxels. Where the integration's resolution differs from MONAI's, the roughness of
+# an untrained network's field (0.5 voxel long) adds 0.03; bfloat16 alone makes 0.002.
+CLOSE, ROUGH = 0.02, 0.05
+
+Answer = dict[str, np.ndarray]
+Agreement = Callable[[Answer, Answer], tuple[str, bool]]
+
+
+class Settings(NamedTuple):
+    """How large a run is."""
+
+    size: Size
+    ladder: tuple[int, ...]  # sides of cubes
+    product: int  # side of the matrices multiplied
+    rounds: int  # how often each contender's turn comes
+
+
+FULL = Settings((160, 192, 224), (64, 96, 128, 160, 192, 256), 4096, 3)
+QUICK = Settings((48, 64, 80), (48, 64), 256, 1)  # MONAI's networks take multiples of 16 alone
+
+
+# Agreement: what is left of the difference, and whether the contenders count as equal
+
+
+def fields_agree(tolerance: float) -> Agreement:
+    """Compare displacements 16 voxels from the border and deeper: beyond it MONAI's velocity is 0, ours goes on."""
+    margin = 16 // STRIDE
+
+    def agree(ours: Answer, theirs: Answer) -> tuple[str, bool]:
+        inside = (..., *(slice(margin, -margin) for _ in range(3)))
+        error = float(np.linalg.norm((ours["ddf"] - theirs["ddf"])[inside], axis=1).mean())
+        return f"{error:.4f} voxel", error <= tolerance
+
+    return agree
+
+
+def numbers_agree(tolerance: float) -> Agreement:
+    """Compare all numbers, in units of the largest."""
+
+    def agree(ours: Answer, theirs: Answer) -> tuple[str, bool]:
+        errors = [float(np.nanmax(np.abs(ours[k] - theirs[k])) / np.nanmax(np.abs(theirs[k]))) for k in theirs]
+        return f"{max(errors):.1g} relative", max(errors) <= tolerance
+
+    return agree
+
+
+def steps_agree(ours: Answer, theirs: Answer) -> tuple[str, bool]:
+    """Compare the similarity before the step, -1 to 0, and the displacement."""
+    error = abs(float(ours["similarity"] - theirs["similarity"]))
+    text, equal = fields_agree(ROUGH)(ours, theirs)
+    return f"{text}; loss {error:.1g}", equal and error <= 0.01
+
+
+def means_agree(ours: Answer, theirs: Answer) -> tuple[str, bool]:
+    """Compare mean distances of surfaces: MONAI takes boundary voxels where ours takes the surface between voxels."""
+    error = abs(float(np.nanmean(ours["distance"]) - np.nanmean(theirs["distance"])))
+    return f"{error:.2f} voxel", error <= 1
+
+
+class Row(NamedTuple):
+    """One line of the table: ours against a peer."""
+
+    title: str
+    ours: str
+    peer: str
+    faster: float  # what we aim at
+    smaller: float | None = None  # the peer's memory divided by ours
+    agree: Agreement | None = None  # None: not the same computation
+    truth: str | None = None  # what ours has to agree with, where that is not the peer
+    maps: int = 0  # of float32, read or written besides what is counted
+
+
+ROWS = [
+    Row("inference, `dense`", "register dense", "register dense, MONAI", 6, 2, fields_agree(ROUGH)),
+    Row(
+        "the same, integrated at MONAI's full resolution",
+        "register dense, full resolution",
+        "register dense, MONAI",
+        1,
+        agree=fields_agree(CLOSE),
+    ),
+    Row("the same in float32", "register dense, float32", "register dense, MONAI", 1, agree=fields_agree(ROUGH)),
+    Row(
+        "inference, `diffeomorphic`; MONAI's default net",
+        "register diffeomorphic",
+        "register, MONAI",
+        20,
+        agree=fields_agree(CLOSE),
+        truth="register diffeomorphic, float32",
+    ),
+    Row("the same; `voxelmorph` 0.3.4", "register diffeomorphic", "register, voxelmorph", 1),
+    # Windows are summed twice: 2 images in, 3 coefficients out; 5 maps in, the gradient out.
+    Row("training step, `dense`", "train dense", "train dense, MONAI", 8, 2.5, steps_agree, maps=11),
+    Row("training step, `diffeomorphic`", "train diffeomorphic", "train dense, MONAI", 20, maps=11),
+    Row("LNCC 9³, with gradient", "lncc", "lncc, MONAI", 20, None, numbers_agree(1e-4), "lncc, MONAI in float64", 11),
+    # The gradient of linear interpolation jumps at voxels, and points close to one are rounded to either side.
+    Row("warp, with gradients", "warp", "warp, MONAI", 3, agree=numbers_agree(1e-2)),
+    Row("integrate, with gradient", "integrate", "integrate, MONAI", 3, agree=numbers_agree(1e-2)),
+    Row("Dice, 35 labels", "dice", "dice, MONAI", 100, agree=numbers_agree(1e-6)),
+    Row("HD95, 35 labels", "hausdorff95", "hausdorff95, MONAI", 15, agree=means_agree),
+    Row("next cached pair; its training step", "load", "train diffeomorphic", 10),
+]
+LADDER = ["register diffeomorphic", "train diffeomorphic", "register dense", "train dense"]
+
+
+# Running
+
+
+def call(function: str, *args: Any) -> Any:
+    """Run a function of ``speed`` in a process of its own. What comes back as text is the reason of a failure."""
+    context = multiprocessing.get_context("forkserver")  # its imports are done once, and alike for all
+    context.set_forkserver_preload([speed.__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=speed.answer, args=(sender, function, *args))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = "the process ended without a result"
+    process.join()
+    return found
+
+
+def take_turns(contenders: Sequence[str], size: Size, rounds: int) -> dict[str, list[Measurement] | str]:
+    """Measure each contender once a round, one after the other."""
+    found: dict[str, list[Measurement] | str] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name in contenders:
+            done = found[name]
+            if isinstance(done, str) or sum(m.seconds for m in done) > PATIENCE:
+                continue
+            print(f"{turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+            result = call("measure", name, size)
+            if isinstance(result, str):
+                found[name] = result
+            else:
+                done.append(result)
+    return found
+
+
+class Result(NamedTuple):
+    """Medians of one contender."""
+
+    seconds: float
+    cpu_seconds: float
+    memory: float
+    answer: Answer
+
+
+def summary(measurements: list[Measurement]) -> Result:
+    """Reduce the turns of one contender."""
+    medians = (median(m[i] for m in measurements) for i in range(3))
+    return Result(*medians, answer=measurements[0].answer)
+
+
+# The table
+
+
+def formatted(seconds: float) -> str:
+    """Three digits, in s or ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def least(row: Row, size: Size, ceiling: dict[str, float]) -> Cost | None:
+    """Count what a row's own work takes at least; None where that is neither convolution nor sampling."""
+    cost = Cost(0, 0, 0)
+    if row.ours.startswith(("register", "train", "warp", "integrate")):
+        cost = call("count", row.ours, size, ceiling)
+        if isinstance(cost, str):
+            raise RuntimeError(f"counting {row.ours}: {cost}")
+    elif not row.maps:
+        return None
+    more = 4 * row.maps * float(np.prod(size))
+    return Cost(cost.flops, cost.bytes + more, cost.seconds + more / ceiling["copy"])
+
+
+def line(row: Row, found: dict[str, Result | str], cost: Cost | None) -> tuple[str, bool]:
+    """Write one row, and tell whether the contenders agree."""
+    ours, peer = found[row.ours], found[row.peer]
+    if isinstance(ours, str):
+        raise RuntimeError(f"{row.ours} failed: {ours}")
+    if isinstance(peer, str):
+        return f"| {row.title} | {formatted(ours.seconds)} | not run: {peer.splitlines()[0]} |" + " |" * 8, True
+    text, equal = "another computation", True
+    truth = found[row.truth or row.peer]
+    if row.agree is not None and not isinstance(truth, str):
+        text, equal = row.agree(ours.answer, truth.answer)
+    memory = f"{peer.memory / ours.memory:.1f}" + ("" if row.smaller is None else f" (goal {row.smaller:g})")
+    floor = (
+        " | | "
+        if cost is None
+        else (
+            f"{cost.flops / 1e9:.3g} | {cost.bytes / 1e9:.3g} | "
+            f"{formatted(cost.seconds)}, {100 * cost.seconds / ours.seconds:.0f} %"
+        )
+    )
+    speedup = peer.seconds / ours.seconds
+    cells = [
+        row.title,
+        f"{formatted(ours.seconds)} ({formatted(ours.cpu_seconds)})",
+        f"{formatted(peer.seconds)} ({formatted(peer.cpu_seconds)})",
+        f"**{speedup:.3g}** (goal {row.faster:g})" if equal else "disqualified",
+        f"{peer.cpu_seconds / ours.cpu_seconds:.3g}",
+        f"{ours.memory:.2f} | {peer.memory:.2f} | {memory}",
+        floor,
+        text if equal else f"**differs**: {text}",
+    ]
+    return "| " + " | ".join(cells) + " |", equal
+
+
+def fit(voxels: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
+    """Fit ``values = a + b * voxels`` so that relative errors are small: a, b, and the largest of them."""
+    x, y = np.asarray(voxels, float), np.asarray(values, float)
+    a, b = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones(len(x)), rcond=None)[0]
+    return float(a), float(b), float(np.abs((a + b * x) / y - 1).max())
+
+
+def growth(ladder: Sequence[int]) -> Iterator[str]:
+    """Write how time and memory grow with the number of voxels, line by line."""
+    yield "| | " + " | ".join(f"{n}³" for n in ladder) + " | time | memory | in 24 GiB |"
+    yield "|---" * (len(ladder) + 4) + "|"
+    for name in LADDER:
+        rungs = []
+        for n in ladder:
+            print(f"ladder: {name} {n}", file=sys.stderr, flush=True)
+            rungs.append(call("measure", name, (n, n, n)))
+        failed = [m for m in rungs if isinstance(m, str)]
+        if failed:
+            yield f"| {name} | failed: {failed[0]} |"
+            continue
+        voxels = [n**3 / 1e6 for n in ladder]
+        time_fit, memory_fit = (
+            fit(voxels, values) for values in zip(*[(m.seconds, m.memory) for m in rungs], strict=True)
+        )
+        most = (GIB_OF_A_WORKSTATION - memory_fit[0]) / memory_fit[1]
+        cells = [
+            name,
+            *(f"{formatted(m.seconds)}, {m.memory:.2f} GiB" for m in rungs),
+            *(
+                f"{a:.2f} + {b:.3f} {unit} (± {100 * e:.0f} %)"
+                for (a, b, e), unit in ((time_fit, "s"), (memory_fit, "GiB"))
+            ),
+            f"{most:.0f} million voxels, {1e2 * most ** (1 / 3):.0f}³",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((text.split(":")[1].strip() for text in lines if text.startswith("model name")), processor())
+
+
+def _versions() -> str:
+    found = []
+    for name in ("torch", "monai", "voxelmorph"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
+def report(settings: Settings) -> tuple[str, bool]:
+    """Run everything; the block of the page, and whether all agree."""
+    ceiling = call("ceilings", settings.product)
+    wanted = dict.fromkeys(name for row in ROWS for name in (row.ours, row.peer, row.truth) if name)
+    found = {
+        name: done if isinstance(done, str) else summary(done)
+        for name, done in take_turns(list(wanted), settings.size, settings.rounds).items()
+    }
+    rows = [line(row, found, least(row, settings.size, ceiling)) for row in ROWS]
+    threads = multiprocessing.cpu_count()
+    text = [
+        f"{date.today():%d %B %Y}, {_cpu_name()}, {threads} cores; {_versions()}. "
+        f"{' x '.join(map(str, settings.size))} voxels. Ceilings in this run: "
+        f"{ceiling['float32'] / 1e9:.0f} GFLOP/s float32, {ceiling['bfloat16'] / 1e9:.0f} GFLOP/s bfloat16, "
+        f"{ceiling['copy'] / 1e9:.0f} GB/s copied (read and written). Times are wall clock, in brackets CPU; "
+        "memory is the peak of the process in GiB.",
+        "",
+        "| | ours | peer | times faster | CPU | GiB | peer | ratio | GFLOP | GB | floor, share | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *(row for row, _ in rows),
+        "",
+        "Growth with the number of voxels (fit in millions of them, with its largest relative error); "
+        f"the last column is where the fit of memory meets {GIB_OF_A_WORKSTATION} GiB, an estimate:",
+        "",
+        *growth(settings.ladder),
+    ]
+    return "\n".join(text) + "\n", all(equal for _, equal in rows)
+
+
+def put(block: str, page: Path) -> None:
+    """Replace what stands between the marks of ``page``."""
+    text = page.read_text(encoding="utf-8")
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise ValueError(f"{page} must hold {MARKS[0].strip()} and {MARKS[1].strip()} once each.")
+    before, rest = text.split(MARKS[0])
+    page.write_text(before + MARKS[0] + "\n" + block + "\n" + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+
+
+def main() -> int:
+    """Print the table, and give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small images")
+    parser.add_argument("--output", type=Path, help="page whose table is replaced")
+    options = parser.parse_args()
+    block, equal = report(QUICK if options.quick else FULL)
+    print(block)
+    if options.output:
+        put(block, options.output)
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

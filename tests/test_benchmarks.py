@@ -1,0 +1,98 @@
+"""The benchmark runs and compares what is equal; how fast anything is, is not asked on a busy machine."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+GOOD = [1.0, 2.0, 4.0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    page = tmp_path_factory.mktemp("docs") / "performance.md"
+    page.write_text("before\n<!-- benchmark -->\nold\n<!-- end of benchmark -->\nafter\n", encoding="utf-8")
+    command = [sys.executable, "-m", "tests.benchmarks", "--quick", "--output", str(page)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # on small images threads only wait for each other
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return done, page.read_text(encoding="utf-8")
+
+
+def test_all_contenders_agree(run):
+    done, _ = run
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "disqualified" not in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_each_row_gives_a_ratio_and_its_floor(run):
+    _, page = run
+    rows = [line for line in page.splitlines() if "(goal" in line]
+    assert len(rows) >= 12  # with all that the project promises; 13 where voxelmorph is installed
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 12
+        assert float(re.match(r"\*\*([\d.e+]+)\*\*", cells[3])[1]) > 0
+        assert cells[8] == "" or (float(cells[9]) > 0 and "%" in cells[10])
+
+
+def test_the_block_replaces_the_one_of_the_page(run):
+    done, page = run
+    assert page.startswith("before\n<!-- benchmark -->\n")
+    assert page.endswith("<!-- end of benchmark -->\nafter\n")
+    assert "old" not in page
+    assert done.stdout.strip() in page
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return import_module("tests.benchmarks.__main__")
+
+
+def test_a_line_is_fitted_exactly(table):
+    a, b, error = table.fit(GOOD, [0.5 + 3 * x for x in GOOD])
+    assert (a, b) == (pytest.approx(0.5), pytest.approx(3.0))
+    assert error == pytest.approx(0, abs=1e-12)  # float64
+    assert table.fit(GOOD, [x**2 for x in GOOD])[2] > 0.1
+
+
+def test_a_wrong_answer_disqualifies(table):
+    result = table.Result(1.0, 1.0, 1.0, {"dice": np.ones(3)})
+    wrong = table.Result(5.0, 5.0, 5.0, {"dice": np.full(3, 1.1)})
+    row = next(row for row in table.ROWS if row.ours == "dice")
+    text, equal = table.line(row, {row.ours: result, row.peer: wrong}, None)
+    assert not equal
+    assert "disqualified" in text
+    text, equal = table.line(row, {row.ours: result, row.peer: wrong._replace(answer=result.answer)}, None)
+    assert equal
+    assert "**5** (goal 100)" in text
+
+
+def test_what_a_convolution_costs(table, monkeypatch):
+    speed = table.speed
+    image, weight = torch.zeros(1, 4, 5, 6, 7), torch.zeros(8, 4, 3, 3, 3)
+    monkeypatch.setitem(
+        speed.CONTENDERS, "one", lambda size: lambda: torch.nn.functional.conv3d(image, weight, padding=1)
+    )
+    threads = torch.get_num_threads()
+    cost = speed.count("one", (5, 6, 7), {"float32": 1e3, "bfloat16": 1.0, "copy": 1e9})
+    torch.set_num_threads(threads)
+    assert cost.flops == 2 * 27 * 4 * 8 * 5 * 6 * 7
+    assert cost.bytes == 4 * (image.numel() + weight.numel() + 8 * 5 * 6 * 7)
+    assert cost.seconds == pytest.approx(cost.flops / 1e3)
+
+
+def test_a_page_without_marks_is_kept(table, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("mine\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"page\.md must hold <!-- benchmark --> and <!-- end of benchmark --> once"):
+        table.put("block", page)
+    assert page.read_text(encoding="utf-8") == "mine\n"
