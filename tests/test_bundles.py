@@ -118,6 +118,7 @@ NEW_KEYS = {
     "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {"dice_weight", "loss#dice", "loss#dice_weight"},
     "refine.yaml": {"budget"},
+    "synthetic.yaml": {"maps_dir", "coarsen", "anatomy", "dice_weight", "synthesis"},
     "probabilistic.yaml": {"image_sigma", "prior_lambda", "loss#prior"},
     "amortised.yaml": {"network_def#smoothness_weight"},
     "accumulation.yaml": {"accumulation_steps", "train#trainer#accumulation_steps"},
@@ -136,6 +137,28 @@ def test_overlay_changes_only_what_exists(name: str) -> None:
         assert key in overlay
         with pytest.raises(KeyError):
             _lookup(base, key)
+
+
+def test_label_maps_train_a_network_that_goes_on_from_given_weights(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, random = tmp_path / "maps", np.random.default_rng(0)
+    maps.mkdir()
+    scans = []
+    for name in "ab":
+        blocks = random.choice([0, 2, 41, 3, 42, 4, 24], (5, 6, 7)).repeat(16, 0).repeat(16, 1).repeat(16, 2)
+        save_image(maps / f"{name}.nii.gz", blocks.astype(np.int16), np.diag([1.0, 1, 1, 1]))
+        scans.append({"image": f"{name}.nii.gz", "label": f"{name}.nii.gz"})
+    (maps / "datalist.json").write_text(json.dumps({"training": scans}))
+    monkeypatch.chdir(REGISTRATION)
+    first = train(prepared, tmp_path / "first", "synthetic.yaml", maps_dir=str(maps))
+    weights = str(tmp_path / "first" / "model.pt")
+    again = train(
+        prepared, tmp_path / "again", "synthetic.yaml", maps_dir=str(maps), pretrained=weights, learning_rate=0.0
+    )
+    kept, start = (each.trainer.network.network.state_dict() for each in (again, first))
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+    assert float(kept["flow.weight"].abs().max()) > 1e-4  # its initial values are 1e-5
 
 
 def test_each_preset_has_its_overlay() -> None:
@@ -195,10 +218,11 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
         output_dir=str(output),
         num_labels=4,
         budget=1.0,
+        evaluation_dir=str(output / "refined"),
     )
     refined.run()
-    assert refined.evaluator.state.metrics["val_mean_dice"] > metrics["val_dice_before"]
-    assert refined.evaluator.state.metrics["val_folding_percent"] == 0
+    assert refined.evaluator.state.metrics["dice"] > metrics["dice_before"]
+    assert refined.evaluator.state.metrics["folding_percent"] == 0
 
     pair = {
         f"{role}{suffix}": str(prepared / folder / f"{number}.nii.gz")
@@ -299,7 +323,7 @@ def test_every_data_set_trains_and_is_evaluated(
     section = "validation" if submit else "test"
     evaluated = workflow(["train.json", *overlays, "evaluate.json", *submit], section=section, **options)
     evaluated.run()
-    assert evaluated.evaluator.state.metric_details["val_mean_dice"].shape == (num_pairs, num_structures)
+    assert evaluated.evaluator.state.metric_details["dice"].shape == (num_pairs, num_structures)
     if submit:
         fields = sorted((tmp_path / "out" / "submission" / "task_03").iterdir())
         first = 438 if layout == "oasis" else 395

@@ -477,8 +477,14 @@ def test_overfits_one_pair(preset):
         ({"downsampling": "mean"}, r"downsampling must be 'stride' or 'max', got 'mean'\."),
         ({"preset": "vm1", "integration_level": 5}, r"integration_level must be 0 to 4, got 5\."),
         ({"preset": "vm1", "integration_level": -1}, r"integration_level must be 0 to 4, got -1\."),
-        ({"num_steps": 0}, r"probabilistic needs a velocity to sample: num_steps must be at least 1, got 0\."),
-        ({"integration_level": 0}, r"where the decoder stops, at level 1, got integration_level 0\."),
+        (
+            {"preset": "diffeomorphic", "num_steps": 0},
+            r"probabilistic needs a velocity to sample: num_steps must be at least 1, got 0\.",
+        ),
+        (
+            {"preset": "diffeomorphic", "integration_level": 0},
+            r"where the decoder stops, at level 1, got integration_level 0\.",
+        ),
     ],
 )
 def test_architectures_that_cannot_be(options, message):
