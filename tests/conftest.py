@@ -1,6 +1,7 @@
 """What several test modules share: a small prepared data set, and real scans where there are any."""
 
 import json
+import locale
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -118,7 +119,9 @@ def save_dicom() -> Callable[..., None]:
             for tag, value in tags.items():
                 image.SetMetaData(tag, value)
             writer.SetFileName(str(folder / f"{series}_{index:03d}.dcm"))
+            found = locale.setlocale(locale.LC_ALL)
             writer.Execute(image)
+            locale.setlocale(locale.LC_ALL, found)  # SimpleITK leaves another behind
 
     return save
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -343,22 +344,31 @@ def test_a_folder_in_which_nothing_may_be_written_is_refused(folder: Path, refus
     refused([*pair(folder)[:2], "--output", "/proc/vxm/out"], "/proc")
 
 
+FULL_DISK = """
+import resource, sys
+from voxelmorph_monai import registration
+from voxelmorph_monai.cli import main
+save, size = registration._save, int(sys.argv.pop())
+def limited(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    save(*args)
+registration._save = limited
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are POSIX")
 @pytest.mark.parametrize("size", [600, 4000])
-def test_a_full_disk_leaves_nothing(folder: Path, refused: Any, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """No file may grow beyond so many bytes, while ``vxm`` works: pytest writes files of its own."""
-    resource = pytest.importorskip("resource", reason="limits of processes are POSIX")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = registration._save
-
-    def limited(*args: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            save(*args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    monkeypatch.setattr(registration, "_save", limited)
-    refused([*pair(folder), "--moving-labels", str(folder / "labels.nii.gz")], "")
+def test_a_full_disk_leaves_nothing(folder: Path, size: int) -> None:
+    """No file may grow beyond so many bytes; in a process of its own, which such a file can crash at its end."""
+    before = {path for path in folder.rglob("*")}
+    words = ["register", *pair(folder), "--moving-labels", str(folder / "labels.nii.gz"), *ALIGNED]
+    command = [sys.executable, "-c", FULL_DISK, *words, str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("vxm register: ")
+    assert set(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("writer", ["save_transform", "Composite.save", "save_results", "save_image_like"])

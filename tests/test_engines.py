@@ -152,7 +152,7 @@ def faults():
     torch.ones(64 << 20, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(faults(), keep_freed_memory(), faults(), faults())
+print(faults(), keep_freed_memory(), faults(), min(faults() for _ in range(9)))  # the system may take pages back
 """
 
 

@@ -68,6 +68,7 @@ def test_parameters_are_the_published_ones(preset, count):
 
 @presets
 def test_weights_start_as_published(preset):
+    torch.manual_seed(0)  # each SD is within its interval but for 1 draw in 16,000
     network = VoxelMorph(preset)
     flow, n = network.flow.weight.detach(), network.flow.weight.numel()
     assert float(flow.std()) == pytest.approx(1e-5, rel=4 / (2 * n) ** 0.5)  # 4 standard errors of an SD of n numbers

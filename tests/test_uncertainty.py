@@ -31,7 +31,7 @@ GRID = Grid((32, 32, 32), 6.0)
 def network(log_variance: float = -2.0, seed: int = 0) -> Registration:
     """A network whose velocity has the same variance everywhere, its mean almost 0."""
     torch.manual_seed(seed)
-    found = VoxelMorph()
+    found = VoxelMorph("diffeomorphic")
     torch.nn.init.zeros_(found.log_variance.weight)
     torch.nn.init.constant_(found.log_variance.bias, log_variance)
     return Registration(found, bidirectional=True).eval()

@@ -5,6 +5,7 @@ takes seconds, which nobody should wait for ``vxm --help``.
 """
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -478,6 +479,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _leave(code: int) -> None:
+    """End the process at once: where a full disk cut a file short, HDF5 crashes when it closes it at the end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vxm`` with the given arguments (default: the process's); returns the exit code.
 
@@ -489,6 +497,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"vxm {args.command}: {reason}", file=sys.stderr)
+        if argv is None:
+            atexit.register(_leave, 2)
         return 2
     except KeyboardInterrupt:
         print(f"vxm {args.command}: interrupted", file=sys.stderr)
