@@ -111,7 +111,7 @@ LOSSES = [
         "self.dice(moving, fixed, predicted",
         "labels not exchanged on the way back",
     ),
-    ("self.smoothness_weight * self", "self", "weight ignored"),
+    ("weight * self.smoothness(field)", "self.smoothness(field)", "weight ignored"),
 ]
 
 MUTANTS = [Mutant("blocks", *row) for row in BLOCKS] + [Mutant("losses", *row) for row in LOSSES]
