@@ -74,7 +74,7 @@ def pull_file(
 
     Args:
         transforms: as :func:`~voxelmorph_monai.transform_files.read_chain` takes them.
-        image: the moving image, NIfTI or MGZ.
+        image: the moving image, as :func:`~voxelmorph_monai.spaces.open_volume` takes it, in 3-D.
         reference: the fixed image, whose grid counts alone.
         output: ``.nii`` or ``.nii.gz``.
         interpolation: one of :data:`~voxelmorph_monai.chains.INTERPOLATIONS`.

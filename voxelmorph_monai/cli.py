@@ -157,7 +157,7 @@ def _register_list(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 
 def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("moving", type=Path, help="scan to warp (NIfTI, MGZ)")
+    parser.add_argument("moving", type=Path, help="scan to warp, as of vxm register")
     parser.add_argument("fixed", type=Path, help="scan to warp it to")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="of a probabilistic network")

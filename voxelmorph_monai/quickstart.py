@@ -35,7 +35,11 @@ def quickstart(output: str | Path) -> dict[str, object]:
     output = Path(output)
     paths = _write_scans(output / "scans")
     words = [f"--{role.replace('_', '-')} {path}" if "labels" in role else str(path) for role, path in paths.items()]
-    print("$ vxm register", *sorted(words, key=lambda word: word.startswith("--")), f"--output {output / 'registered'}")
+    print(
+        "$ vxm register",
+        *sorted(words, key=lambda word: word.startswith("--")),
+        f"--output {output / 'registered'} --overwrite",
+    )
     summary = register_files(
         paths["moving"],
         paths["fixed"],

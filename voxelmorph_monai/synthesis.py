@@ -145,7 +145,7 @@ def _max_pool(image: Tensor, radius: int) -> Tensor:
 
 
 def _smooth(shape: Sequence[int], knots: int, device: torch.device) -> Tensor:
-    """Smooth normal noise ``(B, C, *spatial)`` with a knot every ``knots`` voxels, SD about 0.6 between knots, 1 at."""
+    """Smooth noise ``(B, C, *spatial)``: SD 1 at knots every ``knots`` voxels, linear and less between."""
     coarse = [max(-(-n // knots) + 1, 2) for n in shape[2:]]
     mode = "trilinear" if len(coarse) == 3 else "bilinear"
     return F.interpolate(
