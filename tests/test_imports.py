@@ -47,6 +47,7 @@ ALLOWED = {
         "results",
         "spaces",
     },
+    "propagation": {"preparation", "registration", "results", "spaces"},
     "cohort": {"preparation", "processes", "registration", "spaces"},
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
