@@ -5,9 +5,9 @@ The bundle is the whole of what it needs besides this package: network, atlases 
 """
 
 import csv
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +28,13 @@ TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
 """Names of the labels of :func:`~voxelmorph_monai.preparation.mni152_tissue`."""
 
 _VERSION = "0.1.0"
+_NILEARN = "0.14.1"  # tested with, as are the packages that the other bundle lists
 _CITATION = (
     "Artaechevarria, X., Munoz-Barrutia, A., Ortiz-de-Solorzano, C. Combination Strategies in Multi-Atlas Image "
     "Segmentation: Application to Brain MR Data. IEEE TMI 28(8), 2009. doi:10.1109/TMI.2009.2014372",
     "Balakrishnan, G., Zhao, A., Sabuncu, M. R., Guttag, J., Dalca, A. V. VoxelMorph: A Learning Framework for "
     "Deformable Medical Image Registration. IEEE TMI 38(8), 2019. doi:10.1109/TMI.2019.2897538",
 )
-_PACKAGES = ("itk", "nibabel", "nilearn", "pytorch-ignite", "scipy")
 _NO_LICENCE = (
     "The terms of the scans and labels in models/model.pt were not given when this bundle was made. Ask whoever owns "
     "them before you pass it on.\n"
@@ -46,6 +46,11 @@ class _Atlas(NamedTuple):
 
     image: tuple[NDArray[np.float32], Affine]
     labels: tuple[NDArray[Any], Affine]
+
+
+def _like() -> Path:
+    """The bundle whose weights the network has."""
+    return shipped_weights().parents[1]
 
 
 def _template(name: str) -> str:
@@ -199,6 +204,7 @@ def _inference(options: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
 
 def _metadata(structures: Sequence[str], options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """``configs/metadata.json``."""
+    tested = json.loads((_like() / "configs" / "metadata.json").read_text(encoding="utf-8"))
     tensor = {"spatial_shape": options["size"], "dtype": "float32", "value_range": [0, 1], "is_patch_data": False}
     channels = ["background", *structures]
     return {
@@ -206,10 +212,8 @@ def _metadata(structures: Sequence[str], options: Mapping[str, Any], source: str
         "meta_schema_20240725.json",
         "version": _VERSION,
         "changelog": {_VERSION: "made by vxm make-atlas-bundle"},
-        "monai_version": version("monai"),
-        "pytorch_version": version("torch").partition("+")[0],
-        "numpy_version": version("numpy"),
-        "required_packages_version": {name: version(name) for name in _PACKAGES},
+        **{name: tested[name] for name in ("monai_version", "pytorch_version", "numpy_version")},
+        "required_packages_version": {"nilearn": _NILEARN, **tested["required_packages_version"]},
         "supported_apps": {},
         "name": f"Brain T1 segmentation by {_atlases(options)} ({len(structures)} labels)",
         "task": "Segmentation of T1-weighted brain scans by atlases",
@@ -290,9 +294,8 @@ def _write(
     metadata = _metadata(list(structures), options, source)
     write_json(folder / "configs" / "metadata.json", metadata)
     write_json(folder / "configs" / "inference.json", _inference(options, grid))
-    like = shipped_weights().parents[1]  # the bundle whose weights the network has
-    shutil.copyfile(like / "configs" / "logging.conf", folder / "configs" / "logging.conf")
-    shutil.copyfile(like / "LICENSE", folder / "LICENSE")
+    for name in ("configs/logging.conf", "LICENSE"):
+        shutil.copyfile(_like() / name, folder / name)
     (folder / "docs" / "README.md").write_text(_readme(metadata, list(structures), options), encoding="utf-8")
     (folder / "docs" / "data_license.txt").write_text(licence, encoding="utf-8")
     _write_labels(folder / "docs" / "labels.csv", structures)
