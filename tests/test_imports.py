@@ -47,12 +47,9 @@ ALLOWED = {
         "results",
         "spaces",
     },
-<<<<<<< HEAD
     "propagation": {"preparation", "registration", "results", "spaces"},
-=======
     "atlas": {"affine", "blocks", "losses", "networks", "preparation", "refinement", "spaces"},
     "atlas_bundle": {"atlas", "networks", "preparation", "registration", "spaces", "transforms"},
->>>>>>> atlas
     "cohort": {"preparation", "processes", "registration", "spaces"},
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
