@@ -260,12 +260,14 @@ class LabelPropagation(InferTask):
         """Studies to take labels from, and what to tell of the choice."""
         labelled = self.studies.usable()
         if moving != _SIMILAR:
-            chosen = [moving] if isinstance(moving, str) else list(moving)[: _MOST + 1]
+            chosen = [moving] if isinstance(moving, str) else moving
+            if not isinstance(chosen, list):
+                raise ValueError(f"moving must be the id of a study, or several, got {moving}.")
+            if not 1 <= len(chosen) <= _MOST:
+                raise ValueError(f"moving must name 1 to {_MOST} studies, got {len(chosen)}.")
             for name in chosen:
                 if self.studies.image(name) and name not in labelled:
                     raise ValueError(f"study {name} must have labels that can be read, but it has none.")
-            if not 1 <= len(chosen) <= _MOST:
-                raise ValueError(f"moving must name 1 to {_MOST} studies, got {len(chosen)}.")
             return [labelled[name] for name in chosen], {"studies": chosen}
         others = [study for study in labelled.values() if study.image != fixed]
         if not others:
@@ -423,11 +425,11 @@ class Training(TrainTask):
                 )
                 workflow.initialize()
                 workflow.run()
-                metrics = dict(workflow.evaluator.state.metrics)
+                dice = workflow.parser.get_parsed_content("validate#keep_best").best
                 workflow.finalize()
                 with atomic(target) as whole:
                     shutil.move(folder / "training" / "model.pt", whole)
-        return {"weights": str(target), "training": training, "validation": validation, "metrics": metrics}
+        return {"weights": str(target), "training": training, "validation": validation, "dice": dice}
 
 
 def _bundles(folder: Path, conf: Mapping[str, str]) -> dict[str, InferTask]:
