@@ -199,7 +199,9 @@ class _Studies:
 
     def image(self, study: str) -> Path:
         """File of a study's image; HTTP 404 if there is no such study."""
-        path = self.datastore.get_image_uri(study) if isinstance(study, str) and study else ""
+        if not study:
+            raise HTTPException(404, "a study must be named, or a session that has not ended.")
+        path = self.datastore.get_image_uri(study) if isinstance(study, str) else ""
         if not path:
             raise HTTPException(404, f"there is no study '{study}' in the datastore.")
         return Path(path)
@@ -479,11 +481,11 @@ class VoxelMorphApp(MONAILabelApp):
         model, image = request.get("model"), request.get("image", "")
         if model not in self._infers:
             raise HTTPException(404, f"there is no model '{model}', only {', '.join(self._infers)}.")
-        named = {}
+        named = {str(request.get("label")): "the file sent as label"}
         if isinstance(image, str):
             path = image if os.path.exists(image) else str(self._studies().image(image))
-            named = {path: "the scan" if path == image else image, str(request.get("label")): "the file sent as label"}
-        with _answering(named):
-            if named:
+            named = {path: "the scan" if path == image else image, **named}
+        with _answering({**named, f"{self.studies.rstrip('/')}/": ""}):
+            if isinstance(image, str):
                 open_volume(path, planar=True)
             return super().infer(request, datastore)
