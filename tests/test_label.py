@@ -31,9 +31,13 @@ from voxelmorph_monai.registration import load_network, shipped_folder
 from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
 
-pytestmark = pytest.mark.skipif(
-    find_spec("monailabel") is None, reason="MONAI Label is not installed: label_app/requirements.txt says how"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("monailabel") is None, reason="MONAI Label is not installed: label_app/requirements.txt says how"
+    ),
+    # MONAI Label's client leaves its connections to the garbage collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 NAMES = ["rim", "core", "left nucleus", "right nucleus"]  # of the labels 1, 2, 3, 4 of a brain
 OTHER = [0, 4, 3, 2, 1]  # values that study b has for labels 0, 1, 2, 3, 4 of a brain
