@@ -1,12 +1,13 @@
-r"""Segment a brain by labelled ones: register each atlas to it, carry the labels along, let the atlases vote.
+r"""Segment a brain by labelled ones: register each to it, carry the labels along, let them vote.
 
-At a voxel x of the scan the atlas a, whose map is :math:`\phi_a`, gives its label :math:`L_a(\phi_a(x))` a vote
+At each voxel of the scan the atlases have the weights of joint label fusion (Wang et al., IEEE TPAMI 2013),
 
-.. math:: w_a(x) = \frac{\max(0, r_a(x))^p + \epsilon}{\sum_b \max(0, r_b(x))^p + \epsilon}
+.. math:: w = \frac{M^{-1} 1}{1^T M^{-1} 1}, \quad M_{ab} = \langle |f - m_a| |f - m_b| \rangle^2
 
-where :math:`r_a` is the local correlation of the scan with the warped atlas: locality-weighted voting (Artaechevarria
-et al., IEEE TMI 2009). Between voxels of the atlas the vote is divided as linear interpolation divides it, so that the
-votes of a label are its probability.
+where :math:`f` is the scan, :math:`m_a` the warped image of atlas a and the mean is over the window around the voxel.
+An atlas counts the less, the more it errs there, and the more it errs where others do. Negative weights are set to 0.
+Between voxels of the atlas its vote is divided as linear interpolation divides it, so that the votes of a label are its
+probability.
 
 :class:`AtlasSegmentation` is what a bundle saves and exports: one tensor in, ``(B, 1, *spatial)``, one tensor out,
 ``(B, 1 + num_labels, *spatial)``, both on the grid of the atlases in the space of MNI152. :class:`LoadAlignedScand`
@@ -43,31 +44,46 @@ __all__ = [
     "RestoreLabelsd",
     "SaveSegmentationd",
     "aligned",
-    "local_correlation",
+    "joint_weights",
 ]
 
 MAX_LABELS = 255  # they are kept in one byte a voxel
 
-_SLAB = 16  # planes of a scan whose labels are chosen at a time
+_SLAB = 16  # planes whose votes are counted, or whose labels are chosen, at a time
 
 Data = dict[Hashable, object]
 
 
-def local_correlation(first: Tensor, second: Tensor, window: int) -> Tensor:
-    """Correlation of two images ``(B, C, *spatial)`` within the window around each voxel: -1 to 1, and 0 where flat.
+def joint_weights(differences: Tensor, window: int) -> Tensor:
+    """Weights of joint label fusion ``(B, A, *spatial)`` from the absolute differences of A atlases to the scan.
 
-    Windows have ``window`` voxels a side, an odd number, and reach over the border, where images are 0.
+    They are at least 0 and sum to 1. Windows have ``window`` voxels a side, an odd number, and reach over the border,
+    where there is no difference. A tenth of the mean of the diagonal is added to it, as M may have no inverse.
     """
-    margin = [window // 2] * (2 * (first.ndim - 2))
-    count = float(window ** (first.ndim - 2))
-    a, b = F.pad(first, margin), F.pad(second, margin)
-    mean_a, mean_b = box_sum(a, window) / count, box_sum(b, window) / count
-    covariance = box_sum(a * b, window) / count - mean_a * mean_b
-    variance_a = box_sum(a * a, window) / count - mean_a * mean_a
-    variance_b = box_sum(b * b, window) / count - mean_b * mean_b
-    # A standard deviation of 0.001 in [0, 1] is no contrast but noise, or rounding (float32 keeps 1e-7 of the squares).
-    scale = (variance_a.clamp_min(1e-6) * variance_b.clamp_min(1e-6)).sqrt()
-    return (covariance / scale).clamp(-1, 1)
+    spatial_dims, n = differences.ndim - 2, differences.shape[1]
+    padded = F.pad(differences, [window // 2] * (2 * spatial_dims)).split(1, dim=1)
+    # The lower half of M, row by row, is eliminated for all voxels at once.
+    rows: list[list[Tensor]] = []
+    mean = torch.zeros_like(differences[:, :1])
+    for i in range(n):
+        row = [(box_sum(padded[i] * padded[j], window) / float(window**spatial_dims)).square() for j in range(i + 1)]
+        mean = mean + row[i] / n
+        rows.append(row)
+    found = [torch.ones_like(mean) for _ in range(n)]
+    for k in range(n):
+        rows[k][k] = rows[k][k] + 0.1 * mean + 1e-8  # where nothing differs all count alike
+    for k in range(n):
+        for i in range(k + 1, n):
+            share = rows[i][k] / rows[k][k]
+            found[i] = found[i] - share * found[k]
+            for j in range(k + 1, i + 1):
+                rows[i][j] = rows[i][j] - share * rows[j][k]
+    for i in range(n - 1, -1, -1):
+        for j in range(i + 1, n):
+            found[i] = found[i] - rows[j][i] * found[j]
+        found[i] = found[i] / rows[i][i]
+    weights = torch.cat(found, dim=1).clamp_min(0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 class AtlasSegmentation(nn.Module):
@@ -83,13 +99,10 @@ class AtlasSegmentation(nn.Module):
         start: first voxel of the box that the atlases fill in the grid.
         box: size of the box.
         preset: of the network (:data:`~voxelmorph_monai.networks.PRESETS`).
-        window: side in voxels, odd, of the window that the local correlation looks at.
-        power: of the local correlation in the weight of an atlas; 0: all atlases count alike.
+        window: side in voxels, odd, of the window in which the scan and a warped atlas are compared.
     """
 
-    # TorchScript sees no constants of the module.
-    _slab: Final[int] = 16  # planes of the grid whose votes are counted at a time
-    _least: Final[float] = 1e-3  # weight of an atlas that nothing speaks for
+    _slab: Final[int] = _SLAB  # TorchScript sees no constants of the module
 
     images: Tensor
     labels: Tensor
@@ -103,8 +116,7 @@ class AtlasSegmentation(nn.Module):
         start: Sequence[int] = (0, 0, 0),
         box: Sequence[int] | None = None,
         preset: str = "wide",
-        window: int = 9,
-        power: float = 2.0,
+        window: int = 5,
     ) -> None:
         super().__init__()
         box = size if box is None else box
@@ -115,14 +127,13 @@ class AtlasSegmentation(nn.Module):
         ends = [(first, n - first - length) for first, length, n in zip(start, box, size, strict=True)]
         if min(box) < 1 or min(min(end) for end in ends) < 0:
             raise ValueError(f"box must lie in a grid of {list(size)}, got {list(box)} from {list(start)}.")
-        if window < 3 or window % 2 == 0 or power < 0:
-            raise ValueError(f"window must be odd from 3, and power at least 0, got {window} and {power}.")
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"window must be an odd number of voxels, got {window}.")
         self.num_labels = num_labels
         self.num_atlases = num_atlases
         self.size = [int(n) for n in size]
         self.margins = [int(n) for end in ends[::-1] for n in end]
         self.window = window
-        self.power = float(power)
         self.network = VoxelMorph(preset)
         self.register_buffer("images", torch.zeros(num_atlases, 1, *box, dtype=torch.uint8))
         self.register_buffer("labels", torch.zeros(num_atlases, 1, *box, dtype=torch.uint8))
@@ -144,16 +155,13 @@ class AtlasSegmentation(nn.Module):
 
     def weights(self, image: Tensor, ddfs: list[Tensor]) -> Tensor:
         """Weight of each atlas, warped along its displacement, at each voxel: ``(B, A, *size)``; they sum to 1."""
-        found: list[Tensor] = []
+        if self.num_atlases == 1:
+            return torch.ones_like(image)
+        differences: list[Tensor] = []
         for atlas in range(self.num_atlases):
-            if self.num_atlases == 1:
-                found.append(torch.ones_like(image))
-            else:
-                warped = warp(self.image_of(atlas).expand_as(image), ddfs[atlas])
-                likeness = local_correlation(warped, image, self.window).clamp_min(0)
-                found.append(likeness**self.power + self._least)
-        weights = torch.cat(found, dim=1)
-        return weights / weights.sum(1, keepdim=True)
+            warped = warp(self.image_of(atlas).expand_as(image), ddfs[atlas])
+            differences.append((warped - image).abs())
+        return joint_weights(torch.cat(differences, dim=1), self.window)
 
     def vote(self, image: Tensor, ddfs: list[Tensor]) -> Tensor:
         """Probabilities ``(B, 1 + num_labels, *size)`` from the displacements of all atlases to ``image``."""

@@ -22,7 +22,7 @@ from voxelmorph_monai.registration import shipped_weights
 from voxelmorph_monai.spaces import Affine, atomic_folder, read_image, read_labels, require_same_grid
 from voxelmorph_monai.transforms import MergeLabelsd
 
-__all__ = ["TISSUES", "make_atlas_bundle"]
+__all__ = ["TISSUES", "make_atlas_bundle", "segmentation_network"]
 
 TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
 """Names of the labels of :func:`~voxelmorph_monai.preparation.mni152_tissue`."""
@@ -30,8 +30,8 @@ TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
 _VERSION = "0.1.0"
 _NILEARN = "0.14.1"  # tested with, as are the packages that the other bundle lists
 _CITATION = (
-    "Artaechevarria, X., Munoz-Barrutia, A., Ortiz-de-Solorzano, C. Combination Strategies in Multi-Atlas Image "
-    "Segmentation: Application to Brain MR Data. IEEE TMI 28(8), 2009. doi:10.1109/TMI.2009.2014372",
+    "Wang, H., Suh, J. W., Das, S. R., Pluta, J. B., Craige, C., Yushkevich, P. A. Multi-Atlas Segmentation with Joint "
+    "Label Fusion. IEEE TPAMI 35(3), 2013. doi:10.1109/TPAMI.2012.143",
     "Balakrishnan, G., Zhao, A., Sabuncu, M. R., Guttag, J., Dalca, A. V. VoxelMorph: A Learning Framework for "
     "Deformable Medical Image Registration. IEEE TMI 38(8), 2019. doi:10.1109/TMI.2019.2897538",
 )
@@ -117,10 +117,16 @@ def _align(atlas: _Atlas, grid: Grid) -> tuple[NDArray[np.uint8], NDArray[np.uin
     return np.rint(255 * image).astype(np.uint8), labels
 
 
-def _network(
+def segmentation_network(
     pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], num_labels: int, weights: Path
 ) -> tuple[AtlasSegmentation, dict[str, Any]]:
-    """The network with all that it holds, and the arguments it is made with."""
+    """The network with weights and atlases, and the arguments it is made with.
+
+    Args:
+        pairs: image in 0 to 255 and labels of each atlas, ``(X, Y, Z)`` on the grid, aligned to MNI152.
+        num_labels: labels are 1 to this.
+        weights: of the registration, preset ``wide``.
+    """
     images, labels = (torch.from_numpy(np.stack(arrays))[:, None] for arrays in zip(*pairs, strict=True))
     shown = ((images > 0) | (labels > 0)).any(0)[0].nonzero()
     start, stop = shown.amin(0).tolist(), (shown.amax(0) + 1).tolist()
@@ -350,7 +356,7 @@ def make_atlas_bundle(
     used = {int(label) for scan in scans for label in np.unique(scan.labels[0]) if label > 0}
     structures = _structures(table, used, str(names or "TISSUES"))
     pairs = [_align(_renumber(scan, structures), grid) for scan in scans]
-    network, options = _network(pairs, len(structures), shipped_weights())
+    network, options = segmentation_network(pairs, len(structures), shipped_weights())
     source = f"{len(scans)} labelled scans" if atlases else "The mean brain MNI152 (ICBM 152 2009a) and its tissues"
     with atomic_folder(output) as folder:
         _write(folder, network, options, structures, grid, source, terms)
