@@ -47,7 +47,7 @@ ALLOWED = {
         "results",
         "spaces",
     },
-    "propagation": {"preparation", "registration", "results", "spaces"},
+    "propagation": {"atlas", "preparation", "registration", "results", "spaces"},
     "atlas": {"affine", "blocks", "losses", "networks", "preparation", "refinement", "spaces"},
     "atlas_bundle": {"atlas", "networks", "preparation", "registration", "spaces", "transforms"},
     "cohort": {"preparation", "processes", "registration", "spaces"},

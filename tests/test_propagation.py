@@ -84,9 +84,17 @@ def test_labels_of_the_scan_itself_come_back_as_they_are(tmp_path: Path) -> None
     """The alignment leaves alike images in place, and no two voxels are mixed: equality, not closeness."""
     found = study(tmp_path, "a", 3, (0, 4, 3, 2, 1), {5 - value: name for value, name in NAMES.items()})
     numbers = {name: value for value, name in NAMES.items()}
-    for studies in ([found], [found, found, study(tmp_path, "b", 1, names=NAMES)]):  # 2 of 3 votes
-        labels = propagate(studies, found.image, numbers, grid=GRID, **TOGETHER)
-        assert_array_equal(labels, brain(3)[1])
+    labels = propagate([found], found.image, numbers, grid=GRID, **TOGETHER)
+    assert_array_equal(labels, brain(3)[1])
+
+
+def test_the_scan_itself_outvotes_others(tmp_path: Path) -> None:
+    """Its difference is 0, so its weight in joint fusion is the largest wherever an image differs from another."""
+    studies = [study(tmp_path, name, seed, names=NAMES) for name, seed in (("a", 1), ("b", 2), ("c", 3))]
+    labels = propagate(studies, studies[2].image, number_structures(studies), grid=GRID, **TOGETHER)
+    assert (labels == brain(3)[1]).mean() > 0.999  # where all images are alike the labels may still differ
+    majority = vote([brain(seed)[1] for seed in (1, 2, 3)])
+    assert (majority == brain(3)[1]).mean() < 0.97
 
 
 def mean_dice(labels: NDArray[np.generic], truth: NDArray[np.generic]) -> float:

@@ -1,7 +1,7 @@
 """Labels for a scan from labelled ones: the most similar are registered to it, and their labels vote.
 
-This is segmentation by several atlases (Heckemann et al., NeuroImage 2006). What a structure is called counts, not its
-value: label maps that were drawn apart from each other rarely number the same structures alike.
+This is segmentation by several atlases (Heckemann et al., NeuroImage 2006), which are chosen anew for each scan. What
+a structure is called counts, not its value: label maps that were drawn apart rarely number the same structures alike.
 """
 
 import shutil
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from voxelmorph_monai.atlas import joint_weights
 from voxelmorph_monai.preparation import mni152, rescale, stamp
 from voxelmorph_monai.registration import register, shipped_folder
 from voxelmorph_monai.results import correlation
@@ -20,6 +22,7 @@ from voxelmorph_monai.spaces import atomic_folder, read_image, read_labels, requ
 
 __all__ = ["Study", "copy_label_app", "number_structures", "propagate", "rank", "renumbered", "structures", "vote"]
 
+_WINDOW = 5  # voxels a side, by which an atlas bundle compares, too
 _STEP = 4  # voxels of MNI152 are thinned by it, to 4 mm: enough to see how similar two aligned brains are
 
 
@@ -123,26 +126,40 @@ def rank(
     return sorted(found, key=lambda item: (-item[0], item[1].name)), reasons
 
 
-def vote(maps: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Give each voxel the label that most of the ``maps`` have there; of equally many, that of the earliest map.
+def vote(maps: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.floating[Any]]] | None = None) -> NDArray[Any]:
+    """Give each voxel the label with the largest weight of all ``maps``; of equal ones, that of the earliest map.
+
+    Args:
+        maps: label maps of one shape.
+        weights: of each map at each voxel (default: all are 1).
 
     >>> vote([np.array([1, 1, 2]), np.array([2, 3, 2]), np.array([2, 4, 1])]).tolist()
     [2, 1, 2]
     """
-    most = np.zeros(maps[0].shape, dtype=np.int16)
+    shares = weights if weights is not None else np.ones((len(maps), *maps[0].shape), dtype=np.float32)
+    most = np.zeros(maps[0].shape, dtype=np.float32)
     won = np.zeros_like(maps[0])
     for candidate in maps:
-        count = sum((candidate == other).astype(np.int16) for other in maps)
-        better = count > most
-        won[better], most[better] = candidate[better], count[better]
+        share = sum(np.where(candidate == other, part, 0) for other, part in zip(maps, shares, strict=True))
+        better = share > most
+        won[better], most[better] = candidate[better], share[better]
     return won
+
+
+def _weights(warped: Sequence[NDArray[np.float32]], fixed: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights of joint label fusion ``(A, X, Y, Z)``: of warped images that look like the fixed one around a voxel."""
+    scaled = rescale(fixed)
+    differences = np.stack([np.abs(rescale(image) - scaled) for image in warped])
+    along = tuple(axis for axis in range(1, 4) if fixed.shape[axis - 1] == 1)  # of a slice, in 2-D
+    found = joint_weights(torch.from_numpy(differences.squeeze(along))[None], _WINDOW)
+    return found[0].numpy().reshape(differences.shape)
 
 
 def propagate(studies: Sequence[Study], fixed: str | Path, numbers: Mapping[str, int], **options: Any) -> NDArray[Any]:
     """Register studies to a scan, carry their labels along and let them vote: labels ``(X, Y, Z)`` on its grid.
 
     Args:
-        studies: at least one; in a draw the first one decides.
+        studies: at least one; several have the weights of :func:`~voxelmorph_monai.atlas.joint_weights`.
         fixed: scan that is to get labels.
         numbers: of the structures, by name (:func:`number_structures`).
         **options: of :func:`~voxelmorph_monai.registration.register`.
@@ -154,13 +171,14 @@ def propagate(studies: Sequence[Study], fixed: str | Path, numbers: Mapping[str,
     if not studies:
         raise ValueError("labels must come from at least one study, got none.")
     image = read_image(fixed, planar=True)
-    maps = []
+    maps, warped = [], []
     for study in studies:
         moving, labels = read_image(study.image, planar=True), renumbered(study, numbers)
         require_same_grid(moving, labels, (study.name, f"labels of {study.name}"))
         found = register(moving, image, names=(study.name, "the scan"), **options)
         maps.append(warp_scan(labels, found.ddf, image[1], order=0))
-    return vote(maps)
+        warped.append(found.warped)
+    return maps[0] if len(maps) == 1 else vote(maps, _weights(warped, image[0]))
 
 
 def copy_label_app(output: str | Path) -> None:
