@@ -184,10 +184,13 @@ def _temporary(ending: str) -> Path:
 
 
 def _names(info: Mapping[str, Any]) -> dict[int, str]:
-    """Names of structures by value, as clients (``label_info``) or models (``label_names``) leave them."""
-    named = {int(item["idx"]): str(item["name"]) for item in info.get("label_info") or []}
-    found = (info.get("params") or {}).get("label_names") or {}
-    return named or {int(value): str(name) for name, value in found.items()}
+    """Names of structures by value, as clients (``label_info``) or models (``label_names``) leave them, if they do."""
+    try:
+        named = {int(item["idx"]): str(item["name"]) for item in info.get("label_info") or []}
+        found = (info.get("params") or {}).get("label_names") or {}
+        return named or {int(value): str(name) for name, value in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):  # MONAI Label takes whatever is sent
+        return {}
 
 
 class _Studies:
@@ -389,7 +392,7 @@ class Training(TrainTask):
                     f"{len(studies)}, of which {held_back} are for validation."
                 )
             target = self.studies.trained
-            start = target if target.is_file() else shipped_weights()
+            start = target if target.is_file() or self.settings.preset != "wide" else shipped_weights()
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
@@ -419,7 +422,7 @@ class Training(TrainTask):
                     dataset_dir=str(folder / "prepared"),
                     output_dir=str(folder / "training"),
                     preset=self.settings.preset,
-                    pretrained=str(start) if given["pretrained"] else None,
+                    pretrained=str(start) if given["pretrained"] and start.is_file() else None,
                     num_labels=num_labels,
                     max_epochs=epochs,
                     pairs_per_epoch=pairs,

@@ -215,6 +215,16 @@ def test_ohif_gets_labels_that_follow_the_anatomy(url: str, studies: Path, tmp_p
         assert min(after[str(label)] for label in range(1, 5)) > 0.5  # one structure taken for another has about 0
 
 
+def test_labels_without_names_are_called_by_their_values(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.nii.gz"
+    save_image(path, 7 * (brain(2)[1].swapaxes(0, 2)[:, 1:] > 0).astype(np.uint8), moved())
+    slicer = client(url, tmp_path)
+    slicer.save_label("c", str(path), "final", {"label_info": ["a", {"name": "b"}]})
+    told = ask(url, "label_propagation", "same", output="json", moving="c").json()
+    requests.delete(f"{url}/datastore/label", params={"id": "c", "tag": "final"}, timeout=60)
+    assert told["label_names"] == {"label 7": 5}
+
+
 def test_studies_vote(url: str, tmp_path: Path) -> None:
     answer = ask(url, "label_propagation", "same", moving=["a", "b"])  # 1 to 1: the first decides
     assert_array_equal(array_of(received(answer, tmp_path, "voted.nii.gz")), brain(1)[1])

@@ -6,7 +6,7 @@ a structure is called counts, not its value: label maps that were drawn apart ra
 
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Study(NamedTuple):
     names: Mapping[int, str] = {}
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _values(path: str, size: int, time_of_change: int) -> tuple[int, ...]:
     return tuple(np.unique(read_labels(path, planar=True)[0]).tolist())
 
