@@ -126,21 +126,23 @@ def rank(
     return sorted(found, key=lambda item: (-item[0], item[1].name)), reasons
 
 
-def vote(maps: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.floating[Any]]] | None = None) -> NDArray[Any]:
+def vote(maps: Sequence[NDArray[Any]], weights: NDArray[np.float32] | None = None) -> NDArray[Any]:
     """Give each voxel the label with the largest weight of all ``maps``; of equal ones, that of the earliest map.
 
     Args:
         maps: label maps of one shape.
-        weights: of each map at each voxel (default: all are 1).
+        weights: of the maps at each voxel, ``(A, X, Y, Z)`` (default: all are 1).
 
     >>> vote([np.array([1, 1, 2]), np.array([2, 3, 2]), np.array([2, 4, 1])]).tolist()
     [2, 1, 2]
     """
-    shares = weights if weights is not None else np.ones((len(maps), *maps[0].shape), dtype=np.float32)
+    shares = np.ones((len(maps), *maps[0].shape), dtype=np.float32) if weights is None else weights
     most = np.zeros(maps[0].shape, dtype=np.float32)
     won = np.zeros_like(maps[0])
     for candidate in maps:
-        share = sum(np.where(candidate == other, part, 0) for other, part in zip(maps, shares, strict=True))
+        share = np.zeros_like(most)
+        for other, part in zip(maps, shares, strict=True):
+            share += np.where(candidate == other, part, 0)
         better = share > most
         won[better], most[better] = candidate[better], share[better]
     return won
