@@ -149,8 +149,8 @@ def test_an_atlas_counts_as_much_as_it_looks_like_the_scan() -> None:
     image[..., :20] = segmentation.image_of(1)[..., :20]
     weights = segmentation.weights(image, still(2))
     torch.testing.assert_close(weights.sum(1), torch.ones(1, *SIZE), rtol=0, atol=1e-6)  # rounding
-    # One errs nowhere, the other by m: M is diag(0, m) and a tenth of its mean, diag(1, 21) m / 20. Half a window off the
-    # seam; 1e-4 for the 1e-8 on the diagonal.
+    # Half a window off the seam one errs nowhere, the other by m: M is diag(0, m) and a tenth of its mean,
+    # diag(1, 21) m / 20. 1e-4 for the 1e-8 on the diagonal.
     for best, part in ((1, weights[..., :18]), (0, weights[..., 22:])):
         torch.testing.assert_close(part[0, best], torch.full_like(part[0, best], 21 / 22), rtol=0, atol=1e-4)
 
