@@ -344,7 +344,7 @@ def test_labelled_scans_make_a_bundle_that_segments_another(tmp_path: Path, name
     stages = {f"off by one along {axis}": np.roll(truth, 1, axis) for axis in range(3)}
     dice = overlap({**stages, "found": np.asarray(found.dataobj)}, truth)
     assert dice["found"]["2"] > 0.9  # of fluid, a film, much is lost between voxels of 4 and of 3 mm
-    assert all(dice["found"][label] > dice[stage][label] + 0.02 for stage in stages for label in "12"), dice
+    assert all(dice["found"][label] > dice[stage][label] + 0.01 for stage in stages for label in "12"), dice
     probability = nib.load(tmp_path / "out" / "probability.nii.gz").get_fdata()
     assert probability.min() > 1 / 3 - 1e-6  # of three the largest one
     assert probability.max() <= 1
