@@ -307,7 +307,7 @@ class RestoreLabelsd(Transform):
             part[0] += 1 - part.sum(0)  # what lies beyond the grid is background
             most, label = part.max(0)
             labels.append(label.to(torch.uint8))
-            probability.append(most.clamp_max(1))  # but for rounding it is
+            probability.append(most.clamp_max(1))  # rounding alone goes beyond
         found = {"pred": torch.cat(labels)[None], "probability": torch.cat(probability)[None]}
         return dict(data) | {key: MetaTensor(value, affine=affine) for key, value in found.items()}
 
