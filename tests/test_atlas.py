@@ -265,11 +265,11 @@ def test_a_refusal_reaches_the_client_of_monai_label(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_overwritten_unless_it_is_a_segmentation_and_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="must be new, or overwrite be true"):
-        SaveSegmentationd(tmp_path)
-    SaveSegmentationd(tmp_path, overwrite=True)
+        SaveSegmentationd(tmp_path).check()
+    SaveSegmentationd(tmp_path, overwrite=True).check()
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="must hold a segmentation to be overwritten"):
-        SaveSegmentationd(tmp_path, overwrite=True)
+        SaveSegmentationd(tmp_path, overwrite=True).check()
 
 
 POSES = (np.eye(4), np.array([[0.0, 0, -1, 12], [1, 0, 0, -9], [0, 1, 0, 5], [0, 0, 0, 1]]))
@@ -345,6 +345,13 @@ def test_labelled_scans_make_a_bundle_that_segments_another(tmp_path: Path, name
     dice = overlap({**stages, "found": np.asarray(found.dataobj)}, truth)
     assert dice["found"]["2"] > 0.9  # of fluid, a film, much is lost between voxels of 4 and of 3 mm
     assert all(dice["found"][label] > dice[stage][label] + 0.01 for stage in stages for label in "12"), dice
+    with pytest.raises(Exception) as failure:  # noqa: PT011, MONAI wraps what a config raises
+        run.run()  # again
+    causes, error = [], failure.value
+    while error is not None:
+        causes.append(str(error))
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    assert any("output_dir must be new" in cause for cause in causes), causes
     probability = nib.load(tmp_path / "out" / "probability.nii.gz").get_fdata()
     assert probability.min() > 1 / 3 - 1e-6  # of three the largest one
     assert probability.max() <= 1
