@@ -102,7 +102,8 @@ def test_metadata_meets_the_specification(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", BUNDLES, ids=lambda path: path.name)
 def test_bundle_has_what_the_zoo_asks_for(folder: Path) -> None:
-    for name in ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/logging.conf", "configs/train.json"):
+    configs = [f"configs/{name}" for name in ("metadata.json", "logging.conf", "inference.json")]
+    for name in ("LICENSE", "docs/README.md", *configs):
         assert (folder / name).is_file(), name
 
 

@@ -307,7 +307,7 @@ class RestoreLabelsd(Transform):
             part[0] += 1 - part.sum(0)  # what lies beyond the grid is background
             most, label = part.max(0)
             labels.append(label.to(torch.uint8))
-            probability.append(most)
+            probability.append(most.clamp_max(1))  # rounding alone goes beyond
         found = {"pred": torch.cat(labels)[None], "probability": torch.cat(probability)[None]}
         return dict(data) | {key: MetaTensor(value, affine=affine) for key, value in found.items()}
 
@@ -327,14 +327,24 @@ class SaveSegmentationd(SaveImaged):
     def __init__(self, output_dir: str | Path, overwrite: bool = False) -> None:
         Transform.__init__(self)
         self.output_dir = Path(output_dir)
+        self.overwrite = overwrite
+
+    def check(self) -> None:
+        """Raise FileExistsError or ValueError if the folder must not be written; a bundle asks before it works.
+
+        It is not the constructor that asks, as MONAI Label calls that one, and writes nothing.
+        """
         there = sorted(path.name for path in self.output_dir.iterdir()) if self.output_dir.is_dir() else []
-        if self.output_dir.exists() and not overwrite:
-            raise FileExistsError(f"output_dir must be new, or overwrite be true, but {output_dir} exists.")
+        if self.output_dir.exists() and not self.overwrite:
+            raise FileExistsError(f"output_dir must be new, or overwrite be true, but {self.output_dir} exists.")
         if self.output_dir.exists() and (not self.output_dir.is_dir() or set(there) - set(self.FILES)):
-            raise ValueError(f"output_dir must hold a segmentation to be overwritten, but {output_dir} holds {there}.")
+            raise ValueError(
+                f"output_dir must hold a segmentation to be overwritten, but {self.output_dir} holds {there}."
+            )
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Write the files; ``data`` stays as it is."""
+        self.check()
         scan = data["image"]
         assert isinstance(scan, MetaTensor)
         like = str(scan.meta["filename_or_obj"])

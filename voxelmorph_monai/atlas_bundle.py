@@ -202,6 +202,7 @@ def _inference(options: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
         },
         "run": [
             "$engines.check_config()",
+            "$@postprocessing.transforms[-1].check()",
             "$networks.load_weights(@network_def, @weights)",
             "$@evaluator.run()",
         ],

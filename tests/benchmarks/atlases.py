@@ -1,6 +1,6 @@
 """How good segmentation by 1, 3 and 5 atlases is: ``python tests/benchmarks/atlases.py PREPARED SCANS STRUCTURES``.
 
-``PREPARED`` is what ``vxm prepare`` makes of the labelled scans; ``SCANS`` holds the scans with their labels as they are,
+``PREPARED`` is what ``vxm prepare`` makes of the labelled scans; ``SCANS`` holds the scans and labels as they are,
 ``ID_t1.nii.gz`` and ``ID_labels.nii.gz``. Each of ``--scans`` is segmented by the first 1, 3 and 5 of ``--atlases`` and
 compared with its labels on its own grid. Alignments are taken from ``PREPARED``, as a bundle would find them.
 """
