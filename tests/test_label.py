@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import brain, oblique_lia
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import mni152, mni152_tissue, sample
+from voxelmorph_monai.preparation import mni152, mni152_tissue, resample, sample
 from voxelmorph_monai.registration import load_network, shipped_folder
 from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
@@ -41,8 +41,8 @@ pytestmark = [
 
 NAMES = ["rim", "core", "left nucleus", "right nucleus"]  # of the labels 1, 2, 3, 4 of a brain
 OTHER = [0, 4, 3, 2, 1]  # values that study b has for labels 0, 1, 2, 3, 4 of a brain
-# 4 mm, and nothing aligned, bent or refined unless a request asks for it: alignment takes seconds
-CONF = {"size": "56,56,60", "spacing": "4", "space": "fixed", "transform": "none", "budget": "0"}
+# 2 mm, and nothing aligned, bent or refined unless a request asks for it: alignment takes seconds
+CONF = {"size": "112,112,120", "spacing": "2", "space": "fixed", "transform": "none", "budget": "0"}
 SLICER = {"result_extension": ".nrrd", "result_dtype": "uint8"}  # what 3D Slicer adds to the options that it shows
 OHIF = {**SLICER, "result_compress": False, "restore_label_idx": False}
 
@@ -205,7 +205,7 @@ def test_ohif_gets_labels_that_follow_the_anatomy(url: str, studies: Path, tmp_p
     """Half of what was wrong before is right after, for each name, although a and b number them differently."""
     truth = brain(2)[1].swapaxes(0, 2)[:, 1:]
     for moving, seed in (("a", 1), ("b", 3)):
-        answer = ask(url, "label_propagation", "c", moving=moving, budget=60, **OHIF)
+        answer = ask(url, "label_propagation", "c", moving=moving, budget=30, **OHIF)
         path = received(answer, tmp_path, "found.nrrd")
         assert b"encoding: raw" in path.read_bytes()[:2000]  # which is what OHIF can read
         assert_on_grid_of(path, studies / "c.nii.gz")
@@ -350,25 +350,24 @@ def test_many_at_once_get_what_each_asked_for(url: str, tmp_path: Path) -> None:
 
 
 def test_real_brains_by_the_network(url: str, studies: Path, tmp_path: Path) -> None:
-    """Colin27's tissues for MNI152: aligned, bent by the network that comes along, on a grid of 4 mm, not refined."""
+    """Colin27's tissues for MNI152: aligned, bent by the network that comes along, at 2 mm, not refined."""
     path = tmp_path / "colin27.nii.gz"
-    save_image(path, *thinned(*read_labels(sample("colin27_tissue"))))
-    tissues = [{"name": f"tissue {i}", "idx": i} for i in (1, 2, 3)]
-    client(url, tmp_path).save_label("colin27", str(path), "final", {"label_info": tissues})
-    params = {"moving": "colin27", "space": "mni152", "transform": "affine"}
+    tissue = thinned(*read_labels(sample("colin27_tissue")))
+    save_image(path, *tissue)
+    info = [{"name": f"tissue {i}", "idx": i} for i in (1, 2, 3)]
     slicer = client(url, tmp_path)
+    slicer.save_label("colin27", str(path), "final", {"label_info": info})
+    params = {"moving": "colin27", "space": "mni152", "transform": "affine"}
     found, told = slicer.infer("label_propagation", "mni152", {**params, **SLICER})
-    assert_on_grid_of(Path(found), studies / "mni152.nii.gz")
-    assert list(told["label_names"]) == ["tissue 1", "tissue 2", "tissue 3"]  # numbered after those of a and b
-    labels = array_of(Path(found)).astype(int)
-    numbers = [0] * (labels.max() + 1)
-    for name, value in told["label_names"].items():
-        numbers[value] = int(name[-1])
-    dice = overlap({"after": np.array(numbers)[labels]}, thinned(*mni152_tissue())[0])["after"]
-    # By their headers grey and white matter have 0.66 and 0.70, refined at 1 mm 0.86 and 0.90 (README).
-    assert dice["2"] > 0.68
-    assert dice["3"] > 0.72
     requests.delete(f"{url}/datastore/label", params={"id": "colin27", "tag": "final"}, timeout=60)
+    assert_on_grid_of(Path(found), studies / "mni152.nii.gz")
+    assert told["label_names"] == {"tissue 1": 5, "tissue 2": 6, "tissue 3": 7}  # after the structures of a and b
+    labels = array_of(Path(found))
+    truth, affine = thinned(*mni152_tissue())
+    before = resample(tissue, truth.shape, affine, np.eye(4), order=0)
+    dice = overlap({"before": before, "after": np.where(labels > 0, labels - 4, 0)}, truth)
+    for matter in "23":  # grey and white: a third of what was wrong is right; at 1 mm and refined it is half (README)
+        assert 1 - dice["after"][matter] < 0.67 * (1 - dice["before"][matter]), dice
 
 
 def test_training_needs_four_labelled_studies_and_leaves_weights_that_are_used(
