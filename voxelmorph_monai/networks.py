@@ -413,10 +413,11 @@ class Registration(nn.Module):
         if self.training and passes > 1:
             passes = int(torch.randint(passes, ())) + 1
         coarse, found = network.coarse(pair), {} if weight is None else {"smoothness_weight": weight}
-        ddf = inverse_ddf = None
+        ddf: Tensor
+        inverse_ddf: Tensor
         for k in range(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes - 1):
-                seen = coarse if ddf is None else warp_moving(coarse, ddf)
+                seen = warp_moving(coarse, ddf) if k else coarse
                 with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
                     features = network.features(seen, weight)
                 mean, log_variance = network.fields(features)
@@ -424,17 +425,17 @@ class Registration(nn.Module):
                 if log_variance is not None and self.training:
                     field = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
                 step = network.displacement(field)
-                ddf = step if ddf is None else compose(ddf, step)
+                ddf = compose(ddf, step) if k else step
                 if self.bidirectional:
                     back = network.displacement(-field)
-                    inverse_ddf = back if inverse_ddf is None else compose(back, inverse_ddf)
+                    inverse_ddf = compose(back, inverse_ddf) if k else back
         if network.num_steps > 0:
             found["dvf"] = mean
         if log_variance is not None:
             found["log_variance"] = log_variance
         found["ddf"] = network.full(ddf, size)
         found["warped"] = warp(moving, found["ddf"])
-        if inverse_ddf is not None:
+        if self.bidirectional:
             found["inverse_ddf"] = network.full(inverse_ddf, size)
             found["warped_fixed"] = warp(fixed, found["inverse_ddf"])
         return found
