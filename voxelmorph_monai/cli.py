@@ -394,7 +394,9 @@ def _import_weights(args: argparse.Namespace) -> int:
 
 def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder of the bundle")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, or of other bundles")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write, or of other bundles"
+    )
     parser.add_argument("--url", default="", help="address of the folder it will be published in, for model_info.json")
 
 
