@@ -1,8 +1,10 @@
 """The bundles: every file loads, every recipe runs, and MONAI's own checks pass."""
 
+import importlib.util
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ import pytest
 import torch
 from layouts import SIZE, ixi, learn2reg, lpba40, oasis
 from monai.bundle import ConfigParser, ConfigWorkflow
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxelmorph_monai.datasets import load_submission, write_datalist
 from voxelmorph_monai.evaluation import load_evaluation
@@ -212,7 +215,7 @@ def test_every_combination_of_overlays_trains(
     bundle: Path, prepared: Path, tmp_path: Path, preset: str, mode: str
 ) -> None:
     trained = train(prepared, tmp_path / "out", preset, mode)
-    assert np.isfinite(trained.trainer.state.output["loss"].item())
+    assert np.isfinite(trained.trainer.state.output[0]["loss"])
     assert 0 < trained.evaluator.state.metrics["val_mean_dice"] <= 1
     weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     VoxelMorph(preset.removesuffix(".yaml")).load_state_dict(weights)
@@ -236,9 +239,9 @@ def test_modes_train_alone_and_together(
 ) -> None:
     trained = train(prepared, tmp_path / "out", *overlays, pairs_per_epoch=4)
     output = trained.trainer.state.output
-    assert np.isfinite(output["loss"].item())
-    assert len(output["pred"]["ddf"]) == (2 if "both_orders.yaml" in overlays else 1)
-    assert ("inverse_ddf" in output["pred"]) == ("bidirectional.yaml" in overlays)
+    assert np.isfinite(output[0]["loss"])
+    assert len(output) == (2 if "both_orders.yaml" in overlays else 1)
+    assert ("inverse_ddf" in output[0]["pred"]) == ("bidirectional.yaml" in overlays)
     assert (trained.train_dataset.augmentation is not None) == bool({"flip.yaml", "augmentation.yaml"} & set(overlays))
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert state["optimizer"]["state"][0]["step"] == num_steps
@@ -315,7 +318,7 @@ def test_fewer_scans_train(bundle: Path, prepared: Path, tmp_path: Path) -> None
 
 def test_probabilistic_recipe_trains(bundle: Path, prepared: Path, tmp_path: Path) -> None:
     trained = train(prepared, tmp_path / "out", "probabilistic.yaml")
-    assert np.isfinite(trained.trainer.state.output["loss"].item())
+    assert np.isfinite(trained.trainer.state.output[0]["loss"])
     assert trained.trainer.loss_function.prior is not None
 
 
@@ -359,6 +362,35 @@ def test_two_processes_train_together(bundle: Path, prepared: Path, tmp_path: Pa
     VoxelMorph().load_state_dict(weights)  # no "module." in front of the names
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert state["optimizer"]["state"][0]["step"] == 2  # 4 pairs, shared by 2 processes
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_mlflow_gets_losses_metrics_and_the_config(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", "configs/train.json"]
+    command += ["--tracking", "mlflow", "--experiment_name", "mine", "--output_dir", f"$'{output}'"]
+    command += ["--dataset_dir", str(prepared), "--num_labels", "4", "--max_epochs", "2", "--pairs_per_epoch", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    store = sqlite3.connect(output / "mlruns.db")
+    assert store.execute("SELECT e.name, status FROM experiments e JOIN runs USING (experiment_id)").fetchall() == [
+        ("mine", "FINISHED")
+    ]
+    tracked: dict[str, dict[int, float]] = {}
+    for name, step, value in store.execute("SELECT key, step, value FROM metrics"):
+        tracked.setdefault(name, {})[step] = value
+    shown: dict[str, dict[int, float]] = {}  # by TensorBoard, which another handler writes
+    for path in output.glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path)).Reload()
+        for name in events.Tags()["scalars"]:
+            shown[name] = {event.step: event.value for event in events.Scalars(name)}
+    assert list(tracked["train_loss"]) == [1, 2, 3, 4]
+    for name in ("train_loss", "val_mean_dice", "val_dice_before", "val_folding_percent", "val_sdlogj"):
+        assert tracked[name] == pytest.approx(shown[name])  # float32 in TensorBoard
+    (config,) = output.glob("mlruns/*/artifacts/config_*.json")
+    assert json.loads(config.read_text())["max_epochs"] == 2
 
 
 @pytest.fixture
