@@ -17,6 +17,9 @@ import pytest
 import torch
 from layouts import SIZE, ixi, learn2reg, lpba40, oasis
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.fl.client import MonaiAlgo
+from monai.fl.utils.constants import ExtraItems, FlStatistics, WeightType
+from monai.fl.utils.exchange_object import ExchangeObject
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxelmorph_monai.datasets import load_submission, write_datalist
@@ -391,6 +394,34 @@ def test_mlflow_gets_losses_metrics_and_the_config(bundle: Path, prepared: Path,
         assert tracked[name] == pytest.approx(shown[name])  # float32 in TensorBoard
     (config,) = output.glob("mlruns/*/artifacts/config_*.json")
     assert json.loads(config.read_text())["max_epochs"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:MonaiAlgo")  # that it runs the bundle's config
+def test_a_federated_client_trains_and_evaluates(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    """``MonaiAlgo`` is what NVIDIA FLARE calls on each site; the server sends weights and gets differences back."""
+    options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4}
+    client = MonaiAlgo(
+        str(bundle),
+        train_kwargs={**options, "pairs_per_epoch": 2, "learning_rate": 1e-3},
+        eval_kwargs={**options, "evaluation_dir": str(tmp_path / "evaluation"), "overwrite": True},
+    )
+    client.initialize({ExtraItems.CLIENT_NAME: "site"})
+    torch.manual_seed(1)
+    server = {f"network.{name}": tensor.numpy() for name, tensor in VoxelMorph().state_dict().items()}
+    for epoch in (1, 2):
+        client.train(ExchangeObject(weights=server))
+        found = client.get_weights()
+        assert client.trainer.state.epoch == epoch
+        assert found.weight_type == WeightType.WEIGHT_DIFF
+        assert found.statistics[FlStatistics.NUM_EXECUTED_ITERATIONS] == 2
+        assert max(float(np.abs(difference).max()) for difference in found.weights.values()) > 0
+        server = {name: tensor + np.asarray(found.weights[name]) for name, tensor in server.items()}
+        for name, tensor in client.trainer.network.state_dict().items():
+            np.testing.assert_allclose(server[name], tensor, rtol=0, atol=1e-6)  # one rounding of float32 weights < 8
+    metrics = client.evaluate(ExchangeObject(weights=server)).metrics
+    assert 0 < metrics["dice"] <= 1
+    assert len(load_evaluation(tmp_path).pairs) == 2
+    client.finalize()
 
 
 @pytest.fixture
