@@ -396,7 +396,7 @@ def test_mlflow_gets_losses_metrics_and_the_config(bundle: Path, prepared: Path,
     assert json.loads(config.read_text())["max_epochs"] == 2
 
 
-@pytest.mark.filterwarnings("ignore:MonaiAlgo")  # that it runs the bundle's config
+@pytest.mark.filterwarnings("ignore:executing the bundle config")  # said to each client
 def test_a_federated_client_trains_and_evaluates(bundle: Path, prepared: Path, tmp_path: Path) -> None:
     """``MonaiAlgo`` is what NVIDIA FLARE calls on each site; the server sends weights and gets differences back."""
     options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4}
