@@ -32,8 +32,6 @@ import voxelmorph_monai
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.distribution import pack_bundle
 from voxelmorph_monai.networks import VoxelMorph
-from voxelmorph_monai.preparation import Grid, grid_affine, mni152, resample_intensities, rescale, sample
-from voxelmorph_monai.spaces import read_image, save_image
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = sorted(path.parent for path in (ROOT / "bundles").glob("*/configs"))
@@ -255,15 +253,10 @@ def test_checksum_is_what_the_zoo_compares(release: Release) -> None:
         assert not check_hash(release.folder / "model_info.json", entry["checksum"], "sha1")
 
 
-def test_downloaded_bundle_registers_real_scans(release: Release, tmp_path: Path) -> None:
+def test_downloaded_bundle_registers_real_scans(release: Release, real_pair: dict[str, Path], tmp_path: Path) -> None:
     bundle = _download(REGISTRATION.name, release, tmp_path / "elsewhere")
-    grid, paths = Grid((80, 96, 112), 2.0), {}
-    for role, scan in (("moving", read_image(sample("colin27"))), ("fixed", mni152())):
-        paths[role] = tmp_path / f"{role}.nii.gz"
-        on_grid = resample_intensities(scan, grid.size, grid_affine(grid), np.eye(4))
-        save_image(paths[role], rescale(on_grid), grid_affine(grid))
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
-    command += [word for role, path in paths.items() for word in (f"--{role}", str(path))]
+    command += [word for role, path in real_pair.items() for word in (f"--{role}", str(path))]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "out")],
         cwd=bundle,
@@ -275,8 +268,8 @@ def test_downloaded_bundle_registers_real_scans(release: Release, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    paths["warped"] = tmp_path / "out" / "warped.nii.gz"
-    moving, fixed, warped = (nib.load(path).get_fdata().ravel() for path in paths.values())
+    paths = (*real_pair.values(), tmp_path / "out" / "warped.nii.gz")
+    moving, fixed, warped = (nib.load(path).get_fdata().ravel() for path in paths)
     before, after = (np.corrcoef(image, fixed)[0, 1] for image in (moving, warped))
     # 1e-3: inference scales intensities once more and clips some
     assert summary["similarity_before"] == pytest.approx(before, abs=1e-3)
