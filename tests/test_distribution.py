@@ -263,7 +263,7 @@ def test_downloaded_bundle_registers_real_scans(release: Release, real_pair: dic
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -30,7 +30,7 @@ def run(*command: object, cwd: Path, fails: bool = False) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert (done.returncode != 0) == fails, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -55,6 +55,7 @@ def away(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel, cwd=folder)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    assert not [path for path in borrowed if Path(path, "voxelmorph_monai").exists()]  # but a link to the source
     (site / "borrowed.pth").write_text("\n".join(borrowed), encoding="utf-8")
     return folder
 
@@ -73,9 +74,7 @@ def test_archives_hold_what_git_knows(published: Path) -> None:
 
 
 def test_wheel_registers_real_scans_without_its_source(away: Path, real_pair: dict[str, Path]) -> None:
-    vxm, python = away / "venv" / "bin" / "vxm", away / "venv" / "bin" / "python"
-    found = run(python, "-c", "from voxelmorph_monai.registration import *; print(shipped_weights())", cwd=away)
-    assert Path(found.strip()).is_relative_to(away)
+    vxm = away / "venv" / "bin" / "vxm"
     commands = re.findall(r"^    ([a-z][\w-]+) ", run(vxm, "--help", cwd=away), re.MULTILINE)
     assert {"register", "prepare", "pack-bundle", "quickstart"} <= set(commands)
     for command in commands:
