@@ -3,7 +3,9 @@
 FROM python:3.12-slim
 ARG TORCH=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir torch==2.13.0 --index-url "$TORCH"
-COPY . /src
+COPY LICENSE README.md pyproject.toml setup.cfg /src/
+COPY voxelmorph_monai /src/voxelmorph_monai
+COPY bundles /src/bundles
 RUN pip install --no-cache-dir /src && rm -r /src
 WORKDIR /data
 ENTRYPOINT ["vxm"]
