@@ -348,7 +348,7 @@ class VoxelMorph(nn.Module):
         return self.full(ddf, list(pair.shape[2:]))
 
 
-def load_weights(network: VoxelMorph, path: str) -> None:
+def load_weights(network: nn.Module, path: str) -> None:
     """Load a state dict, from whatever device it was saved, into ``network``; the file can hold nothing but tensors.
 
     Raises:
