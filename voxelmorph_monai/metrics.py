@@ -10,9 +10,10 @@ Fields are in voxels as in ``blocks``. Only here do they become millimetres, by 
 in mm along each array axis, or one number for all. Results are float64.
 """
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from math import factorial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,7 +227,7 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     inner: tuple[Any, ...] = (..., *(slice(1, n - 1) for n in ddf.shape[2:]))
     for edges in simplices:
         turned[inner] -= _determinant(edges).clamp_max(0)
-    return 100 * _mean(turned, inside) / (2 * factorial(spatial_dims))
+    return 100 * _mean(turned, inside) / (2 * math.factorial(spatial_dims))
 
 
 # Voxels around a point within which another surface is looked up; beyond, it is searched for.
@@ -315,17 +316,23 @@ def hausdorff95(labels: Tensor, reference: Tensor, num_labels: int, *, spacing: 
     result = torch.full((labels.shape[0], num_labels), torch.nan, dtype=torch.float64)
     for item in range(labels.shape[0]):
         maps = [image[item, 0].to(small).cpu().numpy() for image in (labels, reference)]
-        boxes = zip(*(find_objects(image, num_labels) for image in maps), strict=True)
-        for k, pair in enumerate(boxes):
-            if None not in pair:
-                box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*pair, strict=True))
-                masks = [np.pad(image[box] == k + 1, _REACH + 2) for image in maps]
-                shape = masks[0].shape
-                flat = [(length, offsets @ _strides(shape)) for length, offsets in shells]
-                first, second = (_surface(mask, areas) for mask in masks)
-                result[item, k] = max(
-                    _percentile95(first, second, flat, shape, sides), _percentile95(second, first, flat, shape, sides)
-                )
+
+        def distance(label: int, *boxes: tuple[slice, ...] | None, maps: list[NDArray[Any]] = maps) -> float:
+            if None in boxes:
+                return math.nan
+            box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*boxes, strict=True))
+            masks = [np.pad(image[box] == label, _REACH + 2) for image in maps]
+            shape = masks[0].shape
+            flat = [(length, offsets @ _strides(shape)) for length, offsets in shells]
+            first, second = (_surface(mask, areas) for mask in masks)
+            return max(
+                _percentile95(first, second, flat, shape, sides), _percentile95(second, first, flat, shape, sides)
+            )
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            boxes = (find_objects(image, num_labels) for image in maps)
+            found = list(pool.map(distance, range(1, num_labels + 1), *boxes))
+        result[item] = torch.tensor(found, dtype=torch.float64)
     return result.to(labels.device)
 
 

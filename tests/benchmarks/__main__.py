@@ -249,7 +249,7 @@ def fit(voxels: Sequence[float], values: Sequence[float]) -> tuple[float, float,
     return float(a), float(b), float(np.abs((a + b * x) / y - 1).max())
 
 
-def growth_line(name: str, rungs: dict[int, Measurement | str]) -> str:
+def growth_line(name: str, rungs: dict[int, Measurement | str], idle: float) -> str:
     """Write how time and memory of a contender grow with the side of a cube."""
     measured = {n: m for n, m in rungs.items() if not isinstance(m, str)}
     cells = [
@@ -259,7 +259,7 @@ def growth_line(name: str, rungs: dict[int, Measurement | str]) -> str:
     if len(measured) > 1:
         voxels = [n**3 / 1e6 for n in measured]
         in_time, in_memory = (fit(voxels, [m[i] for m in measured.values()]) for i in (0, 2))
-        most = (GIB_OF_A_WORKSTATION - in_memory[0]) / in_memory[1]
+        most = (GIB_OF_A_WORKSTATION - idle - in_memory[0]) / in_memory[1]
         cells += [
             *(
                 f"{a:.2f} + {b:.3f} {unit} (± {100 * error:.0f} %)"
@@ -343,8 +343,9 @@ class Run:
             f"{' x '.join(map(str, size))} voxels. Ceilings in this run: "
             f"{ceiling['float32'] / 1e9:.0f} GFLOP/s float32, {ceiling['bfloat16'] / 1e9:.0f} GFLOP/s bfloat16, "
             f"{ceiling['copy'] / 1e9:.0f} GB/s copied (read and written). Times are wall clock, in brackets CPU, "
-            f"medians of {min(number, default=0)} to {max(number, default=0)} turns; memory is the peak of the process "
-            f"in GiB. The run took {(time.monotonic() - self.start) / 60:.1f} minutes.",
+            f"medians of {min(number, default=0)} to {max(number, default=0)} turns; memory is the peak in GiB "
+            f"above the {ceiling['idle']:.2f} of a process that has imported all contenders. "
+            f"The run took {(time.monotonic() - self.start) / 60:.1f} minutes.",
             "",
             "| | ours | peer | times faster | CPU | GiB | peer | ratio | GFLOP | GB | floor, share | difference |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -355,18 +356,24 @@ class Run:
             "",
             "| | " + " | ".join(f"{n}³" for n in ladder) + " | time | memory | in 24 GiB |",
             "|---" * (len(ladder) + 4) + "|",
-            *(growth_line(name, rungs) for name, rungs in self.rungs.items()),
+            *(growth_line(name, rungs, ceiling["idle"]) for name, rungs in self.rungs.items()),
         ]
         return "\n".join(text) + "\n"
 
 
-def put(block: str, page: Path) -> None:
-    """Replace what stands between the marks of ``page``."""
+def around(page: Path) -> tuple[str, str]:
+    """What stands on ``page`` before and after the block."""
     text = page.read_text(encoding="utf-8")
     if any(text.count(mark) != 1 for mark in MARKS):
         raise ValueError(f"{page} must hold {MARKS[0].strip()} and {MARKS[1].strip()} once each.")
     before, rest = text.split(MARKS[0])
-    page.write_text(before + MARKS[0] + "\n" + block + "\n" + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    return before, rest.split(MARKS[1])[1]
+
+
+def put(block: str, page: Path) -> None:
+    """Replace what stands between the marks of ``page``."""
+    before, after = around(page)
+    page.write_text(before + MARKS[0] + "\n" + block + "\n" + MARKS[1] + after, encoding="utf-8")
 
 
 def main() -> int:
@@ -375,6 +382,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small images")
     parser.add_argument("--output", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
+    if options.output:
+        around(options.output)  # a page without marks is refused at once
     run = Run(
         QUICK if options.quick else FULL,
         show=partial(put, page=options.output) if options.output else lambda block: None,

@@ -309,13 +309,14 @@ class Measurement(NamedTuple):
 
     seconds: float
     cpu_seconds: float
-    memory: float  # GiB, the peak of the whole process
+    memory: float  # GiB, the peak of the process above what it takes without any work
     answer: dict[str, np.ndarray]
 
 
-def _peak() -> float:
-    with open("/proc/self/status", encoding="utf-8") as status:  # getrusage remembers the parent's peak as well
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+def _memory(name: str) -> float:
+    """GiB of the process: ``VmRSS`` now, ``VmHWM`` at most (getrusage remembers the parent's peak as well)."""
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) / 2**20
 
 
 def _cpu() -> float:
@@ -331,6 +332,7 @@ def _timed(work: Work) -> tuple[float, float, Answer]:
 
 def measure(contender: str, size: Size) -> Measurement:
     """Time one contender: once, or where that is short, the median of three further times."""
+    idle = _memory("VmRSS")
     work = CONTENDERS[contender](size)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts here, without the preparation's
     seconds, cpu, answer = _timed(work)
@@ -340,13 +342,16 @@ def measure(contender: str, size: Size) -> Measurement:
     if seconds < 2:
         again = [_timed(work)[:2] for _ in range(3)]
         seconds, cpu = (median(times) for times in zip(*again, strict=True))
-    return Measurement(seconds, cpu, _peak(), sampled)
+    return Measurement(seconds, cpu, _memory("VmHWM") - idle, sampled)
 
 
 def ceilings(n: int) -> dict[str, float]:
-    """What the machine can do: products of two ``n x n`` matrices (FLOP/s), copies of ``n^2`` floats (bytes/s)."""
+    """What the machine can do: products of two ``n x n`` matrices (FLOP/s), copies of ``n^2`` floats (bytes/s).
+
+    And ``idle``: GiB of a process that does nothing yet.
+    """
+    found = {"idle": _memory("VmRSS")}
     a, b = torch.rand(2, n, n).unbind()
-    found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         x, y = a.to(dtype), b.to(dtype)
         found[name] = 2 * n**3 / min(_timed(lambda x=x, y=y: {"": x @ y})[0] for _ in range(4))  # type: ignore[misc]
