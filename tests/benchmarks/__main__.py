@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     ladder: tuple[int, ...]  # sides of cubes
     product: int  # side of the matrices multiplied
     rounds: int  # how often each contender's turn comes at most
-    seconds: float  # when no further turn begins that would last longer; first turns and growth take 8 minutes
+    seconds: float  # no repeated turn begins that would end later
 
 
 FULL = Settings((160, 192, 224), (64, 96, 128, 160, 192, 256), 4096, 5, 840)
