@@ -316,7 +316,7 @@ class MINDLoss(nn.Module):
         for i, j in combinations(range(len(around)), 2):
             if i // 2 != j // 2:  # not the two ends of one axis
                 wide = F.pad((around[i] - around[j]).square(), [self.radius] * (2 * spatial_dims), mode="replicate")
-                distances.append(_box_sum(wide, window) / window**spatial_dims)
+                distances.append(box_sum(wide, window) / window**spatial_dims)
         found = torch.stack(distances)
         found = found - found.amin(0)
         scale = found.mean(0)
