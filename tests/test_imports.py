@@ -48,6 +48,8 @@ ALLOWED = {
         "results",
         "spaces",
     },
+    "atlas": {"affine", "blocks", "losses", "networks", "preparation", "refinement", "spaces"},
+    "atlas_bundle": {"atlas", "networks", "preparation", "registration", "spaces", "transforms"},
     "cohort": {"preparation", "processes", "registration", "spaces"},
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},

@@ -410,6 +410,30 @@ def _pack_bundle(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "scans",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE LABELS",
+        help="skull-stripped T1 scan and its label map, one after the other (default: MNI152 and its tissues)",
+    )
+    parser.add_argument("--names", type=Path, metavar="CSV", help="columns number and name: what the labels are called")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="bundle to write, new")
+    parser.add_argument("--license", type=Path, metavar="FILE", help="terms of the scans and labels, to come along")
+
+
+def _make_atlas_bundle(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.atlas_bundle import make_atlas_bundle
+
+    if len(args.scans) % 2:
+        raise ValueError(f"scans must come with labels, IMAGE LABELS, but there are {len(args.scans)} files.")
+    atlases = list(zip(args.scans[::2], args.scans[1::2], strict=True))
+    bundle = make_atlas_bundle(atlases, args.output, names=args.names, licence=args.license)
+    print(f"{bundle}: read docs/README.md")
+    return 0
+
+
 _COMMANDS = {
     "prepare": _Command(
         "align skull-stripped T1 scans to MNI152 and write them on one grid, with a datalist for training",
@@ -470,6 +494,12 @@ _COMMANDS = {
         "vxm datalist oasis neurite-oasis/ oasis/",
         _add_datalist_arguments,
         _datalist,
+    ),
+    "make-atlas-bundle": _Command(
+        "make a MONAI bundle that segments skull-stripped T1 scans from labelled ones",
+        "vxm make-atlas-bundle a.nii.gz a_labels.nii.gz --names labels.csv --output bundles/my_atlas_segmentation",
+        _add_atlas_arguments,
+        _make_atlas_bundle,
     ),
     "import-weights": _Command(
         "read weights that the authors of VoxelMorph published as Keras files (CVPR 2018, MICCAI 2018)",
