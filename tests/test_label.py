@@ -377,27 +377,23 @@ def test_training_needs_four_labelled_studies_and_leaves_weights_that_are_used(a
     studies, (image, affine), tissue = tmp_path / "studies", mni152(), mni152_tissue()
     (studies / "labels" / "final").mkdir(parents=True)
 
-    def label(names: str) -> None:
-        for name in names:
-            noise = np.random.default_rng(ord(name)).normal(0, 0.02, image.shape).astype(np.float32)
-            save_image(studies / f"{name}.nii.gz", np.where(image > 0, (image + noise).clip(0.01), 0), affine)
-            save_image(studies / "labels" / "final" / f"{name}.nii.gz", *tissue)
+    def noisy(path: Path, seed: int) -> None:
+        noise = np.random.default_rng(seed).normal(0, 0.02, image.shape).astype(np.float32)
+        save_image(path, np.where(image > 0, (image + noise).clip(0.01), 0), affine)
 
-    label("abc")
+    for seed, name in enumerate("abc"):
+        noisy(studies / f"{name}.nii.gz", seed)
+        save_image(studies / "labels" / "final" / f"{name}.nii.gz", *tissue)
     small = {"max_epochs": 1, "pairs_per_epoch": 2, "learning_rate": "0.001"}
     with serving(tmp_path, app, studies, {"size": "80,96,112", "spacing": "2", "transform": "none"}) as url:
         train = f"{url}/train/voxelmorph?run_sync=true"
         answer = requests.post(train, json=small, timeout=600)
         assert answer.status_code == 422
         assert "at least 2 for training and 2 for validation, got 3" in answer.json()["detail"]
-        label("d")
-        for _ in range(600):  # the server finds out by itself that it is there
-            if (
-                "d"
-                in requests.get(f"{url}/info/", timeout=60).json()["models"]["label_propagation"]["config"]["moving"]
-            ):
-                break
-            time.sleep(0.1)
+        noisy(tmp_path / "d.nii.gz", 3)
+        slicer = client(url, tmp_path)
+        slicer.upload_image(str(tmp_path / "d.nii.gz"), "d")
+        slicer.save_label("d", str(studies / "labels" / "final" / "a.nii.gz"), "final", {})
         answer = requests.post(train, json=small, timeout=600)
         assert answer.status_code == 200, answer.text
         told = answer.json()
