@@ -1,13 +1,13 @@
-"""Do the tests notice wrong code? Break it by hand, one place at a time, and run its tests: the geometry, the losses,
-and what makes a protocol, from who is paired with whom to what a mean is over.
+"""Do the tests notice wrong code? Break it by hand, one place at a time, and run its tests.
 
     python tests/mutants.py           # all, 2 at a time: about TIME of one core
     python tests/mutants.py blocks    # those of one module
 
-Each mutant is put into a copy of the package in a temporary folder, where the tests of its module have to fail. They run
-in processes that are forked from one which has imported all libraries, so that a mutant costs no more than its tests.
-Exits with 1 if one survives. A mutant whose text is gone, or stands there twice, stops the run: the table follows the
-code.
+Broken are the geometry, the losses, and what makes a protocol: from who is paired with whom to what a mean is over.
+Each mutant is put into a copy of the package in a temporary folder, where the tests of its module have to fail. They
+run in processes that are forked from one that has imported all libraries, so that a mutant costs little more than its
+tests. Exits with 1 if one survives. A mutant whose text is gone, or stands there twice, stops the run: the table
+follows the code.
 """
 
 import multiprocessing
@@ -143,7 +143,7 @@ METRICS = [
     ("100 * _mean(~(jacobian", "_mean(~(jacobian", "unit: a share for per cent"),
     ("(jacobian_determinant(ddf, scheme) > 0)", "(jacobian_determinant(ddf, scheme) >= 0)", "collapsed is no fold"),
     ("(jacobian_determinant(ddf, scheme) > 0)", "(jacobian_determinant(ddf) > 0)", "scheme ignored"),
-    ('inside = inside & (jacobian > 0)', "jacobian = jacobian.clamp_min(1e-9)", "a floor for folded voxels decides"),
+    ("inside = inside & (jacobian > 0)", "jacobian = jacobian.clamp_min(1e-9)", "a floor for folded voxels decides"),
     ('0 if definition == "plain" else 2', "0", "Learn2Reg leaves out two voxels of border"),
     ("(jacobian + 3).clamp", "(jacobian + 0).clamp", "Learn2Reg adds 3"),
     ("(log - mean) ** 2, inside).sqrt()", "(log - mean) ** 2, inside)", "variance for its root"),
@@ -152,7 +152,11 @@ METRICS = [
     ("share, 0.95)", "share, 0.90)", "another percentile"),
     ("result[item, k] = max(", "result[item, k] = min(", "the nearer of both directions"),
     ("axis=1) * spacing, table", "axis=1) * spacing[0], table", "unit: one side for all axes"),
-    ("np.cumsum(areas[order]) / areas.sum()", "np.arange(1, len(areas) + 1) / len(areas)", "surface points count alike"),
+    (
+        "np.cumsum(areas[order]) / areas.sum()",
+        "np.arange(1, len(areas) + 1) / len(areas)",
+        "surface points count alike",
+    ),
 ]
 
 TRANSFORMS = [
@@ -166,7 +170,11 @@ TRANSFORMS = [
 ]
 
 ENGINES = [
-    ('[target["moving"], target["fixed"]], dim=1)', '[target["fixed"], target["moving"]], dim=1)', "order of the input"),
+    (
+        '[target["moving"], target["fixed"]], dim=1)',
+        '[target["fixed"], target["moving"]], dim=1)',
+        "order of the input",
+    ),
     ("[pair, torch.cat([fixed, moving], dim=1)]", "[pair, torch.cat([moving, fixed], dim=1)]", "no other order"),
     ("[target[role + end], target[other + end]]", "[target[role + end], target[role + end]]", "targets not exchanged"),
     ('for end in ("", "_label"):', 'for end in ("",):', "labels of the other order are lost"),
@@ -178,7 +186,7 @@ DATA = [
     ("for j in range(n) if i != j]", "for j in range(i + 1, n)]", "one order of each pair"),
     ('[(n, i) if atlas_role == "moving" else', '[(n, i) if atlas_role == "fixed" else', "the atlas in the other role"),
     ("if _file(scan) != _file(atlas)]", "]", "the atlas with itself"),
-    ("pairs.append((both[0], both[1]))", "pairs.append((both[1], both[0]))", "moving and fixed exchanged"),
+    ("pairs.append((moving, fixed))", "pairs.append((fixed, moving))", "moving and fixed exchanged"),
     ('{"moving": moving["image"], "fixed": fixed', '{"moving": fixed["image"], "fixed": moving', "images exchanged"),
     ('"moving_label": moving["label"]', '"moving_label": fixed["label"]', "labels of the other scan"),
     ('if "label" in moving and "label" in fixed', 'if "label" in moving', "half of the labels"),
@@ -193,8 +201,11 @@ DATA = [
 ]
 
 DATASETS = [
-    ('"training": "Train", "validation": "Val", "test": "Test"', '"training": "Train", "validation": "Test", "test": "Val"',
-     "validated on the test"),
+    (
+        '"training": "Train", "validation": "Val", "test": "Test"',
+        '"training": "Train", "validation": "Test", "test": "Val"',
+        "validated on the test",
+    ),
     ("if number >= _OASIS_VALIDATION]", "if number > _OASIS_VALIDATION]", "one subject fewer is validated"),
     ("if number < _OASIS_VALIDATION]", "]", "trained on who is validated"),
     ("for fixed, moving in pairwise", "for moving, fixed in pairwise", "order of Learn2Reg's pairs"),
@@ -207,8 +218,16 @@ DATASETS = [
     ("if k not in (test, validation) for", "if k != test for", "trained on who is validated"),
     ("(fold + 1) % num_folds", "fold", "validated on the test"),
     ("if scan not in scans and scan not in atlas]", "if scan not in scans]", "the atlas is trained on"),
-    ("ndimage.zoom(component, 0.5, order=2", "0.5 * ndimage.zoom(component, 0.5, order=2", "unit: voxels of the half grid"),
-    ("ndimage.zoom(component, 2, order=2)", "ndimage.zoom(component, 2, order=0)", "not enlarged as the challenge does"),
+    (
+        "ndimage.zoom(component, 0.5, order=2",
+        "0.5 * ndimage.zoom(component, 0.5, order=2",
+        "unit: voxels of the half grid",
+    ),
+    (
+        "ndimage.zoom(component, 2, order=2)",
+        "ndimage.zoom(component, 2, order=0)",
+        "not enlarged as the challenge does",
+    ),
     ("disp_{fixed:04d}_{moving:04d}", "disp_{moving:04d}_{fixed:04d}", "a field for the other order"),
     ("[[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "[[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "left for right"),
 ]
@@ -223,8 +242,16 @@ EVALUATION = [
     ("_statistics(values.mean(axis=1)) |", "_statistics(values.mean(axis=0)) |", "over structures for over pairs"),
     ("_statistics(values.mean(axis=1)) |", "_statistics(values.fillna(0).mean(axis=1)) |", "absent counts as missed"),
     ('"values": len(single)', '"values": values.size', "empty values are counted"),
-    ("for pair in pairs for structure in structures]", "for structure in structures for pair in pairs]", "values change places"),
-    ("zip(names[::2], names[1::2], strict=True)", "zip(names[1::2], names[::2], strict=True)", "moving and fixed exchanged"),
+    (
+        "for pair in pairs for structure in structures]",
+        "for structure in structures for pair in pairs]",
+        "values change places",
+    ),
+    (
+        "zip(names[::2], names[1::2], strict=True)",
+        "zip(names[1::2], names[::2], strict=True)",
+        "moving and fixed exchanged",
+    ),
     ("_check_groups(groups or {}, structures)", "pass", "a group of what is not measured"),
     ('.removeprefix("right ")', "", "sides not merged"),
     ("    check_folder(folder, overwrite)\n    rows", "    rows", "an evaluation is replaced silently"),
@@ -266,7 +293,7 @@ def rotten(mutants: list[Mutant]) -> Iterator[str]:
 
 
 def run_tests(folder: str, tests: list[str]) -> None:
-    """Run pytest in ``folder`` and end this process with its status; what it prints goes to ``folder/output``."""
+    """Run pytest in ``folder`` and exit with its status; what it prints goes to ``folder/output``."""
     import pytest
 
     os.chdir(folder)
@@ -274,7 +301,7 @@ def run_tests(folder: str, tests: list[str]) -> None:
     output = os.open("output", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os._exit(pytest.main(["-xq", "-p", "no:cacheprovider", *tests]))
+    sys.exit(int(pytest.main(["-xq", "-p", "no:cacheprovider", *tests])))
 
 
 def fails(mutant: Mutant) -> bool:
@@ -282,7 +309,11 @@ def fails(mutant: Mutant) -> bool:
     with TemporaryDirectory() as folder:
         copy = Path(folder)
         # Sources alone: Python takes a compiled file for current if size and second of its source agree.
-        sources = [*(ROOT / "tests").glob("*.py"), *(ROOT / PACKAGE).glob("*.py"), *(ROOT / PACKAGE).glob("published/*")]
+        sources = [
+            *(ROOT / "tests").glob("*.py"),
+            *(ROOT / PACKAGE).glob("*.py"),
+            *(ROOT / PACKAGE).glob("published/*"),
+        ]
         for path in [ROOT / "pyproject.toml", *sources]:
             (copy / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, copy / path.relative_to(ROOT))
