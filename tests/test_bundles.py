@@ -327,7 +327,7 @@ def test_data_preset_and_mode_go_together(
         pair = {role: str(trained.val_dataset[0][role].meta["filename_or_obj"]) for role in ("moving", "fixed")}
         registered = tmp_path / "registered"
         workflow(files, "infer", **pair, weights=str(weights), output_dir=str(registered)).run()
-        assert json.loads((registered / "summary.json").read_text())["similarity_after"] > 0
+        assert np.isfinite(json.loads((registered / "summary.json").read_text())["similarity_after"])
 
 
 @pytest.mark.parametrize(

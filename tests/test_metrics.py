@@ -338,7 +338,7 @@ def check_by_surface_distance(labels, reference, num_labels, spacing):
 
 @pytest.mark.filterwarnings("ignore:Please .* from the `scipy.ndimage` namespace:DeprecationWarning")  # the package's
 def test_overlap_and_surfaces_of_real_labels(malf):
-    numbers = [59, 60, 36, 37, 47, 48, 51, 52, 35, 4]  # thalamus to ventricles, as manual raters drew them
+    numbers = [59, 60, 36, 37, 47, 48, 51, 52]  # thalamus to lateral ventricle of both sides, as raters drew them
     maps = []
     for name in ("1005", "1018"):
         whole = np.asarray(nib.load(malf / f"{name}_labels.nii.gz").dataobj)[50:110, 70:140, 40:120]
@@ -348,7 +348,7 @@ def test_overlap_and_surfaces_of_real_labels(malf):
     check_by_surface_distance(labels, reference, 8, (1.0, 1.2, 0.9))
     expected = [2 * ((maps[0] == k) & (maps[1] == k)).sum() / ((maps[0] == k).sum() + (maps[1] == k).sum())
                 for k in range(1, 9)]  # fmt: skip
-    assert_close(dice(labels, reference, 10)[0, :8], torch.tensor(expected), **EXACT)
+    assert_close(dice(labels, reference, 8)[0], torch.tensor(expected), **EXACT)
 
 
 def box(size, start, stop):
