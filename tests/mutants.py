@@ -32,7 +32,7 @@ TESTS = {
     "blocks": ["tests/test_blocks.py"],
     "losses": ["tests/test_losses.py"],
     "metrics": ["tests/test_metrics.py", "-k", "dice or folding or sd or hausdorff or volume or mean_is"],
-    "transforms": ["tests/test_transforms.py", "-k", "merg or kept or warp_by or past_what"],
+    "transforms": ["tests/test_transforms.py", "-k", "merg or kept or tables or warp_by or past_what"],
     "engines": ["tests/test_engines.py", "-k", "prepare_pair or both_orders or shares_the_time"],
     "data": ["tests/test_data.py"],
     "datasets": [

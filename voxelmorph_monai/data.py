@@ -61,7 +61,9 @@ def take_apart(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] 
             places.setdefault((item[role], item.get(f"{role}_label")), len(places)) for role in ("moving", "fixed")
         )
         pairs.append((moving, fixed))
-    scans = [{"image": image} if label is None else {"image": image, "label": label} for image, label in places]
+    scans: list[Scan] = [
+        {"image": image} if label is None else {"image": image, "label": label} for image, label in places
+    ]
     return scans, pairs
 
 
