@@ -305,7 +305,9 @@ def _unfold(ddf: Tensor) -> Tensor:
     if not bool(tight.any()):
         return ddf
     spatial_dims = ddf.ndim - 2
-    margin, inside = [1] * (2 * spatial_dims), (..., *[slice(1, -1)] * spatial_dims)
+    margin = [1] * (2 * spatial_dims)
+    inside: tuple[Any, ...] = (..., *[slice(1, -1)] * spatial_dims)
+    centre: tuple[Any, ...] = (slice(None), 0, *[1] * spatial_dims)
     inner = F.pad(torch.ones_like(tight), margin)
     size = inner.shape[2:]
     inner, index = inner.flatten(), F.pad(tight, margin).flatten().nonzero().flatten()
@@ -324,7 +326,6 @@ def _unfold(ddf: Tensor) -> Tensor:
         ddf = whole[inside]
         index = _grown(rings[-1], inner, size)
         patches = _extended(ddf).flatten(2)[0][:, _neighbours(index, size)].transpose(0, 1)
-        centre = (slice(None), 0, *[1] * spatial_dims)
         radius = min(2 * radius, max(size))
         # what shrinks evenly over many voxels is no fold, and would take ever wider circles to smooth
         index = index[_tight(patches.unflatten(2, [3] * spatial_dims), _TIGHT / radius**2)[centre]]
@@ -334,8 +335,8 @@ def _unfold(ddf: Tensor) -> Tensor:
 def _inverse_jacobian(ddf: Tensor) -> list[Tensor]:
     r"""Rows of the inverse of :math:`I + \nabla u`, each ``(1, D, *spatial)``."""
     columns = list(torch.gradient(ddf, dim=tuple(range(2, ddf.ndim))))  # derivatives of the map along each axis
-    for d, column in enumerate(columns):
-        column[:, d] += 1
+    for axis, column in enumerate(columns):
+        column[:, axis] += 1
     if len(columns) == 2:
         (a, b), (c, d) = columns[0].unbind(1), columns[1].unbind(1)
         rows = [torch.stack([d, -c], dim=1), torch.stack([-b, a], dim=1)]
