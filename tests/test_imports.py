@@ -34,6 +34,7 @@ ALLOWED = {
     "evaluation": {"pictures", "spaces"},
     "comparison": {"evaluation", "pictures", "spaces"},
     "handlers": {"data", "engines", "evaluation", "spaces"},
+    "distribution": {"networks", "preparation", "spaces"},
     "quickstart": {"preparation", "registration", "spaces"},
     "weights": {"networks", "spaces"},
     "registration": {
@@ -47,6 +48,8 @@ ALLOWED = {
         "results",
         "spaces",
     },
+    "atlas": {"affine", "blocks", "losses", "networks", "preparation", "refinement", "spaces"},
+    "atlas_bundle": {"atlas", "networks", "preparation", "registration", "spaces", "transforms"},
     "cohort": {"preparation", "processes", "registration", "spaces"},
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},

@@ -184,6 +184,18 @@ def test_labels_may_be_large(measure):
     assert found.isfinite().nonzero().flatten().tolist() == [43, 299]
 
 
+@pytest.mark.parametrize("num_labels", [5, 190])  # pairs counted in 16 bits, in 32
+def test_dice_of_more_voxels_than_pairs_of_labels(num_labels):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(num_labels + 1, (2, 1, 200, 210), generator=generator)
+    reference = torch.where(torch.rand(labels.shape, generator=generator) < 0.5, labels, labels.flip(-1))
+    assert labels[0].numel() > (num_labels + 1) ** 2
+    structures = torch.arange(1, num_labels + 1)
+    one, two = ((x.flatten(1)[:, None] == structures[:, None]) for x in (labels, reference))
+    expected = 2 * (one & two).sum(2).double() / (one.sum(2) + two.sum(2))
+    assert_close(dice(labels, reference, num_labels), expected, **EXACT)
+
+
 def test_dice_is_that_of_monai():
     labels, reference = blobs((9, 14, 11), 4, seed=1), blobs((9, 14, 11), 4, seed=2)
     monai = DiceMetric(include_background=False, num_classes=5)(labels, reference)

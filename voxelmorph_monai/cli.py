@@ -392,6 +392,48 @@ def _import_weights(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="folder of the bundle")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write, or of other bundles"
+    )
+    parser.add_argument("--url", default="", help="address of the folder it will be published in, for model_info.json")
+
+
+def _pack_bundle(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.distribution import pack_bundle
+
+    packed = pack_bundle(args.bundle, args.output, args.url)
+    if packed.left_out:
+        print(f"not part of a bundle, left out: {', '.join(packed.left_out)}")
+    print(f"{packed.archive}: {len(packed.files)} files, entered in {args.output / 'model_info.json'}")
+    return 0
+
+
+def _add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "scans",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE LABELS",
+        help="skull-stripped T1 scan and its label map, one after the other (default: MNI152 and its tissues)",
+    )
+    parser.add_argument("--names", type=Path, metavar="CSV", help="columns number and name: what the labels are called")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="bundle to write, new")
+    parser.add_argument("--license", type=Path, metavar="FILE", help="terms of the scans and labels, to come along")
+
+
+def _make_atlas_bundle(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.atlas_bundle import make_atlas_bundle
+
+    if len(args.scans) % 2:
+        raise ValueError(f"scans must come with labels, IMAGE LABELS, but there are {len(args.scans)} files.")
+    atlases = list(zip(args.scans[::2], args.scans[1::2], strict=True))
+    bundle = make_atlas_bundle(atlases, args.output, names=args.names, licence=args.license)
+    print(f"{bundle}: read docs/README.md")
+    return 0
+
+
 _COMMANDS = {
     "prepare": _Command(
         "align skull-stripped T1 scans to MNI152 and write them on one grid, with a datalist for training",
@@ -453,11 +495,23 @@ _COMMANDS = {
         _add_datalist_arguments,
         _datalist,
     ),
+    "make-atlas-bundle": _Command(
+        "make a MONAI bundle that segments skull-stripped T1 scans from labelled ones",
+        "vxm make-atlas-bundle a.nii.gz a_labels.nii.gz --names labels.csv --output bundles/my_atlas_segmentation",
+        _add_atlas_arguments,
+        _make_atlas_bundle,
+    ),
     "import-weights": _Command(
         "read weights that the authors of VoxelMorph published as Keras files (CVPR 2018, MICCAI 2018)",
         "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
         _add_import_arguments,
         _import_weights,
+    ),
+    "pack-bundle": _Command(
+        "write a bundle as the zip file that MONAI downloads, and enter it in model_info.json",
+        "vxm pack-bundle bundles/brain_t1_registration --output release --url https://host/releases/download/v1",
+        _add_pack_arguments,
+        _pack_bundle,
     ),
     "quickstart": _Command(
         "register two brains that come with the project",

@@ -28,6 +28,7 @@ __all__ = [
     "MSELoss",
     "MutualInformationLoss",
     "RegistrationLoss",
+    "box_sum",
 ]
 
 
@@ -78,7 +79,7 @@ class MSELoss(nn.Module):
         return F.mse_loss(warped, fixed) / self.image_sigma**2
 
 
-def _box_sum(image: Tensor, window: int) -> Tensor:
+def box_sum(image: Tensor, window: int) -> Tensor:
     """Sum ``(B, C, *spatial)`` over windows of ``window`` voxels a side that lie fully inside.
 
     ``window`` is odd. Sums of 1, 2, 4, ... voxels are added up along each axis in turn. This takes a tenth of the time
@@ -115,7 +116,7 @@ def _local_moments(image: Tensor, window: int) -> _LocalMoments:
     # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
     # the image have to move along, so pad first. As nothing changes, no gradient goes through the centre.
     image = _pad(image, window // 2) - image.mean(tuple(range(2, image.ndim)), keepdim=True)
-    total, squares = _box_sum(image, window), _box_sum(image * image, window)
+    total, squares = box_sum(image, window), box_sum(image * image, window)
     variance = squares - total * total / window ** (image.ndim - 2)
     # What rounding alone can make of a flat window is no contrast: the largest error found, over
     # windows of 3 to 15 voxels a side and many offsets, is 4.2 eps.
@@ -137,13 +138,13 @@ class _MeanLNCC(torch.autograd.Function):
         n, margin = window ** (warped.ndim - 2), window // 2
         moments = _local_moments(warped, window), _local_moments(fixed, window)
         a, b = moments
-        cross = _box_sum(a.image * b.image, window) - a.total * b.total / n
+        cross = box_sum(a.image * b.image, window) - a.total * b.total / n
         p = 2 * cross / (a.variance * b.variance)
         cc = p * cross / 2
         p = p / cc.numel()
 
         def around(values: Tensor) -> Tensor:
-            return _box_sum(_pad(values, margin), window)
+            return box_sum(_pad(values, margin), window)
 
         gradients: list[Tensor | None] = [None, None]
         for i, needed in enumerate(ctx.needs_input_grad[:2]):
@@ -315,7 +316,7 @@ class MINDLoss(nn.Module):
         for i, j in combinations(range(len(around)), 2):
             if i // 2 != j // 2:  # not the two ends of one axis
                 wide = F.pad((around[i] - around[j]).square(), [self.radius] * (2 * spatial_dims), mode="replicate")
-                distances.append(_box_sum(wide, window) / window**spatial_dims)
+                distances.append(box_sum(wide, window) / window**spatial_dims)
         found = torch.stack(distances)
         found = found - found.amin(0)
         scale = found.mean(0)

@@ -348,7 +348,7 @@ class VoxelMorph(nn.Module):
         return self.full(ddf, list(pair.shape[2:]))
 
 
-def load_weights(network: VoxelMorph, path: str) -> None:
+def load_weights(network: nn.Module, path: str) -> None:
     """Load a state dict, from whatever device it was saved, into ``network``; the file can hold nothing but tensors.
 
     Raises:
@@ -413,11 +413,10 @@ class Registration(nn.Module):
         if self.training and passes > 1:
             passes = int(torch.randint(passes, ())) + 1
         coarse, found = network.coarse(pair), {} if weight is None else {"smoothness_weight": weight}
-        ddf: Tensor
-        inverse_ddf: Tensor
+        ddf = inverse_ddf = None
         for k in range(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes - 1):
-                seen = warp_moving(coarse, ddf) if k else coarse
+                seen = coarse if ddf is None else warp_moving(coarse, ddf)
                 with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
                     features = network.features(seen, weight)
                 mean, log_variance = network.fields(features)
@@ -425,17 +424,18 @@ class Registration(nn.Module):
                 if log_variance is not None and self.training:
                     field = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
                 step = network.displacement(field)
-                ddf = compose(ddf, step) if k else step
+                ddf = step if ddf is None else compose(ddf, step)
                 if self.bidirectional:
                     back = network.displacement(-field)
-                    inverse_ddf = compose(back, inverse_ddf) if k else back
+                    inverse_ddf = back if inverse_ddf is None else compose(back, inverse_ddf)
+        assert ddf is not None  # there is one pass at least
         if network.num_steps > 0:
             found["dvf"] = mean
         if log_variance is not None:
             found["log_variance"] = log_variance
         found["ddf"] = network.full(ddf, size)
         found["warped"] = warp(moving, found["ddf"])
-        if self.bidirectional:
+        if inverse_ddf is not None:
             found["inverse_ddf"] = network.full(inverse_ddf, size)
             found["warped_fixed"] = warp(fixed, found["inverse_ddf"])
         return found

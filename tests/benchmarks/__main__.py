@@ -4,15 +4,19 @@
     python -m tests.benchmarks --output docs/performance.md # and put the table between the marks of that page
     python -m tests.benchmarks --quick                      # small images: does it run?
 
-Each measurement is a process of its own, where its peak memory is read. Contenders take turns, and each row gives
-medians. A row whose contenders disagree is no comparison: it says so, and the exit status is 1.
+Each measurement is a process of its own, where its peak memory is read. Each contender has a first turn, then comes the
+growth with size; after that contenders take turns as long as the time lasts, and each row gives medians. The page is
+written after each turn, so that what is interrupted is not lost. A row whose contenders disagree is no comparison: it
+says so, and the exit status is 1.
 """
 
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import processor
@@ -25,7 +29,6 @@ from tests.benchmarks import speed
 from tests.benchmarks.speed import STRIDE, Cost, Measurement, Size
 
 MARKS = "<!-- benchmark -->\n", "<!-- end of benchmark -->\n"
-PATIENCE = 60.0  # seconds after which a contender gets no further turn
 GIB_OF_A_WORKSTATION = 24
 
 # Mean difference of displacements in voxels. Where the integration's resolution differs from MONAI's, the roughness of
@@ -42,11 +45,12 @@ class Settings(NamedTuple):
     size: Size
     ladder: tuple[int, ...]  # sides of cubes
     product: int  # side of the matrices multiplied
-    rounds: int  # how often each contender's turn comes
+    rounds: int  # how often each contender's turn comes at most
+    seconds: float  # no repeated turn begins that would end later
 
 
-FULL = Settings((160, 192, 224), (64, 96, 128, 160, 192, 256), 4096, 3)
-QUICK = Settings((48, 64, 80), (48, 64), 256, 1)  # MONAI's networks take multiples of 16 alone
+FULL = Settings((160, 192, 224), (64, 96, 128, 160, 192, 256), 4096, 5, 840)
+QUICK = Settings((64, 64, 96), (48, 64), 256, 1, 0)  # the peers' networks take multiples of 32 alone
 
 
 # Agreement: what is left of the difference, and whether the contenders count as equal
@@ -97,7 +101,8 @@ class Row(NamedTuple):
     smaller: float | None = None  # the peer's memory divided by ours
     agree: Agreement | None = None  # None: not the same computation
     truth: str | None = None  # what ours has to agree with, where that is not the peer
-    maps: int = 0  # of float32, read or written besides what is counted
+    maps: int = 0  # of 4 bytes a voxel, read or written besides what is counted
+    most: float | None = None  # GiB of ours at full size
 
 
 ROWS = [
@@ -121,14 +126,14 @@ ROWS = [
     Row("the same; `voxelmorph` 0.3.4", "register diffeomorphic", "register, voxelmorph", 1),
     # Windows are summed twice: 2 images in, 3 coefficients out; 5 maps in, the gradient out.
     Row("training step, `dense`", "train dense", "train dense, MONAI", 8, 2.5, steps_agree, maps=11),
-    Row("training step, `diffeomorphic`", "train diffeomorphic", "train dense, MONAI", 20, maps=11),
+    Row("training step, `diffeomorphic`", "train diffeomorphic", "train dense, MONAI", 20, maps=11, most=2.5),
     Row("LNCC 9³, with gradient", "lncc", "lncc, MONAI", 20, None, numbers_agree(1e-4), "lncc, MONAI in float64", 11),
     # The gradient of linear interpolation jumps at voxels, and points close to one are rounded to either side.
     Row("warp, with gradients", "warp", "warp, MONAI", 3, agree=numbers_agree(1e-2)),
     Row("integrate, with gradient", "integrate", "integrate, MONAI", 3, agree=numbers_agree(1e-2)),
-    Row("Dice, 35 labels", "dice", "dice, MONAI", 100, agree=numbers_agree(1e-6)),
-    Row("HD95, 35 labels", "hausdorff95", "hausdorff95, MONAI", 15, agree=means_agree),
-    Row("next cached pair; its training step", "load", "train diffeomorphic", 10),
+    Row("Dice, 35 labels", "dice", "dice, MONAI", 100, agree=numbers_agree(1e-6), maps=2),
+    Row("HD95, 35 labels", "hausdorff95", "hausdorff95, MONAI", 15, agree=means_agree, maps=2),
+    Row("next cached pair; its training step", "load", "train diffeomorphic", 10, maps=4),
 ]
 LADDER = ["register diffeomorphic", "train diffeomorphic", "register dense", "train dense"]
 
@@ -152,21 +157,13 @@ def call(function: str, *args: Any) -> Any:
     return found
 
 
-def take_turns(contenders: Sequence[str], size: Size, rounds: int) -> dict[str, list[Measurement] | str]:
-    """Measure each contender once a round, one after the other."""
-    found: dict[str, list[Measurement] | str] = {name: [] for name in contenders}
-    for turn in range(rounds):
-        for name in contenders:
-            done = found[name]
-            if isinstance(done, str) or sum(m.seconds for m in done) > PATIENCE:
-                continue
-            print(f"{turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-            result = call("measure", name, size)
-            if isinstance(result, str):
-                found[name] = result
-            else:
-                done.append(result)
-    return found
+def timed_call(function: str, *args: Any) -> tuple[Any, float]:
+    """Do what :func:`call` does, say so, and tell how long it took."""
+    start = time.monotonic()
+    found = call(function, *args)
+    seconds = time.monotonic() - start
+    print(f"{function} {' '.join(map(str, args[:2]))}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return found, seconds
 
 
 class Result(NamedTuple):
@@ -205,6 +202,11 @@ def least(row: Row, size: Size, ceiling: dict[str, float]) -> Cost | None:
     return Cost(cost.flops, cost.bytes + more, cost.seconds + more / ceiling["copy"])
 
 
+def goal(ratio: float, wanted: float | None) -> str:
+    """Write a ratio beside what it should be."""
+    return f"{ratio:.3g}" + ("" if wanted is None else f" (goal {wanted:g})")
+
+
 def line(row: Row, found: dict[str, Result | str], cost: Cost | None) -> tuple[str, bool]:
     """Write one row, and tell whether the contenders agree."""
     ours, peer = found[row.ours], found[row.peer]
@@ -216,7 +218,6 @@ def line(row: Row, found: dict[str, Result | str], cost: Cost | None) -> tuple[s
     truth = found[row.truth or row.peer]
     if row.agree is not None and not isinstance(truth, str):
         text, equal = row.agree(ours.answer, truth.answer)
-    memory = f"{peer.memory / ours.memory:.1f}" + ("" if row.smaller is None else f" (goal {row.smaller:g})")
     floor = (
         " | | "
         if cost is None
@@ -232,7 +233,9 @@ def line(row: Row, found: dict[str, Result | str], cost: Cost | None) -> tuple[s
         f"{formatted(peer.seconds)} ({formatted(peer.cpu_seconds)})",
         f"**{speedup:.3g}** (goal {row.faster:g})" if equal else "disqualified",
         f"{peer.cpu_seconds / ours.cpu_seconds:.3g}",
-        f"{ours.memory:.2f} | {peer.memory:.2f} | {memory}",
+        f"{ours.memory:.2f}{'' if row.most is None else f' (at most {row.most:g})'}",
+        f"{peer.memory:.2f}",
+        goal(peer.memory / ours.memory, row.smaller),
         floor,
         text if equal else f"**differs**: {text}",
     ]
@@ -246,34 +249,25 @@ def fit(voxels: Sequence[float], values: Sequence[float]) -> tuple[float, float,
     return float(a), float(b), float(np.abs((a + b * x) / y - 1).max())
 
 
-def growth(ladder: Sequence[int]) -> Iterator[str]:
-    """Write how time and memory grow with the number of voxels, line by line."""
-    yield "| | " + " | ".join(f"{n}³" for n in ladder) + " | time | memory | in 24 GiB |"
-    yield "|---" * (len(ladder) + 4) + "|"
-    for name in LADDER:
-        rungs = []
-        for n in ladder:
-            print(f"ladder: {name} {n}", file=sys.stderr, flush=True)
-            rungs.append(call("measure", name, (n, n, n)))
-        failed = [m for m in rungs if isinstance(m, str)]
-        if failed:
-            yield f"| {name} | failed: {failed[0]} |"
-            continue
-        voxels = [n**3 / 1e6 for n in ladder]
-        time_fit, memory_fit = (
-            fit(voxels, values) for values in zip(*[(m.seconds, m.memory) for m in rungs], strict=True)
-        )
-        most = (GIB_OF_A_WORKSTATION - memory_fit[0]) / memory_fit[1]
-        cells = [
-            name,
-            *(f"{formatted(m.seconds)}, {m.memory:.2f} GiB" for m in rungs),
+def growth_line(name: str, rungs: dict[int, Measurement | str], idle: float) -> str:
+    """Write how time and memory of a contender grow with the side of a cube."""
+    measured = {n: m for n, m in rungs.items() if not isinstance(m, str)}
+    cells = [
+        name,
+        *(m if isinstance(m, str) else f"{formatted(m.seconds)}, {m.memory:.2f} GiB" for m in rungs.values()),
+    ]
+    if len(measured) > 1:
+        voxels = [n**3 / 1e6 for n in measured]
+        in_time, in_memory = (fit(voxels, [m[i] for m in measured.values()]) for i in (0, 2))
+        most = (GIB_OF_A_WORKSTATION - idle - in_memory[0]) / in_memory[1]
+        cells += [
             *(
-                f"{a:.2f} + {b:.3f} {unit} (± {100 * e:.0f} %)"
-                for (a, b, e), unit in ((time_fit, "s"), (memory_fit, "GiB"))
+                f"{a:.2f} + {b:.3f} {unit} (± {100 * error:.0f} %)"
+                for (a, b, error), unit in ((in_time, "s"), (in_memory, "GiB"))
             ),
             f"{most:.0f} million voxels, {1e2 * most ** (1 / 3):.0f}³",
         ]
-        yield "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cpu_name() -> str:
@@ -291,42 +285,95 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def report(settings: Settings) -> tuple[str, bool]:
-    """Run everything; the block of the page, and whether all agree."""
-    ceiling = call("ceilings", settings.product)
-    wanted = dict.fromkeys(name for row in ROWS for name in (row.ours, row.peer, row.truth) if name)
-    found = {
-        name: done if isinstance(done, str) else summary(done)
-        for name, done in take_turns(list(wanted), settings.size, settings.rounds).items()
-    }
-    rows = [line(row, found, least(row, settings.size, ceiling)) for row in ROWS]
-    threads = multiprocessing.cpu_count()
-    text = [
-        f"{date.today():%d %B %Y}, {_cpu_name()}, {threads} cores; {_versions()}. "
-        f"{' x '.join(map(str, settings.size))} voxels. Ceilings in this run: "
-        f"{ceiling['float32'] / 1e9:.0f} GFLOP/s float32, {ceiling['bfloat16'] / 1e9:.0f} GFLOP/s bfloat16, "
-        f"{ceiling['copy'] / 1e9:.0f} GB/s copied (read and written). Times are wall clock, in brackets CPU; "
-        "memory is the peak of the process in GiB.",
-        "",
-        "| | ours | peer | times faster | CPU | GiB | peer | ratio | GFLOP | GB | floor, share | difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(row for row, _ in rows),
-        "",
-        "Growth with the number of voxels (fit in millions of them, with its largest relative error); "
-        f"the last column is where the fit of memory meets {GIB_OF_A_WORKSTATION} GiB, an estimate:",
-        "",
-        *growth(settings.ladder),
-    ]
-    return "\n".join(text) + "\n", all(equal for _, equal in rows)
+class Run:
+    """One run: what has been measured so far, and the block of the page that shows it."""
+
+    def __init__(self, settings: Settings, show: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.show = show
+        self.start = time.monotonic()
+        self.ceiling: dict[str, float] = call("ceilings", settings.product)
+        self.costs: dict[str, Cost | None] = {}
+        self.turns: dict[str, list[Measurement]] = {}
+        self.failed: dict[str, str] = {}
+        self.rungs: dict[str, dict[int, Measurement | str]] = {}
+
+    def turn(self, name: str) -> float:
+        """Measure a contender once more; the seconds that took."""
+        result, seconds = timed_call("measure", name, self.settings.size)
+        if isinstance(result, str):
+            self.failed[name] = result
+        else:
+            self.turns.setdefault(name, []).append(result)
+        self.show(self.block())
+        return seconds
+
+    def all(self) -> None:
+        """First turns, growth, further turns."""
+        wanted = dict.fromkeys(name for row in ROWS for name in (row.ours, row.peer, row.truth) if name)
+        for row in ROWS:
+            self.costs[row.title] = least(row, self.settings.size, self.ceiling)
+        took = {name: self.turn(name) for name in wanted}
+        for name in LADDER:
+            self.rungs[name] = {}
+            for n in self.settings.ladder:
+                self.rungs[name][n], _ = timed_call("measure", name, (n, n, n))
+                self.show(self.block())
+        for _ in range(1, self.settings.rounds):
+            for name in self.turns:
+                if time.monotonic() - self.start + took[name] < self.settings.seconds:
+                    took[name] = self.turn(name)
+
+    def lines(self) -> list[tuple[str, bool]]:
+        """Write the rows whose contenders have had a turn, and tell of each whether they agree."""
+        found: dict[str, Result | str] = {name: summary(done) for name, done in self.turns.items()}
+        found |= self.failed
+        return [
+            line(row, found, self.costs[row.title])
+            for row in ROWS
+            if {row.ours, row.peer, row.truth or row.peer} <= set(found)
+        ]
+
+    def block(self) -> str:
+        """Write the block of the page."""
+        size, ladder, ceiling = self.settings.size, self.settings.ladder, self.ceiling
+        number = [len(done) for done in self.turns.values()]
+        text = [
+            f"{date.today():%d %B %Y}, {_cpu_name()}, {multiprocessing.cpu_count()} cores; {_versions()}. "
+            f"{' x '.join(map(str, size))} voxels. Ceilings in this run: "
+            f"{ceiling['float32'] / 1e9:.0f} GFLOP/s float32, {ceiling['bfloat16'] / 1e9:.0f} GFLOP/s bfloat16, "
+            f"{ceiling['copy'] / 1e9:.0f} GB/s copied (read and written). Times are wall clock, in brackets CPU, "
+            f"medians of {min(number, default=0)} to {max(number, default=0)} turns; memory is the peak in GiB "
+            f"above the {ceiling['idle']:.2f} of a process that has imported all contenders. "
+            f"The run took {(time.monotonic() - self.start) / 60:.1f} minutes.",
+            "",
+            "| | ours | peer | times faster | CPU | GiB | peer | ratio | GFLOP | GB | floor, share | difference |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            *(row for row, _ in self.lines()),
+            "",
+            "Growth with the number of voxels (fit in millions of them, with its largest relative error); "
+            f"the last column is where the fit of memory meets {GIB_OF_A_WORKSTATION} GiB, an estimate:",
+            "",
+            "| | " + " | ".join(f"{n}³" for n in ladder) + " | time | memory | in 24 GiB |",
+            "|---" * (len(ladder) + 4) + "|",
+            *(growth_line(name, rungs, ceiling["idle"]) for name, rungs in self.rungs.items()),
+        ]
+        return "\n".join(text) + "\n"
 
 
-def put(block: str, page: Path) -> None:
-    """Replace what stands between the marks of ``page``."""
+def around(page: Path) -> tuple[str, str]:
+    """What stands on ``page`` before and after the block."""
     text = page.read_text(encoding="utf-8")
     if any(text.count(mark) != 1 for mark in MARKS):
         raise ValueError(f"{page} must hold {MARKS[0].strip()} and {MARKS[1].strip()} once each.")
     before, rest = text.split(MARKS[0])
-    page.write_text(before + MARKS[0] + "\n" + block + "\n" + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    return before, rest.split(MARKS[1])[1]
+
+
+def put(block: str, page: Path) -> None:
+    """Replace what stands between the marks of ``page``."""
+    before, after = around(page)
+    page.write_text(before + MARKS[0] + "\n" + block + "\n" + MARKS[1] + after, encoding="utf-8")
 
 
 def main() -> int:
@@ -335,11 +382,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small images")
     parser.add_argument("--output", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
-    block, equal = report(QUICK if options.quick else FULL)
-    print(block)
     if options.output:
-        put(block, options.output)
-    return 0 if equal else 1
+        around(options.output)  # a page without marks is refused at once
+    run = Run(
+        QUICK if options.quick else FULL,
+        show=partial(put, page=options.output) if options.output else lambda block: None,
+    )
+    run.all()
+    print(run.block())
+    return 0 if all(equal for _, equal in run.lines()) else 1
 
 
 if __name__ == "__main__":
