@@ -435,7 +435,7 @@ BAD_COMMANDS = {
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.png": "saved as .nii or .nii.gz, got w.png",
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output no/w.nii": "must lie in a folder that exists",
     "apply W --image moving.nii.gz --reference none.nii.gz --output w.nii": "none.nii.gz must be a scan .NIfTI",
-    "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "image must be inter",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "image must be",
     "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --interpolation bspline": "labels must",
     "compose W --output w.mat": "a transform that is not linear must be written as .h5",
     "compose W --output w.xfm": "the output must end in one of",

@@ -5,7 +5,7 @@ from the moving grid to the fixed one. A chain of parts is written in the order 
 through them, which is the order of ANTs' command line; ITK's composite holds the same parts the other way round. Points
 and affines are in RAS mm as everywhere in the package, the transforms themselves are ITK's (LPS, float64).
 
-Those of 2-D images are lifted to 3-D ones that keep the plane of z = 0, in which the images lie.
+Those of 2-D images are lifted to 3-D ones that keep z; the images lie in the plane of z = 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -145,7 +145,7 @@ def field_of(transform: itk.Transform) -> tuple[NDArray[np.float64], Affine]:
 
 
 def lift(transform: itk.Transform) -> itk.Transform:
-    """A 2-D transform as one in 3-D, which does the same in the plane of z = 0 and keeps z; a 3-D one as it is.
+    """A 2-D transform as one in 3-D, which does the same at any z within half a metre; a 3-D one as it is.
 
     Raises:
         ValueError: a part in 2-D is neither linear nor a displacement.
@@ -158,7 +158,8 @@ def lift(transform: itk.Transform) -> itk.Transform:
             parts.append(linear_transform(plane.place(matrix_of(part))))
         elif is_field(part):
             ddf, affine = field_of(part)
-            parts.append(field_transform(np.pad(ddf, [(0, 1), (0, 0), (0, 0)])[..., None], plane.place(affine)))
+            thick = plane.place(affine) @ np.diag([1.0, 1, 1000, 1])
+            parts.append(field_transform(np.pad(ddf, [(0, 1), (0, 0), (0, 0)])[..., None], thick))
         else:
             raise ValueError(f"a 2-D transform must be linear or a displacement, got a {part.GetNameOfClass()}.")
     return chain(parts)
@@ -271,7 +272,7 @@ def pull_labels(
 def _border_fit(ddf: NDArray[np.float64]) -> Affine:
     """4 x 4 map of voxels that comes closest to ``id + ddf`` in the outermost voxels of ``ddf`` ``(3, X, Y, Z)``."""
     border = np.ones(ddf.shape[1:], dtype=bool)
-    border[tuple(slice(1, -1) if n > 1 else slice(None) for n in border.shape)] = False  # of a slice, its rim
+    border[tuple(slice(1, -1) if n > 1 else slice(None) for n in ddf.shape[1:])] = False  # of a slice, its rim
     points = np.vstack([np.argwhere(border).T, np.ones(border.sum())])
     fit = np.eye(4)
     fit[:3] += np.linalg.lstsq(points.T, ddf[:, border].T, rcond=None)[0].T

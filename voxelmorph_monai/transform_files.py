@@ -50,6 +50,7 @@ FORMATS = {
 _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 _NIFTI = (".nii", ".nii.gz")
 _ENDINGS = {"itk": _ITK, "1007": _NIFTI, "1006": _NIFTI, "lta": (".lta",), "fsl": (".mat", *_NIFTI)}
+_READ = (*_ITK, ".lta", *_NIFTI)
 _OTHERS = (".m3z", ".mgz", ".mgh")
 
 Grid = tuple[Sequence[int], Affine]
@@ -118,7 +119,7 @@ def read_transform(path: str | Path) -> itk.Transform:
             f"a warp of FreeSurfer must be rewritten by FreeSurfer first, got {path}: mri_warp_convert --inm3z (or "
             "--inmgzwarp) FILE --outitk FILE.nii.gz."
         )
-    raise ValueError(f"a transform must end in one of {', '.join((*_ITK, '.lta', *_NIFTI))}, got {path}.")
+    raise ValueError(f"a transform must end in one of {', '.join(_READ)}, got {path}.")
 
 
 def read_chain(names: Sequence[str]) -> Chain:
@@ -158,14 +159,15 @@ def read_fsl_transform(path: str | Path, fixed: Grid, moving: Grid) -> itk.Trans
 def _form_of(path: Path, form: str | None) -> str:
     """Format to write, by the ending of ``path`` where none is given."""
     possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
-    if form not in (None, *FORMATS):
-        raise ValueError(f"a format must be one of {', '.join(FORMATS)}, got '{form}'.")
     if form is None and not possible:
-        endings = ", ".join((*_ITK, ".lta", *_NIFTI))
-        raise ValueError(f"the output must end in one of {endings}, or be of a given format, got {path}.")
-    if form not in (None, "ants", *possible):
+        raise ValueError(f"the output must end in one of {', '.join(_READ)}, or be of a given format, got {path}.")
+    if form is None:
+        return possible[0]
+    if form not in FORMATS:
+        raise ValueError(f"a format must be one of {', '.join(FORMATS)}, got '{form}'.")
+    if form not in ("ants", *possible):
         raise ValueError(f"a file of format {form} must end in one of {', '.join(_ENDINGS[form])}, got {path}.")
-    return form or possible[0]
+    return form
 
 
 def _pair(prefix: Path) -> tuple[Path, Path]:
