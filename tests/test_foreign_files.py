@@ -85,7 +85,7 @@ def test_a_fnirt_warp_is_its_formula_and_comes_back() -> None:
     np.testing.assert_allclose(map_points(read_transform("back.nii.gz"), places), expected, atol=POINT)
 
 
-def test_absolute_warps_are_told_by_their_spread_as_in_fsl() -> None:
+def test_absolute_warps_are_told_by_their_spread() -> None:
     _, places = voxels()
     expected = map_points(bent(), places)
     everywhere = np.moveaxis(np.indices(FIXED), 0, -1).reshape(-1, 3)

@@ -147,8 +147,7 @@ def field_of(transform: itk.Transform) -> tuple[NDArray[np.float64], Affine]:
 def lift(transform: itk.Transform) -> itk.Transform:
     """A 2-D transform as one in 3-D, which does the same at any z within half a metre; a 3-D one as it is.
 
-    Raises:
-        ValueError: a part in 2-D is neither linear nor a displacement.
+    In 2-D, its parts must be linear or displacements.
     """
     if transform.GetInputSpaceDimension() == 3:
         return transform
@@ -156,12 +155,10 @@ def lift(transform: itk.Transform) -> itk.Transform:
     for part in flatten(transform):
         if part.IsLinear():
             parts.append(linear_transform(plane.place(matrix_of(part))))
-        elif is_field(part):
+        else:
             ddf, affine = field_of(part)
             thick = plane.place(affine) @ np.diag([1.0, 1, 1000, 1])
             parts.append(field_transform(np.pad(ddf, [(0, 1), (0, 0), (0, 0)])[..., None], thick))
-        else:
-            raise ValueError(f"a 2-D transform must be linear or a displacement, got a {part.GetNameOfClass()}.")
     return chain(parts)
 
 

@@ -87,6 +87,9 @@ def _read_itk(path: Path) -> itk.Transform:
     for part in parts:
         if part.IsLinear() and not _invertible(matrix_of(part)):
             raise ValueError(f"{path} must hold linear transforms with an inverse, got {matrix_of(part).tolist()}.")
+        if part.GetInputSpaceDimension() == 2 and not part.IsLinear() and not is_field(part):
+            kind = part.GetNameOfClass()
+            raise ValueError(f"{path} must hold linear transforms or displacements, being in 2-D, got a {kind}.")
     return found[0]
 
 
