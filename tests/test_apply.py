@@ -7,8 +7,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
+from nitransforms import nonlinear
 from numpy.typing import NDArray
 from test_chains import FIXED, LPS, MIRRORED, OBLIQUE, POINT, affine_map, fade, image, inner, smooth
 
@@ -485,25 +487,47 @@ def test_overwriting_replaces(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out.txt must be new, or be overwritten (--overwrite), but it exists" in capsys.readouterr().err
 
 
-# peers that are not installed with the project
+# peers
 
 
-@pytest.mark.usefixtures("folder")
-def test_ants_applies_the_same() -> None:
-    ants = pytest.importorskip("ants", reason="antspyx is not installed")
-    pandas = pytest.importorskip("pandas")
-    points = pandas.DataFrame(inner() * LPS, columns=list("xyz"))
-    moved = ants.apply_transforms_to_points(3, points, PAIR)[["x", "y", "z"]].to_numpy() * LPS
-    np.testing.assert_allclose(map_points(read_chain(PAIR).transform, inner()), moved, atol=1e-3)
+@pytest.fixture
+def ants() -> Any:
+    return pytest.importorskip("ants", reason="antspyx is not installed")  # it has wheels for some systems alone
+
+
+def same_as_ants(ants: Any, names: list[str]) -> None:
+    """Whether ANTs takes points and the moving image where we do, by transforms from the fixed to the moving image."""
+    transform = read_chain(names).transform
+    points = pd.DataFrame(inner() * LPS, columns=list("xyz"))
+    moved = ants.apply_transforms_to_points(3, points, names)[["x", "y", "z"]].to_numpy() * LPS
+    np.testing.assert_allclose(map_points(transform, inner()), moved, atol=1e-4)  # mm: ANTs reads and counts in float32
     fixed, moving = ants.image_read("fixed.nii.gz"), ants.image_read("moving.nii.gz")
-    expected_image = ants.apply_transforms(fixed, moving, PAIR).numpy()
-    pulled = pull_image(read_image("moving.nii.gz"), read_chain(PAIR).transform, FIXED, nib.load("fixed.nii.gz").affine)
+    expected_image = ants.apply_transforms(fixed, moving, names).numpy()
+    assert np.ptp(expected_image) > 10
+    pulled = pull_image(read_image("moving.nii.gz"), transform, FIXED, nib.load("fixed.nii.gz").affine)
     assert (np.abs(pulled - expected_image) > 0.05).mean() < 1e-3  # those at the edge of the moving image
 
 
 @pytest.mark.usefixtures("folder")
+def test_ants_applies_our_files_as_we_do(ants: Any) -> None:
+    same_as_ants(ants, PAIR)
+    ours = Composite(np.eye(4), affine_map(), (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
+    ours.save("forward.h5")
+    same_as_ants(ants, ["forward.h5"])
+
+
+@pytest.mark.usefixtures("folder")
+def test_we_apply_ants_own_files_as_ants_does(ants: Any) -> None:
+    fixed, moving = ants.image_read("fixed.nii.gz"), ants.image_read("moving.nii.gz")
+    options = {"aff_iterations": (5,), "aff_shrink_factors": (1,), "aff_smoothing_sigmas": (1,), "random_seed": 1}
+    found = ants.registration(fixed, moving, "SyN", outprefix="ants_", reg_iterations=(4,), **options)["fwdtransforms"]
+    assert [Path(name).name for name in found] == ["ants_1Warp.nii.gz", "ants_0GenericAffine.mat"]
+    assert np.abs(read_displacement("ants_1Warp.nii.gz")[0]).max() > 0.2  # voxels
+    same_as_ants(ants, found)
+
+
+@pytest.mark.usefixtures("folder")
 def test_nitransforms_reads_our_displacement() -> None:
-    nonlinear = pytest.importorskip("nitransforms.nonlinear", reason="nitransforms is not installed")
     field = nonlinear.load("1Warp.nii.gz", fmt="itk")
     index = np.random.default_rng(2).integers(5, np.array(FIXED) - 5, (50, 3))  # on voxels: between them it is cubic
     points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
