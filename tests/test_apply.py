@@ -439,6 +439,7 @@ BAD_COMMANDS = {
     "apply W --image moving.nii.gz --reference none.nii.gz --output w.nii": "none.nii.gz must be a scan .NIfTI",
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "image must be",
     "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --interpolation bspline": "labels must",
+    "compose [W,1] --output 1Warp.nii.gz --overwrite": "must not be an input",
     "compose W --output w.mat": "a transform that is not linear must be written as .h5",
     "compose W --output w.xfm": "the output must end in one of",
     "compose W --output w.nii --to itk": "a file of format itk must end in one of",

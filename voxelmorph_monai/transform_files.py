@@ -125,6 +125,12 @@ def read_transform(path: str | Path) -> itk.Transform:
     raise ValueError(f"a transform must end in one of {', '.join(_READ)}, got {path}.")
 
 
+def _parse(name: str | Path) -> tuple[Path, bool]:
+    """Path of a transform, and whether its inverse is meant."""
+    marked = re.fullmatch(r"\[(.+),\s*([01])\]", str(name))
+    return Path(marked[1] if marked else name), bool(marked and marked[2] == "1")
+
+
 def read_chain(names: Sequence[str]) -> Chain:
     """Read transforms in ANTs' order, the one that a point of the fixed image goes through first coming first.
 
@@ -138,11 +144,11 @@ def read_chain(names: Sequence[str]) -> Chain:
     """
     parts, residual, dims = [], 0.0, {}
     for name in names:
-        marked = re.fullmatch(r"\[(.+),\s*([01])\]", name)
-        transform = read_transform(marked[1] if marked else name)
+        path, inverted = _parse(name)
+        transform = read_transform(path)
         dims[name] = int(transform.GetInputSpaceDimension())
         transform = lift(transform)
-        if marked and marked[2] == "1":
+        if inverted:
             transform, missed = invert_transform(transform)
             residual = max(residual, missed)
         parts.append(transform)
@@ -179,7 +185,8 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
 
 def require_new(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
     """Raise FileExistsError where writing ``path`` would replace something that may not be."""
-    if path.exists() and any(Path(each).exists() and path.samefile(each) for each in inputs):
+    given = [_parse(each)[0] for each in inputs]
+    if path.exists() and any(each.exists() and path.samefile(each) for each in given):
         raise FileExistsError(f"{path} must not be an input.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} must be new, or be overwritten (--overwrite), but it exists.")
