@@ -145,7 +145,7 @@ def test_forward_is_that_of_keras(preset, size):
     network, pair = trained(preset, len(size)), random_pair(size)
     expected = [keras_flow(preset, network.state_dict(), item) for item in pair.numpy()]
     with torch.no_grad():
-        mean, _ = network.fields(network.features(pair))
+        mean, _ = network.fields(network.features(network.coarse(pair)))
     assert_close(mean, torch.tensor(np.stack(expected)), **EXACT)
 
 
@@ -180,7 +180,7 @@ def test_any_size_is_padded_with_its_border_and_cut(preset, size):
 @pytest.mark.parametrize("size", [(32, 48), (16, 16, 32)])
 def test_field_is_the_integrated_velocity(preset, level, size):
     network, pair = trained(preset, len(size)), random_pair(size)
-    features = network.features(pair)
+    features = network.features(network.coarse(pair))
     head = network.flow(features)
     mean, log_variance = network.fields(features)
     grid = [n // 2**level for n in size]
@@ -194,7 +194,7 @@ def test_field_is_the_integrated_velocity(preset, level, size):
 
 def test_changes_replace_fields_of_the_preset():
     network, pair = trained("dense", 2, num_steps=3, integration_level=0), random_pair((32, 16))
-    assert_close(network(pair), integrate(network.flow(network.features(pair)), 3), **EXACT)
+    assert_close(network(pair), integrate(network.flow(network.features(network.coarse(pair))), 3), **EXACT)
     assert len(VoxelMorph("vm1", 2, encoder=(4, 4), decoder=((4,), (4,), (4,))).unet.encoder) == 2
 
 
@@ -264,7 +264,7 @@ def test_registration_names_its_results(preset, keys, size):
     assert found.keys() == keys
     assert_close(found["ddf"], network(pair), rtol=0, atol=0)
     assert_close(found["warped"], warp(pair[:, :1], found["ddf"]), rtol=0, atol=0)
-    mean, log_variance = network.fields(network.features(pair))
+    mean, log_variance = network.fields(network.features(network.coarse(pair)))
     if "dvf" in keys:
         assert_close(found["dvf"], mean, rtol=0, atol=0)
     if "log_variance" in keys:
@@ -305,10 +305,10 @@ def test_training_samples_the_velocity(monkeypatch):
     pair = random_pair((32, 16), batch=1).expand(400, -1, -1, -1)
     fields = []  # what becomes a displacement
     displacement = network.displacement
-    monkeypatch.setattr(network, "displacement", lambda field, size: fields.append(field) or displacement(field, size))
+    monkeypatch.setattr(network, "displacement", lambda field: fields.append(field) or displacement(field))
     registration = Registration(network, bidirectional=True).train()
     with torch.no_grad():
-        mean, log_variance = network.fields(network.features(pair))
+        mean, log_variance = network.fields(network.features(network.coarse(pair)))
         found = registration(pair)
         registration.eval()(pair)
     sample, inverse, *evaluated = fields
@@ -576,8 +576,8 @@ def test_smoothness_is_one_more_channel_and_exports(preset):
         network.flow.weight.normal_()
         pair = torch.rand(1, 2, 20, 33)
         torch.testing.assert_close(torch.jit.script(network)(pair), network(pair))
-        own, given = network.features(pair), network.features(pair, torch.tensor(0.25))
+        own, given = network.features(network.coarse(pair)), network.features(network.coarse(pair), torch.tensor(0.25))
         assert torch.equal(own, given)
-        assert not torch.equal(own, network.features(pair, torch.tensor(0.5)))
+        assert not torch.equal(own, network.features(network.coarse(pair), torch.tensor(0.5)))
     with pytest.raises(ValueError, match=r"smoothness_weight must be 0 to 1, got 1\.5\."):
         VoxelMorph(preset, smoothness_weight=1.5)
