@@ -319,7 +319,7 @@ class MINDLoss(nn.Module):
         found = torch.stack(distances)
         found = found - found.amin(0)
         scale = found.mean(0)
-        # Where one voxel stands out, or nothing does, the others still count; below 1e-6 intensities differ by rounding.
+        # Where one voxel stands out, or nothing does, the others still count; below 1e-6 all differences are rounding.
         typical = scale.mean(tuple(range(2, image.ndim)), keepdim=True).detach()
         scale = scale.clamp(1e-3 * typical, 1e3 * typical).clamp_min(1e-12)
         return (-found / scale).exp().transpose(0, 1).flatten(1, 2)

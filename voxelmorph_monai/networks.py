@@ -329,7 +329,7 @@ class VoxelMorph(nn.Module):
         return self._resize(integrate(field, self.num_steps), size, self.integration_level)
 
     def full(self, ddf: Tensor, size: list[int]) -> Tensor:
-        """Displacement ``ddf`` of the :meth:`coarse` grid on the grid of the images, ``(B, D, *size)`` in its voxels."""
+        """Bring ``ddf`` from the :meth:`coarse` grid to that of the images: ``(B, D, *size)``, in its voxels."""
         padded = self._padded(size)
         if self.block > 1:  # a voxel of the U-Net lies in the middle of a block: corners do not coincide
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
@@ -372,10 +372,12 @@ class Registration(nn.Module):
     The result is a dict: ``warped`` (moving image on the fixed grid) and ``ddf``; for velocity networks ``dvf``, the
     mean velocity on the grid and in the voxels of its integration; for probabilistic ones ``log_variance``, and while
     training the displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI 2018);
-    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid). Of several passes, the
-    velocity is that of the last, and in training the last one of a random number is trained. A network that takes the
-    weight of smoothness as an input is trained for a random one, uniform in [0, 1], in each step, which the result
-    has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all weights of the network from it instead).
+    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid).
+
+    Of a network of several passes the velocity is that of the last one, and in training the last of a random number of
+    passes is trained. One that takes the weight of smoothness as an input is trained for a random one, uniform in
+    [0, 1], in each step, which the result has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all
+    weights of the network from it instead).
 
     >>> registration = Registration(VoxelMorph("diffeomorphic", spatial_dims=2), bidirectional=True)
     >>> sorted(registration(torch.rand(1, 2, 32, 48)))

@@ -1,7 +1,7 @@
 """How well and how fast: ours beside other programs, on pairs of prepared scans with labels.
 
     python tests/benchmarks/accuracy.py prepared/ --methods affine "one pass" "one pass, 30 s" greedy syn
-    python tests/benchmarks/accuracy.py prepared/ --report --reference greedy  # the table and the plot of docs/results.md
+    python tests/benchmarks/accuracy.py prepared/ --report --reference greedy # table and plot of docs/results.md
 
 Every method gives a displacement on the fixed grid, and all are judged by the same code: Dice and HD95 of the
 structures of an overlay (labels warped by the nearest neighbour), folding, SDlogJ, inverse consistency where there is
