@@ -20,8 +20,9 @@ with warnings.catch_warnings():  # Ignite imports optimisers of torch that torch
     warnings.filterwarnings("ignore", r"`torch\.jit\..* is deprecated", DeprecationWarning)
     import ignite.handlers  # noqa: F401
 
+from voxelmorph_monai.preparation import Grid, grid_affine, mni152, resample_intensities, rescale, sample
 from voxelmorph_monai.processes import attempt
-from voxelmorph_monai.spaces import save_image
+from voxelmorph_monai.spaces import read_image, save_image
 
 SIZE = (24, 32, 20)
 SPACING = (8.0, 6.0, 10.0)  # mm, so that the field of view is that of a head
@@ -124,6 +125,17 @@ def save_dicom() -> Callable[..., None]:
             locale.setlocale(locale.LC_ALL, found)  # SimpleITK leaves another behind
 
     return save
+
+
+@pytest.fixture(scope="session")
+def real_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Colin27 (``moving``) and MNI152 (``fixed``), on one grid of 2 mm where their headers put them."""
+    grid, folder = Grid((80, 96, 112), 2.0), tmp_path_factory.mktemp("real")
+    paths = {role: folder / f"{role}.nii.gz" for role in ("moving", "fixed")}
+    for path, scan in zip(paths.values(), (read_image(sample("colin27")), mni152()), strict=True):
+        affine = grid_affine(grid)
+        save_image(path, rescale(resample_intensities(scan, grid.size, affine, np.eye(4))), affine)
+    return paths
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from voxelmorph_monai import cli
 from voxelmorph_monai.networks import PRESETS, VoxelMorph
@@ -160,6 +161,7 @@ def test_bundle_commands_name_what_the_configs_hold(page: Path) -> None:
         parser = ConfigParser()
         parser.read_config([str(BUNDLE / file) for file in files])
         run_id = words[words.index("run") + 1]
+        assert given.pop("tracking", "mlflow") == "mlflow"
         for name in [*given, *([] if run_id.startswith("--") else [run_id])]:
             assert name in parser, f"{shlex.join(words)}: there is no {name} in {files}"
 
@@ -178,6 +180,7 @@ def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
     known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    known |= {"tracking", *DEFAULT_MLFLOW_SETTINGS["configs"]}
     named = set(re.findall(r"`--(\w+)", prose(page)))
     assert named <= known, f"{page.name} names {sorted(named - known)}"
 

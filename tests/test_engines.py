@@ -115,6 +115,12 @@ def test_what_our_configs_hold_is_used(name):
 def test_inference_and_tracking_are_accepted():
     run(["inference.json"], "--moving", "a.nii.gz", "--logging_file", "configs/logging.conf")
     run(["train.json"], "--tracking", "mlflow", "--tracking_uri", "runs", "--experiment_name=mine")
+    run(["train.json"], "--tracking", "mlflow", "--output_dir", "$'out'")
+
+
+def test_tracking_that_would_lose_the_config_is_refused():
+    with pytest.raises(ValueError, match=r"output_dir must be an expression .* as \"\$'out'\", got out\."):
+        run(["train.json"], "--tracking", "mlflow", "--output_dir", "out")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ ALLOWED = {
     "evaluation": {"pictures", "spaces"},
     "comparison": {"evaluation", "pictures", "spaces"},
     "handlers": {"data", "engines", "evaluation", "spaces"},
+    "distribution": {"networks", "preparation", "spaces"},
     "quickstart": {"preparation", "registration", "spaces"},
     "weights": {"networks", "spaces"},
     "registration": {

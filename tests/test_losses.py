@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 from scipy.interpolate import BSpline
+from scipy.ndimage import shift, uniform_filter
 from torch.testing import assert_close
 
 from voxelmorph_monai.blocks import warp
@@ -14,6 +15,7 @@ from voxelmorph_monai.losses import (
     KLLoss,
     LabelDiceLoss,
     LNCCLoss,
+    MINDLoss,
     MSELoss,
     MutualInformationLoss,
     RegistrationLoss,
@@ -71,6 +73,7 @@ LOSSES = [
     pytest.param(LNCCLoss(3), images, id="lncc"),
     pytest.param(MSELoss(0.1), images, id="mse"),
     pytest.param(MutualInformationLoss(8), images, id="mutual information"),
+    pytest.param(MINDLoss(distance=1), images, id="mind"),
     pytest.param(GradientLoss("l2"), fields, id="gradient l2"),
     pytest.param(GradientLoss("l1"), fields, id="gradient l1"),
     pytest.param(BendingEnergyLoss(), fields, id="bending"),
@@ -388,6 +391,50 @@ def test_mutual_information_saves_no_table_of_voxels_by_bins(monkeypatch):
 def test_mutual_information_refuses_less_bins_than_a_spline_covers():
     with pytest.raises(ValueError, match=r"num_bins must be at least 4 .* got 3"):
         MutualInformationLoss(3)(torch.zeros(1, 1, 5, 6), torch.zeros(1, 1, 5, 6))
+
+
+def self_similarity(image, distance, radius):
+    """MIND-SSC written out with SciPy: the neighbours' patches, those a right angle apart, compared."""
+    spatial_dims = image.ndim
+    neighbours = [sign * distance * row for row in np.eye(spatial_dims) for sign in (1, -1)]
+    found = []
+    for i, a in enumerate(neighbours):
+        for b in neighbours[i + 1 :]:
+            if np.isclose(((a - b) ** 2).sum(), 2 * distance**2):
+                moved = (shift(image, -offset, order=0, mode="nearest") for offset in (a, b))
+                found.append(uniform_filter((next(moved) - next(moved)) ** 2, 2 * radius + 1, mode="nearest"))
+    found = np.array(found) - np.min(found, axis=0)
+    scale = found.mean(0)
+    return np.exp(-found / scale.clip(scale.mean() / 1000, scale.mean() * 1000))
+
+
+@pytest.mark.parametrize(("size", "channels"), [((14, 17), 4), ((9, 11, 8), 12)])
+@pytest.mark.parametrize(("distance", "radius"), [(1, 1), (2, 1), (2, 0)])
+def test_mind_is_the_self_similarity_of_its_paper(size, channels, distance, radius):
+    image = rand(2, 1, *size)
+    image[:, :, :4] = image[:, :, :4].round(decimals=1) * 1e-4  # so flat that the limits of the scale matter
+    found = MINDLoss(distance, radius).descriptor(image)
+    assert found.shape == (2, channels, *size)
+    expected = np.stack([self_similarity(item[0].numpy(), distance, radius) for item in image])
+    assert_close(found, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mind_does_not_know_contrast_but_place(size):
+    image = rand(1, 1, *size)
+    assert_close(MINDLoss()(image, 3 - 0.5 * image).item(), 0.0)
+    assert MINDLoss()(image, image.roll(1, 2)) > 0.01
+    flat = torch.full_like(image, 0.3).requires_grad_()
+    loss = MINDLoss()(flat, torch.full_like(image, 7.0))
+    loss.backward()
+    assert loss == 0
+    assert flat.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("distance", "radius"), [(0, 1), (1, -1)])
+def test_mind_refuses(distance, radius):
+    with pytest.raises(ValueError, match=rf"^distance must be at least 1 .*, got {distance} and {radius}\.$"):
+        MINDLoss(distance, radius)(rand(1, 1, 5, 6), rand(1, 1, 5, 6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

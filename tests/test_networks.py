@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.networks.nets import VoxelMorphUNet
 from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import nn
@@ -145,7 +146,7 @@ def test_forward_is_that_of_keras(preset, size):
     network, pair = trained(preset, len(size)), random_pair(size)
     expected = [keras_flow(preset, network.state_dict(), item) for item in pair.numpy()]
     with torch.no_grad():
-        mean, _ = network.fields(network.features(pair))
+        mean, _ = network.fields(network.features(network.coarse(pair)))
     assert_close(mean, torch.tensor(np.stack(expected)), **EXACT)
 
 
@@ -180,7 +181,7 @@ def test_any_size_is_padded_with_its_border_and_cut(preset, size):
 @pytest.mark.parametrize("size", [(32, 48), (16, 16, 32)])
 def test_field_is_the_integrated_velocity(preset, level, size):
     network, pair = trained(preset, len(size)), random_pair(size)
-    features = network.features(pair)
+    features = network.features(network.coarse(pair))
     head = network.flow(features)
     mean, log_variance = network.fields(features)
     grid = [n // 2**level for n in size]
@@ -194,7 +195,7 @@ def test_field_is_the_integrated_velocity(preset, level, size):
 
 def test_changes_replace_fields_of_the_preset():
     network, pair = trained("dense", 2, num_steps=3, integration_level=0), random_pair((32, 16))
-    assert_close(network(pair), integrate(network.flow(network.features(pair)), 3), **EXACT)
+    assert_close(network(pair), integrate(network.flow(network.features(network.coarse(pair))), 3), **EXACT)
     assert len(VoxelMorph("vm1", 2, encoder=(4, 4), decoder=((4,), (4,), (4,))).unet.encoder) == 2
 
 
@@ -264,7 +265,7 @@ def test_registration_names_its_results(preset, keys, size):
     assert found.keys() == keys
     assert_close(found["ddf"], network(pair), rtol=0, atol=0)
     assert_close(found["warped"], warp(pair[:, :1], found["ddf"]), rtol=0, atol=0)
-    mean, log_variance = network.fields(network.features(pair))
+    mean, log_variance = network.fields(network.features(network.coarse(pair)))
     if "dvf" in keys:
         assert_close(found["dvf"], mean, rtol=0, atol=0)
     if "log_variance" in keys:
@@ -300,15 +301,65 @@ def test_inverse_undoes_a_smooth_displacement():
         assert residual.abs().max() < 0.1  # linear interpolation between voxels of half resolution is not exact
 
 
+@sizes
+@pytest.mark.parametrize("input_level", [0, 1])
+def test_a_second_pass_sees_the_image_that_the_first_one_warped(size, input_level):
+    network = trained("dense", len(size), flow=0.2, passes=2, input_level=input_level)
+    once = VoxelMorph("dense", len(size), input_level=input_level).double()
+    once.load_state_dict(network.state_dict())
+    size = tuple(-(-n // 32) * 32 for n in size)  # whole blocks: nothing is padded
+    pair = random_pair(size, batch=1)
+    pool = (F.avg_pool2d if len(size) == 2 else F.avg_pool3d)(pair, 2**input_level)
+    seen = once.coarse(pair)
+    assert_close(seen, pool)
+    first = once.displacement(once.fields(once.features(seen))[0])
+    again = torch.cat([warp(pool[:, :1], first), pool[:, 1:]], dim=1)
+    second = once.displacement(once.fields(once.features(again))[0])
+    assert second.abs().max() > 0.1  # voxels: the second pass does something
+    assert_close(network(pair), once.full(compose(first, second), list(size)), **EXACT)
+    found = Registration(network, bidirectional=True, amp=False).eval()(pair)
+    assert_close(found["ddf"], network(pair), **EXACT)
+    assert not torch.equal(found["ddf"], once(pair))
+
+
+def test_the_inverse_of_several_passes_undoes_them():
+    network = trained("wide", 2, flow=0.01, passes=3)
+    pair = F.avg_pool2d(random_pair((70, 84), batch=1), 5, 1, 2)  # as smooth as scans, and their displacements
+    found = Registration(network, bidirectional=True, amp=False).eval()(pair)
+    inner = (..., slice(12, -12), slice(12, -12))
+    assert found["ddf"].abs().max() > 1
+    assert (
+        compose(found["ddf"], found["inverse_ddf"])[inner].abs().max() < 0.1
+    )  # interpolation on a quarter of the grid
+
+
+def test_training_goes_through_the_last_of_a_random_number_of_passes(monkeypatch):
+    network, pair = trained("dense", 2, passes=3), random_pair((32, 16), batch=1)
+    registration, seen = Registration(network, amp=False).train(), []
+    features = network.features
+    monkeypatch.setattr(network, "features", lambda x, weight=None: seen.append(torch.is_grad_enabled()) or features(x))
+    counts = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        seen.clear()
+        registration(pair)["ddf"].sum().backward()
+        assert seen == [False] * (len(seen) - 1) + [True]
+        counts.add(len(seen))
+    assert counts == {1, 2, 3}
+    seen.clear()
+    registration.eval()(pair)
+    assert len(seen) == 3
+
+
 def test_training_samples_the_velocity(monkeypatch):
     network = trained("diffeomorphic", 2, log_variance=-3.0)
     pair = random_pair((32, 16), batch=1).expand(400, -1, -1, -1)
     fields = []  # what becomes a displacement
     displacement = network.displacement
-    monkeypatch.setattr(network, "displacement", lambda field, size: fields.append(field) or displacement(field, size))
+    monkeypatch.setattr(network, "displacement", lambda field: fields.append(field) or displacement(field))
     registration = Registration(network, bidirectional=True).train()
     with torch.no_grad():
-        mean, log_variance = network.fields(network.features(pair))
+        mean, log_variance = network.fields(network.features(network.coarse(pair)))
         found = registration(pair)
         registration.eval()(pair)
     sample, inverse, *evaluated = fields
@@ -482,6 +533,8 @@ def test_overfits_one_pair(preset):
             {"preset": "diffeomorphic", "num_steps": 0},
             r"probabilistic needs a velocity to sample: num_steps must be at least 1, got 0\.",
         ),
+        ({"preset": "dense", "passes": 0}, r"passes must be at least 1, and 1 for probabilistic, got 0\."),
+        ({"preset": "diffeomorphic", "passes": 2}, r"passes must be at least 1, and 1 for probabilistic, got 2\."),
         (
             {"preset": "diffeomorphic", "integration_level": 0},
             r"where the decoder stops, at level 1, got integration_level 0\.",
@@ -576,8 +629,8 @@ def test_smoothness_is_one_more_channel_and_exports(preset):
         network.flow.weight.normal_()
         pair = torch.rand(1, 2, 20, 33)
         torch.testing.assert_close(torch.jit.script(network)(pair), network(pair))
-        own, given = network.features(pair), network.features(pair, torch.tensor(0.25))
+        own, given = network.features(network.coarse(pair)), network.features(network.coarse(pair), torch.tensor(0.25))
         assert torch.equal(own, given)
-        assert not torch.equal(own, network.features(pair, torch.tensor(0.5)))
+        assert not torch.equal(own, network.features(network.coarse(pair), torch.tensor(0.5)))
     with pytest.raises(ValueError, match=r"smoothness_weight must be 0 to 1, got 1\.5\."):
         VoxelMorph(preset, smoothness_weight=1.5)

@@ -392,6 +392,24 @@ def _import_weights(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="folder of the bundle")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write, or of other bundles"
+    )
+    parser.add_argument("--url", default="", help="address of the folder it will be published in, for model_info.json")
+
+
+def _pack_bundle(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.distribution import pack_bundle
+
+    packed = pack_bundle(args.bundle, args.output, args.url)
+    if packed.left_out:
+        print(f"not part of a bundle, left out: {', '.join(packed.left_out)}")
+    print(f"{packed.archive}: {len(packed.files)} files, entered in {args.output / 'model_info.json'}")
+    return 0
+
+
 _COMMANDS = {
     "prepare": _Command(
         "align skull-stripped T1 scans to MNI152 and write them on one grid, with a datalist for training",
@@ -458,6 +476,12 @@ _COMMANDS = {
         "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
         _add_import_arguments,
         _import_weights,
+    ),
+    "pack-bundle": _Command(
+        "write a bundle as the zip file that MONAI downloads, and enter it in model_info.json",
+        "vxm pack-bundle bundles/brain_t1_registration --output release --url https://host/releases/download/v1",
+        _add_pack_arguments,
+        _pack_bundle,
     ),
     "quickstart": _Command(
         "register two brains that come with the project",

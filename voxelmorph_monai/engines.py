@@ -94,7 +94,7 @@ def check_config(argv: Sequence[str] | None = None) -> None:
     reads the command line (``argv``, default: the process's); nothing is checked if that is not MONAI's ``run``.
 
     Raises:
-        ValueError: naming the entries.
+        ValueError: naming the entries; or ``--tracking`` would lose the config.
     """
     program, *words = sys.argv if argv is None else argv
     if not program.endswith(str(Path("bundle", "__main__.py"))) or words[:1] != ["run"]:
@@ -109,6 +109,11 @@ def check_config(argv: Sequence[str] | None = None) -> None:
     known = _ENTRY_POINTS | set(inspect.signature(monai.bundle.run).parameters)
     if "tracking" in options:
         known |= set(DEFAULT_MLFLOW_SETTINGS["configs"])  # type: ignore[call-overload] # a dict
+        folder = str(options.get("output_dir", config["output_dir"]))
+        if not folder.startswith("$"):  # MONAI appends an expression to it, and looks for a file of that name
+            raise ValueError(
+                f"output_dir must be an expression for the config to be tracked, as \"$'out'\", got {folder}."
+            )
     # An overlay may leave an entry of the first file without use.
     asked = set(config) - set(monai.bundle.ConfigParser.load_config_files(files[:1])) | set(options)
     text = json.dumps(config)

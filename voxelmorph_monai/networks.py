@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from voxelmorph_monai.blocks import integrate, resize, warp
+from voxelmorph_monai.blocks import compose, integrate, resize, warp
 
 __all__ = ["PRESETS", "Architecture", "Registration", "UNet", "VoxelMorph", "has_fast_bfloat16", "load_weights"]
 
@@ -33,6 +33,7 @@ class Architecture(NamedTuple):
     probabilistic: bool = False  # a second head predicts the log-variance of the velocity
     input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
     doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
+    passes: int = 1  # each pass after the first sees the moving image as warped so far; the maps are composed
 
     @property
     def feature_level(self) -> int:
@@ -51,7 +52,7 @@ PRESETS: dict[str, Architecture] = {
     # The same to the last digit of the authors' code, for their weights (weights.import_weights).
     "miccai2018": Architecture(probabilistic=True, doubles=True),
     # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few.
-    "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1),
+    "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1, passes=2),
 }
 
 
@@ -176,6 +177,8 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         raise ValueError(f"downsampling must be 'stride' or 'max', got '{architecture.downsampling}'.")
     if not 0 <= architecture.integration_level <= levels:
         raise ValueError(f"integration_level must be 0 to {levels}, got {architecture.integration_level}.")
+    if architecture.passes < 1 or (architecture.passes > 1 and architecture.probabilistic):
+        raise ValueError(f"passes must be at least 1, and 1 for probabilistic, got {architecture.passes}.")
     if architecture.probabilistic and architecture.num_steps == 0:
         raise ValueError("probabilistic needs a velocity to sample: num_steps must be at least 1, got 0.")
     if architecture.probabilistic and architecture.integration_level != architecture.feature_level:
@@ -183,6 +186,12 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
             f"probabilistic needs the velocity integrated where the decoder stops, at level "
             f"{architecture.feature_level}, got integration_level {architecture.integration_level}."
         )
+
+
+def warp_moving(pair: Tensor, ddf: Tensor) -> Tensor:
+    """``pair`` ``(B, 2C, *spatial)`` with its moving image warped by ``ddf`` ``(B, D, *spatial)``."""
+    moving, fixed = pair.chunk(2, dim=1)
+    return torch.cat([warp(moving, ddf), fixed], dim=1)
 
 
 class VoxelMorph(nn.Module):
@@ -231,6 +240,7 @@ class VoxelMorph(nn.Module):
         self.feature_level = architecture.feature_level
         self.block = 2**architecture.input_level
         self.doubles = architecture.doubles
+        self.passes = architecture.passes
         self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
         self.amortised = smoothness_weight is not None
         self.smoothness_weight = float(smoothness_weight or 0)
@@ -251,11 +261,8 @@ class VoxelMorph(nn.Module):
     def _padded(self, size: list[int]) -> list[int]:
         return [-(-n // self.multiple) * self.multiple for n in size]
 
-    def features(self, pair: Tensor, smoothness_weight: Tensor | None = None) -> Tensor:
-        """Features of ``pair`` ``(B, in_channels, *spatial)``, on its grid padded to the multiple the network needs.
-
-        ``smoothness_weight``, a scalar, takes the place of the network's own one.
-        """
+    def coarse(self, pair: Tensor) -> Tensor:
+        """What the U-Net sees of ``pair`` ``(B, in_channels, *spatial)``: ``(B, in_channels, *padded / block)``."""
         if pair.ndim != self.spatial_dims + 2 or pair.shape[1] != self.in_channels:
             raise ValueError(
                 f"pair must be (B, {self.in_channels}, and {self.spatial_dims} sizes), moving image first, "
@@ -270,6 +277,13 @@ class VoxelMorph(nn.Module):
             pair = F.pad(pair, padding, mode="replicate")
         if self.block > 1:
             pair = F.avg_pool3d(pair, self.block) if self.spatial_dims == 3 else F.avg_pool2d(pair, self.block)
+        return pair
+
+    def features(self, pair: Tensor, smoothness_weight: Tensor | None = None) -> Tensor:
+        """Features of a :meth:`coarse` ``pair``.
+
+        ``smoothness_weight``, a scalar, takes the place of the network's own one.
+        """
         if self.amortised:
             weight = torch.full_like(pair[:, :1], self.smoothness_weight)
             if smoothness_weight is not None:
@@ -306,10 +320,17 @@ class VoxelMorph(nn.Module):
         mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
         return F.interpolate(field * 2.0**levels, size, mode=mode, align_corners=True)
 
-    def displacement(self, field: Tensor, size: list[int]) -> Tensor:
-        """Displacement ``(B, D, *size)`` in voxels of the full grid, from a velocity (or displacement) ``field``."""
+    def displacement(self, field: Tensor) -> Tensor:
+        """Displacement ``(B, D, *padded / block)`` in voxels of the :meth:`coarse` grid, of a velocity ``field``.
+
+        Where ``num_steps`` is 0, ``field`` is a displacement already.
+        """
+        size = [n << self.integration_level for n in field.shape[2:]]
+        return self._resize(integrate(field, self.num_steps), size, self.integration_level)
+
+    def full(self, ddf: Tensor, size: list[int]) -> Tensor:
+        """Bring ``ddf`` from the :meth:`coarse` grid to that of the images: ``(B, D, *size)``, in its voxels."""
         padded = self._padded(size)
-        ddf = self._resize(integrate(field, self.num_steps), [n // self.block for n in padded], self.integration_level)
         if self.block > 1:  # a voxel of the U-Net lies in the middle of a block: corners do not coincide
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
             ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
@@ -320,11 +341,14 @@ class VoxelMorph(nn.Module):
 
     def forward(self, pair: Tensor) -> Tensor:
         """Displacement field ``(B, D, *spatial)`` in voxels, of ``pair`` ``(B, in_channels, *spatial)``."""
-        mean, _ = self.fields(self.features(pair))
-        return self.displacement(mean, list(pair.shape[2:]))
+        coarse = self.coarse(pair)
+        ddf = self.displacement(self.fields(self.features(coarse))[0])
+        for _ in range(self.passes - 1):
+            ddf = compose(ddf, self.displacement(self.fields(self.features(warp_moving(coarse, ddf)))[0]))
+        return self.full(ddf, list(pair.shape[2:]))
 
 
-def load_weights(network: VoxelMorph, path: str) -> None:
+def load_weights(network: nn.Module, path: str) -> None:
     """Load a state dict, from whatever device it was saved, into ``network``; the file can hold nothing but tensors.
 
     Raises:
@@ -348,9 +372,12 @@ class Registration(nn.Module):
     The result is a dict: ``warped`` (moving image on the fixed grid) and ``ddf``; for velocity networks ``dvf``, the
     mean velocity on the grid and in the voxels of its integration; for probabilistic ones ``log_variance``, and while
     training the displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI 2018);
-    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid). A network that takes
-    the weight of smoothness as an input is trained for a random one, uniform in [0, 1], in each step, which the result
-    has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all weights of the network from it instead).
+    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid).
+
+    Of a network of several passes the velocity is that of the last one, and in training the last of a random number of
+    passes is trained. One that takes the weight of smoothness as an input is trained for a random one, uniform in
+    [0, 1], in each step, which the result has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all
+    weights of the network from it instead).
 
     >>> registration = Registration(VoxelMorph("diffeomorphic", spatial_dims=2), bidirectional=True)
     >>> sorted(registration(torch.rand(1, 2, 32, 48)))
@@ -382,20 +409,33 @@ class Registration(nn.Module):
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
         weight = torch.rand((), device=pair.device) if network.amortised and self.training else None
-        with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
-            features = network.features(pair, weight)
-        mean, log_variance = network.fields(features)
-        field = mean
-        found = {} if weight is None else {"smoothness_weight": weight}
+        passes = network.passes
+        if self.training and passes > 1:
+            passes = int(torch.randint(passes, ())) + 1
+        coarse, found = network.coarse(pair), {} if weight is None else {"smoothness_weight": weight}
+        ddf = inverse_ddf = None
+        for k in range(passes):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes - 1):
+                seen = coarse if ddf is None else warp_moving(coarse, ddf)
+                with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
+                    features = network.features(seen, weight)
+                mean, log_variance = network.fields(features)
+                field = mean
+                if log_variance is not None and self.training:
+                    field = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+                step = network.displacement(field)
+                ddf = step if ddf is None else compose(ddf, step)
+                if self.bidirectional:
+                    back = network.displacement(-field)
+                    inverse_ddf = back if inverse_ddf is None else compose(back, inverse_ddf)
+        assert ddf is not None  # there is one pass at least
         if network.num_steps > 0:
             found["dvf"] = mean
         if log_variance is not None:
             found["log_variance"] = log_variance
-            if self.training:
-                field = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        found["ddf"] = network.displacement(field, size)
+        found["ddf"] = network.full(ddf, size)
         found["warped"] = warp(moving, found["ddf"])
-        if self.bidirectional:
-            found["inverse_ddf"] = network.displacement(-field, size)
+        if inverse_ddf is not None:
+            found["inverse_ddf"] = network.full(inverse_ddf, size)
             found["warped_fixed"] = warp(fixed, found["inverse_ddf"])
         return found

@@ -39,9 +39,11 @@ _COARSEST = 2  # halvings of the resolution, at most
 _STEP = 0.5  # voxels of the field that a step moves a point, about
 _FLOOR = 1.0  # of the mean length of the gradient, what is added to a point's own: where nothing pulls, nothing moves
 _MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
+_TIGHT = 0.1  # volumes that shrink to less of themselves are smoothed like folds, a little
+_FINISH = 8  # duration of what comes after the last step, in steps
 _PATIENCE = 10  # steps that must bring 1 % of what the level has brought
 # Halvings of the images and of the field: the share of the budget that is used up when the level ends.
-_SHARES = {(2, 2): 0.1, (1, 1): 0.35, (0, 1): 0.6, (0, 0): 0.9}
+_SHARES = {(2, 2): 0.1, (1, 1): 0.35, (0, 1): 0.6, (0, 0): 1.0}
 
 
 class Step(NamedTuple):
@@ -263,36 +265,114 @@ class _Direction:
         return self.mean / ((first**self.steps - 1) * (length + floor))
 
 
-def _folded(ddf: Tensor) -> Tensor:
-    """Where a map folds, by central or forward differences: ``(1, 1, *spatial)``."""
-    return ~((jacobian_determinant(ddf) > 0) & (jacobian_determinant(ddf, "forward") > 0))
+def _tight(ddf: Tensor, volume: float) -> Tensor:
+    """Where a map leaves a voxel ``volume`` or less, by central or forward differences: ``(B, 1, *spatial)``."""
+    return ~((jacobian_determinant(ddf) > volume) & (jacobian_determinant(ddf, "forward") > volume))
+
+
+def _neighbours(index: Tensor, size: Sequence[int]) -> Tensor:
+    """Flat indices ``(N, 3**D)`` of the voxels around those of ``index``, none of them at the border of ``size``."""
+    offsets = torch.zeros(1, dtype=torch.int64, device=index.device)
+    for n in size:
+        step = torch.arange(-1, 2, device=index.device)
+        offsets = (offsets[:, None] * n + step).flatten()
+    return index[:, None] + offsets
+
+
+def _grown(index: Tensor, inner: Tensor, size: Sequence[int]) -> Tensor:
+    """``index`` and the voxels next to it, as far as they are ``inner``."""
+    found = torch.zeros_like(inner)
+    found[_neighbours(index, size).flatten()] = True
+    return (found & inner).nonzero().flatten()
+
+
+def _extended(ddf: Tensor) -> Tensor:
+    """``ddf`` with one more voxel at each border, on a line with the last two: no difference at the border changes."""
+    for axis in range(2, ddf.ndim):
+        n = ddf.shape[axis]
+        first = 2 * ddf.narrow(axis, 0, 1) - ddf.narrow(axis, 1, 1)
+        last = 2 * ddf.narrow(axis, n - 1, 1) - ddf.narrow(axis, n - 2, 1)
+        ddf = torch.cat([first, ddf, last], dim=axis)
+    return ddf
 
 
 def _unfold(ddf: Tensor) -> Tensor:
-    """Smooth ``ddf`` around its folds until there are none; wider and wider, so that it ends."""
-    pool = F.max_pool3d if ddf.ndim == 5 else F.max_pool2d
+    """Smooth ``ddf`` around its folds until there are none; wider and wider, so that it ends.
+
+    Folds are few: only the voxels around them are touched and looked at again.
+    """
+    tight = _tight(ddf, _TIGHT)
+    if not bool(tight.any()):
+        return ddf
+    spatial_dims = ddf.ndim - 2
+    margin = [1] * (2 * spatial_dims)
+    inside: tuple[Any, ...] = (..., *[slice(1, -1)] * spatial_dims)
+    centre: tuple[Any, ...] = (slice(None), 0, *[1] * spatial_dims)
+    inner = F.pad(torch.ones_like(tight), margin)
+    size = inner.shape[2:]
+    inner, index = inner.flatten(), F.pad(tight, margin).flatten().nonzero().flatten()
+    kernel = ddf.new_ones(1)
+    for _ in size:
+        kernel = (kernel[:, None] * ddf.new_tensor([0.25, 0.5, 0.25])).flatten()
     radius = 1
-    while bool((folded := _folded(ddf)).any()):
-        near = pool(folded.to(ddf.dtype), 2 * radius + 1, 1, radius)
-        ddf = ddf + _smooth(near, radius / 2) * (_smooth(ddf, radius / 2) - ddf)
-        radius = min(radius + 1, 2 * max(ddf.shape[2:]))
-    return ddf
+    while len(index):
+        rings = [index]
+        for _ in range(radius):
+            rings.append(_grown(rings[-1], inner, size))
+        whole = F.pad(ddf, margin, mode="replicate")
+        values = whole.flatten(2)[0]
+        for ring in reversed(rings):  # the closer to a fold, the smoother
+            values[:, ring] = values[:, _neighbours(ring, size)] @ kernel
+        ddf = whole[inside]
+        index = _grown(rings[-1], inner, size)
+        patches = _extended(ddf).flatten(2)[0][:, _neighbours(index, size)].transpose(0, 1)
+        radius = min(2 * radius, max(size))
+        # what shrinks evenly over many voxels is no fold, and would take ever wider circles to smooth
+        index = index[_tight(patches.unflatten(2, [3] * spatial_dims), _TIGHT / radius**2)[centre]]
+    return ddf.contiguous()
+
+
+def _inverse_jacobian(ddf: Tensor) -> list[Tensor]:
+    r"""Rows of the inverse of :math:`I + \nabla u`, each ``(1, D, *spatial)``."""
+    columns = list(torch.gradient(ddf, dim=tuple(range(2, ddf.ndim))))  # derivatives of the map along each axis
+    for axis, column in enumerate(columns):
+        column[:, axis] += 1
+    if len(columns) == 2:
+        (a, b), (c, d) = columns[0].unbind(1), columns[1].unbind(1)
+        rows = [torch.stack([d, -c], dim=1), torch.stack([-b, a], dim=1)]
+    else:
+        rows = [torch.linalg.cross(columns[i - 2], columns[i - 1], dim=1) for i in range(3)]
+    determinant = (rows[0] * columns[0]).sum(1, keepdim=True).clamp_min(_TIGHT / 2)
+    return [row / determinant for row in rows]
+
+
+def _solve(ddf: Tensor, inverse: Tensor, passes: int) -> Tensor:
+    """Bring ``inverse`` closer to that of ``ddf`` by Newton's method, which steep maps need."""
+    known = torch.cat([ddf, *_inverse_jacobian(ddf)], dim=1)
+    for _ in range(passes):
+        there, *rows = warp(known, inverse).split(ddf.shape[1], dim=1)
+        error = there + inverse
+        # a voxel or two at a time: further off the slopes are others
+        error = error * (2 / torch.linalg.vector_norm(error, dim=1, keepdim=True).clamp_min(2))
+        inverse = inverse - torch.cat([(row * error).sum(1, keepdim=True) for row in rows], dim=1)
+    return inverse
 
 
 def _inverse(ddf: Tensor) -> Tensor:
     """Inverse of a map that does not fold, without folds."""
-    inverse = _double(invert(_halve(ddf) / 2, tolerance=0.05)[0])
-    for _ in range(3):  # what half the resolution misses
-        inverse = -warp(ddf, inverse)
-    return _unfold(inverse)
+    coarse = _halve(ddf) / 2
+    inverse = _solve(coarse, invert(coarse, max_iterations=4)[0], 8)
+    return _unfold(_solve(ddf, _double(inverse), 2))
 
 
 class _Course:
     """When to stop at a resolution: no time, no step, or no progress left."""
 
-    def __init__(self, deadline: float, max_steps: int) -> None:
+    def __init__(self, deadline: float, max_steps: int, reserve: int) -> None:
         self.deadline = deadline
         self.max_steps = max_steps
+        self.reserve = reserve  # duration of what follows before the deadline, in steps
+        self.begin = time.perf_counter()
         self.best: list[float] = []  # the lowest loss up to each step
 
     def improves(self, loss: float) -> bool:
@@ -304,7 +384,8 @@ class _Course:
     def ends(self) -> bool:
         """Whether the last step was the last."""
         steps = len(self.best)
-        if steps > self.max_steps or time.perf_counter() >= self.deadline:
+        now = time.perf_counter()
+        if steps > self.max_steps or now + self.reserve * (now - self.begin) / steps >= self.deadline:
             return True
         if steps <= _PATIENCE:
             return False
@@ -384,7 +465,7 @@ def _refine(
             while at > coarser:
                 field, at = _double(field), at - 1
             deadline = math.inf if budget is None else begin + budget * _SHARES[image, coarser]
-            course = _Course(deadline, max_steps)
+            course = _Course(deadline, max_steps, 0 if coarser else _FINISH)
             steps = _descend(objective, pairs[image], field, coarser - image, course, sigmas)
             for loss, best in steps:
                 field = best

@@ -119,7 +119,8 @@ def _samples(network: Registration, pair: Tensor, num_samples: int, seed: int) -
         mean, deviation = found["dvf"], torch.exp(0.5 * found["log_variance"])
         for _ in range(num_samples):
             noise = torch.randn(mean.shape, generator=generator).to(mean)
-            yield network.network.displacement(mean + deviation * noise, list(pair.shape[2:]))
+            ddf = network.network.displacement(mean + deviation * noise)
+            yield network.network.full(ddf, list(pair.shape[2:]))
 
 
 def _network_input(

@@ -1,172 +1,248 @@
-"""How well and how fast: ours beside other programs, on all ordered pairs of some prepared scans with labels.
+"""How well and how fast: ours beside other programs, on pairs of prepared scans with labels.
 
-    python tests/benchmarks/accuracy.py prepared/ --peers greedy syn --peers-python PYTHON --output docs/results.md
+    python tests/benchmarks/accuracy.py prepared/ --methods affine "one pass" "one pass, 30 s" greedy syn
+    python tests/benchmarks/accuracy.py prepared/ --report --reference greedy # table and plot of docs/results.md
 
-Every method gives a displacement on the fixed grid, and all are judged by the same code: Dice of the structures of an
-overlay (labels warped by the nearest neighbour), folding, SDlogJ. Each registration runs alone, ours on ``--threads``
-threads, the peers (``peers.py``, in an environment of their own) too. Writes a table, a plot of Dice against time, and
-``accuracy.csv`` beside them.
+Every method gives a displacement on the fixed grid, and all are judged by the same code: Dice and HD95 of the
+structures of an overlay (labels warped by the nearest neighbour), folding, SDlogJ, inverse consistency where there is
+an inverse. Each registration is a process of its own, one after the other, so that its peak memory can be read. Rows
+are added to a CSV file as they come; what stands there already is not measured again, so that a run can be stopped, and
+methods measured on different days.
 """
 
 import argparse
 import json
+import multiprocessing
+import random
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
+from scipy.stats import t as student
 from torch import Tensor
 
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.data import load_scans
-from voxelmorph_monai.metrics import dice, folding, log_jacobian_sd
-from voxelmorph_monai.networks import Registration
+from voxelmorph_monai.losses import MINDLoss
+from voxelmorph_monai.metrics import dice, folding, hausdorff95, inverse_consistency, log_jacobian_sd
 from voxelmorph_monai.refinement import refine
 from voxelmorph_monai.registration import load_network
 from voxelmorph_monai.transforms import LoadScand, MergeLabelsd
 
-Method = Callable[[Tensor, Tensor, tuple[str, str]], Tensor]
-
 PEERS = Path(__file__).with_name("peers.py")
-CONFIGS = Path(__file__).parents[2] / "bundles" / "brain_t1_registration" / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "bundles" / "brain_t1_registration" / "configs"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 
 
-def identity(moving: Tensor, fixed: Tensor, paths: tuple[str, str]) -> Tensor:
+class Pair(NamedTuple):
+    """One pair to register: images and labels ``(1, 1, *spatial)``, and the files of the images."""
+
+    moving: Tensor
+    fixed: Tensor
+    moving_label: Tensor
+    fixed_label: Tensor
+    paths: tuple[str, str]
+
+
+class Found(NamedTuple):
+    """A displacement, its inverse where there is one, and what they cost."""
+
+    ddf: Tensor
+    inverse_ddf: Tensor | None
+    cost: Mapping[str, float]
+
+
+def affine(pair: Pair, args: argparse.Namespace) -> Found:
     """Prepared scans as they are: affinely aligned."""
-    return torch.zeros(1, 3, *fixed.shape[2:])
+    return Found(torch.zeros(1, 3, *pair.fixed.shape[2:]), None, {})
 
 
-def one_pass(network: Registration, moving: Tensor, fixed: Tensor, paths: tuple[str, str]) -> Tensor:
-    """The shipped network."""
-    with torch.inference_mode():
-        return network(torch.cat([moving, fixed], dim=1))["ddf"].clone()
+def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", similarity: str = "") -> Found:
+    """One pass of the network, or from zero; with a budget (``30 s`` or ``converged``), refined."""
+    network = load_network(args.weights, args.preset) if start == "one pass" else None
+    begin = time.perf_counter(), time.process_time()
+    ddf = inverse = None
+    if network is not None:
+        with torch.inference_mode():
+            found = network(torch.cat([pair.moving, pair.fixed], dim=1))
+        ddf, inverse = found["ddf"].clone(), found["inverse_ddf"].clone()
+    if budget:
+        seconds = None if budget == "converged" else float(budget.split()[0])
+        loss = MINDLoss() if similarity == "MIND" else None
+        ddf, inverse, _ = refine(pair.moving, pair.fixed, ddf=ddf, budget=seconds, similarity=loss)
+    assert ddf is not None
+    wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Found(ddf, inverse, {"seconds": wall, "cpu_seconds": cpu, "peak_mib": peak})
 
 
-def refined(
-    network: Registration | None, budget: float | None, moving: Tensor, fixed: Tensor, paths: tuple[str, str]
-) -> Tensor:
-    """Refinement, from the network's displacement or from nothing."""
-    start = None if network is None else one_pass(network, moving, fixed, paths)
-    return refine(moving, fixed, ddf=start, budget=budget).ddf
-
-
-def by_peer(python: str, peer: str, threads: int, moving: Tensor, fixed: Tensor, paths: tuple[str, str]) -> Tensor:
-    """Another program, in a process of its own."""
+def peer(pair: Pair, args: argparse.Namespace, name: str) -> Found:
+    """Another program, in an environment of its own."""
     with TemporaryDirectory() as folder:
         output = f"{folder}/ddf.npy"
-        words = [python, str(PEERS), peer, *paths, output, "--threads", str(threads)]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-        return torch.from_numpy(np.load(output))[None]
+        words = [args.peers_python, str(PEERS), name, *pair.paths, output, "--threads", str(args.threads)]
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+        return Found(torch.from_numpy(np.load(output))[None], None, json.loads(done.stdout.splitlines()[-1]))
 
 
-def methods(args: argparse.Namespace) -> dict[str, Method]:
-    """What is compared, by name."""
-    network = load_network(args.weights, args.preset)
-    found: dict[str, Method] = {"affine": identity, "ours, one pass": partial(one_pass, network)}
-    for budget in args.budgets:
-        found[f"ours, one pass and {budget:g} s"] = partial(refined, network, budget)
-        found[f"ours, from zero, {budget:g} s"] = partial(refined, None, budget)
-    for peer in args.peers:
-        found[peer] = partial(by_peer, args.peers_python, peer, args.threads)
-    return found
+def method(name: str) -> Callable[[Pair, argparse.Namespace], Found]:
+    """What ``name`` stands for: ``affine``, ``one pass``, ``one pass, 30 s``, ``zero, converged, MIND``, or a peer."""
+    start, *options = (part.strip() for part in name.split(","))
+    if start == "affine":
+        return affine
+    if start in ("one pass", "zero"):
+        return lambda pair, args: ours(pair, args, start, *options)
+    return lambda pair, args: peer(pair, args, start)
 
 
-def measure(method: Method, pair: Sequence[dict[str, Tensor]], paths: tuple[str, str], labels: int) -> dict[str, float]:
-    """Time and quality of one method on one pair of scans with ``image`` and ``label``, ``(1, *spatial)``."""
-    moving, fixed = pair
-    start = time.perf_counter()
-    ddf = method(moving["image"][None], fixed["image"][None], paths)
-    seconds = time.perf_counter() - start
-    warped = warp(moving["label"][None].float(), ddf, mode="nearest").to(fixed["label"].dtype)
-    return {
-        "dice": float(dice(warped, fixed["label"][None], labels).nanmean()),
-        "folding_percent": float(folding(ddf)),
-        "folding_forward_percent": float(folding(ddf, scheme="forward")),
-        "sdlogj": float(log_jacobian_sd(ddf)),
-        "seconds": seconds,
+def other_contrast(image: Tensor, seed: int) -> Tensor:
+    """``image`` (0 to 1) as a scan of another contrast would look: intensities through a random broken line."""
+    heights = torch.rand(7, generator=torch.Generator().manual_seed(seed))
+    position = (image * 6).clamp(0, 6)
+    low = position.long().clamp(max=5)
+    return (image > 0) * (heights[low] + (position - low) * (heights[low + 1] - heights[low])).clamp_min(0.02)
+
+
+def load_pair(scans: Sequence[Mapping[str, str]], structures: Mapping[str, Any], contrast: int | None) -> Pair:
+    """Read a pair; with ``contrast``, a seed, the moving image gets another one."""
+    load = LoadScand(("image", "label"))
+    merge = MergeLabelsd("label", structures=structures, num_labels=len(structures))
+    moving, fixed = (
+        {key: torch.as_tensor(value).as_subclass(Tensor)[None] for key, value in merge(load(scan)).items()}
+        for scan in scans
+    )
+    image = moving["image"] if contrast is None else other_contrast(moving["image"], contrast)
+    return Pair(image, fixed["image"], moving["label"], fixed["label"], (scans[0]["image"], scans[1]["image"]))
+
+
+def measure(name: str, scans: Sequence[Mapping[str, str]], args: argparse.Namespace) -> dict[str, float]:
+    """Quality and cost of one method on one pair."""
+    torch.set_num_threads(args.threads)
+    structures = ConfigParser.load_config_file(CONFIGS / args.structures)["structures"]
+    pair, labels = load_pair(scans, structures, args.contrast), len(structures)
+    found = method(name)(pair, args)
+    warped = warp(pair.moving_label.float(), found.ddf, mode="nearest").to(pair.fixed_label.dtype)
+    quality = {
+        "dice": dice(warped, pair.fixed_label, labels).nanmean(),
+        "hd95_mm": hausdorff95(warped, pair.fixed_label, labels, spacing=args.spacing).nanmean(),
+        "folding_percent": folding(found.ddf),
+        "folding_forward_percent": folding(found.ddf, scheme="forward"),
+        "sdlogj": log_jacobian_sd(found.ddf),
+        "displacement_sd_mm": found.ddf.sub(found.ddf.mean((2, 3, 4), keepdim=True)).square().sum(1).mean().sqrt()
+        * args.spacing,
     }
+    if found.inverse_ddf is not None:
+        inside = (pair.fixed > 0).float()
+        quality["inverse_mm"] = inverse_consistency(found.inverse_ddf, found.ddf, spacing=args.spacing, mask=inside)
+    return {**{key: float(value) for key, value in quality.items()}, **found.cost}
+
+
+def pairs_of(scans: Sequence[Mapping[str, str]], number: int | None, seed: int) -> list[tuple[int, int]]:
+    """All ordered pairs, or ``number`` of them at random."""
+    every = list(permutations(range(len(scans)), 2))
+    return every if number is None else sorted(random.Random(seed).sample(every, number))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the CSV file lacks."""
+    scans = [scan for section in args.sections for scan in load_scans(args.dataset_dir, section)]
+    rows = pd.read_csv(args.csv).to_dict("records") if args.csv.exists() else []
+    known = {(row["method"], row["pair"]) for row in rows}
+    for i, j in pairs_of(scans, args.pairs, args.seed):
+        title = " to ".join(Path(scans[k]["image"]).name.split(".")[0] for k in (i, j))
+        for name in args.methods:
+            if (name, title) in known:
+                continue
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(measure, (name, (scans[i], scans[j]), args))
+            rows.append({"method": name, "pair": title, "threads": args.threads, **found})
+            print(json.dumps(rows[-1]), flush=True)
+            pd.DataFrame(rows).to_csv(args.csv, index=False, float_format="%.6g")
 
 
 def table(found: pd.DataFrame, reference: str) -> str:
     """Means over pairs, and the paired difference of Dice to ``reference`` with its 95 % interval over pairs."""
     wide = found.pivot(index="pair", columns="method", values="dice")
     lines = [
-        "| method | Dice | difference to " + reference + " | folded, central / forward (%) | SDlogJ | seconds |",
-        "|---|---|---|---|---|---|",
+        f"| method | Dice | difference to {reference} | HD95 (mm) | folded, central / forward (%) | SDlogJ | "
+        "inverse (mm) | processor seconds | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in found["method"].unique():
+    for name in sorted(found["method"].unique(), key=lambda name: wide[name].mean()):
         mean = found[found["method"] == name].mean(numeric_only=True)
-        difference = wide[name] - wide[reference]
-        # Student's factor for these few pairs; they share scans, so that the interval is a narrow one
-        half = 2.57 * difference.std() / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
-        folded = f"{mean['folding_percent']:.5f} / {mean['folding_forward_percent']:.5f}"
+        difference = (wide[name] - wide[reference]).dropna()
+        n = len(difference)  # pairs share scans, so that the interval is a narrow one
+        half = student.ppf(0.975, n - 1) * difference.std() / n**0.5 if n > 1 else float("nan")
+
+        def shown(key: str, digits: int, factor: float = 1.0, mean: pd.Series = mean) -> str:
+            value = mean.get(key, float("nan")) * factor
+            return "" if np.isnan(value) else f"{value:.{digits}f}"
+
         lines.append(
-            f"| {name} | {mean['dice']:.4f} | {difference.mean():+.4f} ± {half:.4f} | {folded} | "
-            f"{mean['sdlogj']:.3f} | {mean['seconds']:.1f} |"
+            f"| {name} | {mean['dice']:.4f} | {difference.mean():+.4f} ± {half:.4f} | {shown('hd95_mm', 2)} | "
+            f"{shown('folding_percent', 5)} / {shown('folding_forward_percent', 5)} | {shown('sdlogj', 3)} | "
+            f"{shown('inverse_mm', 2)} | {shown('cpu_seconds', 1)} | {shown('peak_mib', 1, 1 / 1024)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def plot(found: pd.DataFrame, path: Path) -> None:
-    """Dice against seconds."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    """Dice against processor seconds."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name, rows in found[found["method"] != "affine"].groupby("method", sort=False):
-        colour = "C1" if str(name).startswith("ours") else "C0"
-        axes.scatter(rows["seconds"].mean(), rows["dice"].mean(), color=colour)
-        axes.annotate(str(name), (rows["seconds"].mean(), rows["dice"].mean()), (4, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="seconds a pair", ylabel="mean Dice")
+    for name, rows in found[found["cpu_seconds"].notna()].groupby("method", sort=False):
+        own = str(name).startswith(("one pass", "zero"))
+        point = rows["cpu_seconds"].mean(), rows["dice"].mean()
+        axes.scatter(*point, color="C1" if own else "C0")
+        axes.annotate(str(name), point, (4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="processor seconds a pair", ylabel="mean Dice")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Measure, and write the block between the marks of the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset_dir", help="as vxm prepare leaves it")
-    parser.add_argument("--section", default="test", help="of its datalist (%(default)s)")
-    parser.add_argument("--structures", default="neuromorphometrics.yaml", help="overlay that names them (%(default)s)")
-    parser.add_argument("--weights", help="of the network (default: those of the bundle)")
-    parser.add_argument("--preset", default="wide")
-    parser.add_argument("--budgets", type=float, nargs="*", default=[10, 30])
-    parser.add_argument("--peers", nargs="*", default=[], help="names of peers.py")
-    parser.add_argument("--peers-python", default=sys.executable, help="python of their environment")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reference", default="affine", help="method that differences are taken to (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="page with the marks of a measured block")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    structures = ConfigParser.load_config_file(CONFIGS / args.structures)["structures"]
-    scans = load_scans(args.dataset_dir, args.section)
-    load, merge = (
-        LoadScand(("image", "label")),
-        MergeLabelsd("label", structures=structures, num_labels=len(structures)),
-    )
-    loaded = [{key: torch.as_tensor(value) for key, value in merge(load(scan)).items()} for scan in scans]
-    rows = []
-    for name, method in methods(args).items():
-        for i, j in permutations(range(len(scans)), 2):
-            paths = scans[i]["image"], scans[j]["image"]
-            row = measure(method, (loaded[i], loaded[j]), paths, len(structures))
-            rows.append({"method": name, "pair": f"{Path(paths[0]).name} to {Path(paths[1]).name}", **row})
-            print(json.dumps(rows[-1]), flush=True)
-    found = pd.DataFrame(rows)
+def report(args: argparse.Namespace) -> None:
+    """Write the block between the marks of the page, and the plot."""
+    found = pd.read_csv(args.csv)
     page = args.output.read_text(encoding="utf-8")
     head, rest = page.split(BEGIN)
     block = BEGIN + "\n" + table(found, args.reference) + "\n"
     args.output.write_text(head + block + END + rest.split(END)[1], encoding="utf-8")
-    found.to_csv(args.output.with_name("accuracy.csv"), index=False)
     plot(found, args.output.parent / "figures" / "accuracy.png")
+
+
+def main() -> None:
+    """Measure or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset_dir", help="as vxm prepare leaves it")
+    parser.add_argument("--methods", nargs="+", default=["affine", "one pass"], help=str(method.__doc__))
+    parser.add_argument("--sections", nargs="+", default=["test"], help="of its datalist (%(default)s)")
+    parser.add_argument("--pairs", type=int, help="so many at random (default: all ordered pairs)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contrast", type=int, help="seed: give the moving images another contrast")
+    parser.add_argument("--structures", default="neuromorphometrics.yaml", help="overlay that names them (%(default)s)")
+    parser.add_argument("--spacing", type=float, default=1.0, help="mm (%(default)s)")
+    parser.add_argument("--weights", help="of the network (default: those of the bundle)")
+    parser.add_argument("--preset", default="wide")
+    parser.add_argument("--peers-python", default=sys.executable, help="python of the peers' environment")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "accuracy.csv", help="rows (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="do not measure, write the page")
+    parser.add_argument("--reference", default="affine", help="method that differences are taken to (%(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md", help="page with the marks")
+    args = parser.parse_args()
+    (report if args.report else run)(args)
 
 
 if __name__ == "__main__":
