@@ -95,7 +95,7 @@ def bent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Weights come from nowhere: the network of these tests."""
 
     def use(preset: str) -> None:
-        monkeypatch.setattr(registration, "load_network", lambda weights, name, dims: network(preset))
+        monkeypatch.setattr(registration, "load_network", lambda *_: network(preset))
 
     return use
 

@@ -69,7 +69,7 @@ def test_archives_hold_what_git_knows(published: Path) -> None:
     assert set(known) - {".gitignore"} <= set(source)
     wheel = zipfile.ZipFile(published / f"voxelmorph_monai-{__version__}-py3-none-any.whl").namelist()
     needed = [name for name in known if name.startswith("voxelmorph_monai/")]
-    needed += [f"voxelmorph_monai/{name}" for name in known if name.startswith("bundles/")]
+    needed += [f"voxelmorph_monai/{name}" for name in known if name.startswith(("bundles/", "label_app/"))]
     assert sorted(needed) == sorted(name for name in wheel if ".dist-info/" not in name)
 
 
@@ -79,6 +79,7 @@ def test_wheel_registers_real_scans_without_its_source(away: Path, real_pair: di
     assert {"register", "prepare", "pack-bundle", "quickstart"} <= set(commands)
     for command in commands:
         assert "usage: vxm " + command in run(vxm, command, "--help", cwd=away)
+    run(vxm, "label-app", away / "app", cwd=away)
     quick = ["--size", 80, 96, 112, "--spacing", 2, "--transform", "none", "--no-refine"]
     run(vxm, "register", *real_pair.values(), "--output", away / "out", *quick, cwd=away)
     summary = json.loads((away / "out" / "summary.json").read_text(encoding="utf-8"))

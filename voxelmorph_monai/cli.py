@@ -402,6 +402,18 @@ def _datalist(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_label_app_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="DIR", help="folder to write, new")
+
+
+def _label_app(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.propagation import copy_label_app
+
+    copy_label_app(args.output)
+    print(f"monailabel start_server --app {args.output} --studies STUDIES --host 127.0.0.1")
+    return 0
+
+
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="Keras file of the authors (.h5)")
     parser.add_argument("output", type=Path, help="file to write, new (.pt)")
@@ -521,6 +533,12 @@ _COMMANDS = {
         "vxm datalist oasis neurite-oasis/ oasis/",
         _add_datalist_arguments,
         _datalist,
+    ),
+    "label-app": _Command(
+        "copy the app for MONAI Label: labels for 3D Slicer and OHIF from labelled scans, registration, training",
+        "vxm label-app voxelmorph",
+        _add_label_app_arguments,
+        _label_app,
     ),
     "make-atlas-bundle": _Command(
         "make a MONAI bundle that segments skull-stripped T1 scans from labelled ones",

@@ -56,7 +56,15 @@ from voxelmorph_monai.spaces import (
     warp_scan,
 )
 
-__all__ = ["RegistrationResult", "extended", "load_network", "register", "register_files", "shipped_weights"]
+__all__ = [
+    "RegistrationResult",
+    "extended",
+    "load_network",
+    "register",
+    "register_files",
+    "shipped_folder",
+    "shipped_weights",
+]
 
 Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
@@ -101,23 +109,27 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def shipped_weights() -> Path:
-    """Weights that come with the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page.
-
-    In a clone the bundles lie beside the package, in a wheel inside it.
-    """
+def shipped_folder(name: str) -> Path:
+    """Folder that comes with the package: in a clone it lies beside the package, in a wheel inside it."""
     package = Path(__file__).parent
-    bundles = package / "bundles" if (package / "bundles").is_dir() else package.parent / "bundles"
-    return bundles / "brain_t1_registration" / "models" / "model.pt"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
-def load_network(weights: str | Path | None = None, preset: str = "wide", spatial_dims: int = 3) -> Registration:
+def shipped_weights() -> Path:
+    """Weights of the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page."""
+    return shipped_folder("bundles") / "brain_t1_registration" / "models" / "model.pt"
+
+
+def load_network(
+    weights: str | Path | None = None, preset: str = "wide", spatial_dims: int = 3, device: str | None = None
+) -> Registration:
     """Load trained weights, as the bundle's training writes them (``model.pt``), ready for :func:`register`.
 
     Args:
         weights: the file (default: :func:`shipped_weights`).
         preset: of the network.
         spatial_dims: 2 for a network of slices and 2-D images.
+        device: to compute on (default: a GPU if there is one).
 
     Raises:
         FileNotFoundError: no such file.
@@ -125,13 +137,15 @@ def load_network(weights: str | Path | None = None, preset: str = "wide", spatia
     """
     network = VoxelMorph(preset, spatial_dims)
     load_weights(network, str(weights or shipped_weights()))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
 
 
 @lru_cache(maxsize=1)  # a process that registers many pairs loads their network once
-def _load_network_once(weights: Path, preset: str, spatial_dims: int, time_of_change: int) -> Registration:
-    return load_network(weights, preset, spatial_dims)
+def _load_network_once(
+    weights: Path, preset: str, spatial_dims: int, device: str | None, time_of_change: int
+) -> Registration:
+    return load_network(weights, preset, spatial_dims, device)
 
 
 def _is_slice(image: Labels) -> bool:
@@ -474,6 +488,7 @@ def register_files(
     fixed_mask: str | Path | None = None,
     weights: str | Path | None = None,
     preset: str = "wide",
+    device: str | None = None,
     budget: float | None = None,
     space: str = "mni152",
     transform: str = "affine",
@@ -503,6 +518,7 @@ def register_files(
         fixed_mask: the same of the fixed scan.
         weights: of the network, :func:`shipped_weights` for example; without them the map is affine, unless refined.
         preset: of the network.
+        device: of the network, as in :func:`load_network`.
         budget: as in :func:`register`.
         space: as in :func:`register`.
         transform: as in :func:`register`.
@@ -536,7 +552,8 @@ def register_files(
     network = None
     if weights is not None:
         changed = paths["weights"].stat().st_mtime_ns if paths["weights"].exists() else 0
-        network = _load_network_once(paths["weights"].absolute(), preset, 2 if _is_slice(images[1]) else 3, changed)
+        dims = 2 if _is_slice(images[1]) else 3
+        network = _load_network_once(paths["weights"].absolute(), preset, dims, device, changed)
     result = register(
         *images,
         network=network,
