@@ -1,6 +1,6 @@
 """Do the tests notice wrong code? Break it by hand, one place at a time, and run its tests.
 
-    python tests/mutants.py           # all, 2 at a time: about TIME of one core
+    python tests/mutants.py           # all, 2 at a time: in minutes
     python tests/mutants.py blocks    # those of one module
 
 Broken are the geometry, the losses, and what makes a protocol: from who is paired with whom to what a mean is over.
