@@ -42,7 +42,7 @@ pytestmark = [
 NAMES = ["rim", "core", "left nucleus", "right nucleus"]  # of the labels 1, 2, 3, 4 of a brain
 OTHER = [0, 4, 3, 2, 1]  # values that study b has for labels 0, 1, 2, 3, 4 of a brain
 # 2 mm, and nothing aligned, bent or refined unless a request asks for it: alignment takes seconds
-CONF = {"size": "112,112,120", "spacing": "2", "space": "fixed", "transform": "none", "budget": "0"}
+CONF = {"size": "80,96,112", "spacing": "2", "space": "fixed", "transform": "none", "budget": "0"}
 SLICER = {"result_extension": ".nrrd", "result_dtype": "uint8"}  # what 3D Slicer adds to the options that it shows
 OHIF = {**SLICER, "result_compress": False, "restore_label_idx": False}
 
@@ -131,7 +131,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Individuals a, b and c; same, who is a; and Colin27 and MNI152 at 2 mm."""
     folder = tmp_path_factory.mktemp("studies")
     for name, seed in (("a", 1), ("b", 3), ("same", 1)):
-        save_image(folder / f"{name}.nii.gz", brain(seed)[0], oblique_lia())
+        save_image(folder / f"{name}.nii.gz", brain(seed)[0], place())
     # c lies on a grid of its own: cut, and its axes in another order
     save_image(folder / "c.nii.gz", brain(2)[0].swapaxes(0, 2)[:, 1:], moved())
     for name, (array, affine) in (("colin27", read_image(sample("colin27"))), ("mni152", mni152())):
@@ -139,8 +139,15 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def place() -> NDArray[np.float64]:
+    """Affine of an individual whose head is as large as one may be, below 2.5 litres."""
+    affine = oblique_lia()
+    affine[:3] *= 0.75
+    return affine
+
+
 def moved() -> NDArray[np.float64]:
-    affine = oblique_lia()[:, [2, 1, 0, 3]]
+    affine = place()[:, [2, 1, 0, 3]]
     affine[:, 3] += affine[:, 1]
     return affine
 
@@ -165,7 +172,7 @@ def url(app: Path, studies: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     with serving(folder, app, studies, CONF) as url:
         for name, seed, values in (("a", 1, range(5)), ("b", 3, OTHER)):
             path = folder / f"{name}.nii.gz"
-            save_image(path, np.array(values, dtype=np.uint8)[brain(seed)[1]], oblique_lia())
+            save_image(path, np.array(values, dtype=np.uint8)[brain(seed)[1]], place())
             info = [{"name": NAMES[label - 1], "idx": values[label]} for label in range(1, 5)]
             client(url, folder).save_label(name, str(path), "final", {"label_info": info})
         yield url
@@ -379,8 +386,8 @@ def test_training_needs_four_labelled_studies_and_leaves_weights_that_are_used(
     assert answer.status_code == 422
     assert "at least 2 for training and 2 for validation, got 2" in answer.json()["detail"]
     for name, seed in (("d", 4), ("e", 5)):
-        save_image(tmp_path / f"{name}.nii.gz", brain(seed)[1], oblique_lia())
-        save_image(tmp_path / f"{name}_image.nii.gz", brain(seed)[0], oblique_lia())
+        save_image(tmp_path / f"{name}.nii.gz", brain(seed)[1], place())
+        save_image(tmp_path / f"{name}_image.nii.gz", brain(seed)[0], place())
         slicer = client(url, tmp_path)
         slicer.upload_image(str(tmp_path / f"{name}_image.nii.gz"), name)
         info = [{"name": label, "idx": value} for value, label in enumerate(NAMES, 1)]
