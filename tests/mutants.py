@@ -1,15 +1,20 @@
-"""Do the tests notice wrong code? Break ``blocks`` and ``losses`` by hand, one place at a time, and run their tests.
+"""Do the tests notice wrong code? Break it by hand, one place at a time, and run its tests.
 
-    python tests/mutants.py           # all, 2 at a time
+    python tests/mutants.py           # all, 2 at a time: in minutes
     python tests/mutants.py blocks    # those of one module
 
-Each mutant is put into a copy of the package in a temporary folder, where the tests of its module have to fail. Exits
-with 1 if one survives. A mutant whose text is gone, or stands there twice, stops the run: the table follows the code.
+Broken are the geometry, the losses, and what makes a protocol: from who is paired with whom to what a mean is over.
+Each mutant is put into a copy of the package in a temporary folder, where the tests of its module have to fail. They
+run in processes that are forked from one that has imported all libraries, so that a mutant costs little more than its
+tests. Exits with 1 if one survives. A mutant whose text is gone, or stands there twice, stops the run: the table
+follows the code.
 """
 
+import multiprocessing
 import os
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +25,29 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PACKAGE = "voxelmorph_monai"
 AT_A_TIME = 2
-TIME_LIMIT = 200  # seconds; a mutant may loop for ever, which a test run notices too
+TIME_LIMIT = 120  # seconds of CPU time; a mutant may loop for ever, which a test run notices too
+
+# What the tests of a module are, where it is not all of its test file: the words of pytest.
+TESTS = {
+    "blocks": ["tests/test_blocks.py"],
+    "losses": ["tests/test_losses.py"],
+    "metrics": ["tests/test_metrics.py", "-k", "dice or folding or sd or hausdorff or volume or mean_is"],
+    "transforms": ["tests/test_transforms.py", "-k", "merg or kept or tables or warp_by or past_what"],
+    "engines": ["tests/test_engines.py", "-k", "prepare_pair or both_orders or shares_the_time"],
+    "data": ["tests/test_data.py"],
+    "datasets": [
+        "tests/test_datasets.py",
+        "-k",
+        "test_ixi or oasis or learn2reg or lpba40 or fold or anew or submitted",
+    ],
+    "evaluation": ["tests/test_evaluation.py"],
+    "comparison": ["tests/test_comparison.py"],
+}
+LIBRARIES = [
+    *("ignite.handlers", "monai.bundle", "monai.data", "monai.engines", "monai.handlers", "monai.losses"),
+    *("monai.metrics", "monai.transforms", "nibabel", "onnxruntime", "pandas", "pytest", "scipy.ndimage"),
+    *("scipy.stats", "scipy.spatial.distance", "SimpleITK", "matplotlib.pyplot", "itk"),
+]
 
 
 class Mutant(NamedTuple):
@@ -114,7 +141,153 @@ LOSSES = [
     ("weight * self.smoothness(field)", "self.smoothness(field)", "weight ignored"),
 ]
 
-MUTANTS = [Mutant("blocks", *row) for row in BLOCKS] + [Mutant("losses", *row) for row in LOSSES]
+METRICS = [
+    ("(one + two))[:, 1:]", "(one + two))[:, :-1]", "one off: the background for label 1"),
+    ("2 * both.double() / (one + two)", "both.double() / (one + two - both)", "Jaccard's index for Dice"),
+    ("2 * both.double() / (one + two)", "both.double() / two", "target overlap for Dice"),
+    ("100 * _mean(~(jacobian", "_mean(~(jacobian", "unit: a share for per cent"),
+    ("(jacobian_determinant(ddf, scheme) > 0)", "(jacobian_determinant(ddf, scheme) >= 0)", "collapsed is no fold"),
+    ("(jacobian_determinant(ddf, scheme) > 0)", "(jacobian_determinant(ddf) > 0)", "scheme ignored"),
+    ("inside = inside & (jacobian > 0)", "jacobian = jacobian.clamp_min(1e-9)", "a floor for folded voxels decides"),
+    ('0 if definition == "plain" else 2', "0", "Learn2Reg leaves out two voxels of border"),
+    ("(jacobian + 3).clamp", "(jacobian + 0).clamp", "Learn2Reg adds 3"),
+    ("(log - mean) ** 2, inside).sqrt()", "(log - mean) ** 2, inside)", "variance for its root"),
+    ("log = jacobian.log()", "log = jacobian", "SD of the determinant, not of its logarithm"),
+    ("/ (2 * math.factorial(spatial_dims))", "/ math.factorial(spatial_dims)", "two ways to cut a cell for their mean"),
+    ("wanted, covered = 0.95 *", "wanted, covered = 0.90 *", "another percentile"),
+    ("            return max(\n", "            return min(\n", "the nearer of both directions"),
+    ("norm(offsets * sides, axis=1)", "norm(offsets * sides[0], axis=1)", "unit: one side for all axes"),
+    (
+        "_Surface(there, points, areas[code[points]])",
+        "_Surface(there, points, 0 * areas[code[points]] + 1)",
+        "area ignored",
+    ),
+]
+
+TRANSFORMS = [
+    ("clamp(0, len(self.table) - 1)", "clamp(0, len(self.table) - 2)", "unknown labels join the largest structure"),
+    ("start=1):\n        for label", "start=0):\n        for label", "one off: the first structure is background"),
+    ("or table[label] != 0:", "and table[label] != 0:", "a label in two structures"),
+    ("names.index(name) + 1 for", "names.index(name) for", "one off: another structure is kept"),
+    ("found, 0)", "0, found)", "what should go is kept"),
+    ("> self.num_labels:", "> self.num_labels + 1:", "a label past what is measured"),
+    ('if mode == "nearest" else', 'if mode == "linear" else', "ways to warp labels exchanged"),
+]
+
+ENGINES = [
+    (
+        '[target["moving"], target["fixed"]], dim=1)',
+        '[target["fixed"], target["moving"]], dim=1)',
+        "order of the input",
+    ),
+    ("[pair, torch.cat([fixed, moving], dim=1)]", "[pair, torch.cat([moving, fixed], dim=1)]", "no other order"),
+    ("[target[role + end], target[other + end]]", "[target[role + end], target[role + end]]", "targets not exchanged"),
+    ('for end in ("", "_label"):', 'for end in ("",):', "labels of the other order are lost"),
+    (") / len(inputs)", ")", "time of the batch for that of a pair"),
+]
+
+DATA = [
+    ("if i != j]", "]", "a scan with itself"),
+    ("for j in range(n) if i != j]", "for j in range(i + 1, n)]", "one order of each pair"),
+    ('[(n, i) if atlas_role == "moving" else', '[(n, i) if atlas_role == "fixed" else', "the atlas in the other role"),
+    ("if _file(scan) != _file(atlas)]", "]", "the atlas with itself"),
+    ("pairs.append((moving, fixed))", "pairs.append((fixed, moving))", "moving and fixed exchanged"),
+    ('{"moving": moving["image"], "fixed": fixed', '{"moving": fixed["image"], "fixed": moving', "images exchanged"),
+    ('"moving_label": moving["label"]', '"moving_label": fixed["label"]', "labels of the other scan"),
+    ('if "label" in moving and "label" in fixed', 'if "label" in moving', "half of the labels"),
+    ("set_random_state(int(torch.randint(2**32, ())))", "set_random_state(0)", "the same augmentation for ever"),
+    ("* 1_000_003 + self.epoch", "* 1_000_003", "every epoch the same pairs"),
+    ("manual_seed(self.seed * 1_000_003 + ", "manual_seed(", "every seed the same pairs"),
+    ("drawn[rank:wanted:world]", "drawn[:wanted:world]", "all processes take the same pairs"),
+    ("for i in range(rank, wanted, world)]", "for i in range(0, wanted, world)]", "pairs that no process measures"),
+    ("* world if self.shuffle else self.num_samples", "* world", "pairs that two processes measure"),
+    ("require_same_grid(first[0], volume, (first[1], path))", "pass", "grids that differ"),
+    ("for scan in [*scans, *([atlas] if atlas else [])]:", "for scan in scans:", "the atlas is not checked"),
+]
+
+DATASETS = [
+    (
+        '"training": "Train", "validation": "Val", "test": "Test"',
+        '"training": "Train", "validation": "Test", "test": "Val"',
+        "validated on the test",
+    ),
+    ("if number >= _OASIS_VALIDATION]", "if number > _OASIS_VALIDATION]", "one subject fewer is validated"),
+    ("if number < _OASIS_VALIDATION]", "]", "trained on who is validated"),
+    ("for fixed, moving in pairwise", "for moving, fixed in pairwise", "order of Learn2Reg's pairs"),
+    ('files = "aligned_norm.nii.gz", "aligned_seg35.nii.gz"', 'files = "norm.nii.gz", "seg35.nii.gz"', "not aligned"),
+    ('if item["image"] not in paired]', "]", "trained on who is validated"),
+    ('scan(pair["moving"]), scan(pair["fixed"])', 'scan(pair["fixed"]), scan(pair["moving"])', "moving and fixed"),
+    ("training[-5:]", "test[-5:]", "validated on the test"),
+    ('"test": [atlas, *test]', '"test": test', "a scan of the test is missing"),
+    ("shuffled[k::num_folds]", "scans[k::num_folds]", "not drawn: the seed does nothing"),
+    ("if k not in (test, validation) for", "if k != test for", "trained on who is validated"),
+    ("(fold + 1) % num_folds", "fold", "validated on the test"),
+    ("if scan not in scans and scan not in atlas]", "if scan not in scans]", "the atlas is trained on"),
+    (
+        "ndimage.zoom(component, 0.5, order=2",
+        "0.5 * ndimage.zoom(component, 0.5, order=2",
+        "unit: voxels of the half grid",
+    ),
+    (
+        "ndimage.zoom(component, 2, order=2)",
+        "ndimage.zoom(component, 2, order=0)",
+        "not enlarged as the challenge does",
+    ),
+    ("disp_{fixed:04d}_{moving:04d}", "disp_{moving:04d}_{fixed:04d}", "a field for the other order"),
+    ("[[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "[[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "left for right"),
+]
+
+EVALUATION = [
+    ("table[members].mean(axis=1)", "table[members].max(axis=1)", "a group is its best structure"),
+    ('kind == "structures":\n            return', 'kind == "groups":\n            return', "structures for groups"),
+    ('{"mean": means.mean(), ', '{"mean": means.median(), ', "median for mean"),
+    ('"sd_over_pairs": means.std()', '"sd_over_pairs": means.std(ddof=0)', "divides by n"),
+    ('"sd_over_all": single.std()', '"sd_over_all": values.mean(axis=1).std()', "spread of pairs for that of values"),
+    ('"sd_over_all": single.std()', '"sd_over_all": values.mean(axis=0).std()', "spread of structures' means"),
+    ("_statistics(values.mean(axis=1)) |", "_statistics(values.mean(axis=0)) |", "over structures for over pairs"),
+    ("_statistics(values.mean(axis=1)) |", "_statistics(values.fillna(0).mean(axis=1)) |", "absent counts as missed"),
+    ('"values": len(single)', '"values": values.size', "empty values are counted"),
+    (
+        "for pair in pairs for structure in structures]",
+        "for structure in structures for pair in pairs]",
+        "values change places",
+    ),
+    (
+        "zip(names[::2], names[1::2], strict=True)",
+        "zip(names[1::2], names[::2], strict=True)",
+        "moving and fixed exchanged",
+    ),
+    ("_check_groups(groups or {}, structures)", "pass", "a group of what is not measured"),
+    ('.removeprefix("right ")', "", "sides not merged"),
+    ("    check_folder(folder, overwrite)\n    rows", "    rows", "an evaluation is replaced silently"),
+    ("if not overwrite:", "if overwrite:", "an evaluation is replaced silently"),
+]
+
+COMPARISON = [
+    ("(values - reference).dropna()", "(reference - values).dropna()", "sign of a difference"),
+    ("len(difference) - 1)", "len(difference))", "degrees of freedom"),
+    ("(1 + confidence) / 2", "confidence", "one-sided interval"),
+    ("np.arange(len(order), 0, -1)", "len(order)", "Bonferroni for Holm"),
+    ("np.maximum.accumulate(steps)", "steps", "p values that fall"),
+    ("if not common:", "if common:", "other pairs are compared"),
+    ("reference, *_ = columns.values()", "*_, reference = columns.values()", "the last run is the reference"),
+]
+
+MUTANTS = [
+    Mutant(module, *row)
+    for module, rows in {
+        "blocks": BLOCKS,
+        "losses": LOSSES,
+        "metrics": METRICS,
+        "transforms": TRANSFORMS,
+        "engines": ENGINES,
+        "data": DATA,
+        "datasets": DATASETS,
+        "evaluation": EVALUATION,
+        "comparison": COMPARISON,
+    }.items()
+    for row in rows
+]
 
 
 def rotten(mutants: list[Mutant]) -> Iterator[str]:
@@ -124,43 +297,60 @@ def rotten(mutants: list[Mutant]) -> Iterator[str]:
             yield f"{mutant.module}.py must hold {mutant.text!r} once, it holds it {count} times."
 
 
-def fails(mutant: Mutant) -> bool:
-    """Run the tests of the mutant's module on a copy that holds it."""
+def run_tests(folder: str, tests: list[str]) -> None:
+    """Run pytest in ``folder`` and exit with its status; what it prints goes to ``folder/output``."""
+    import pytest
+
+    resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT))
+    os.chdir(folder)
+    sys.path.insert(0, folder)  # before an editable install: were the copy not what is imported, all would survive
+    output = os.open("output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(int(pytest.main(["-xq", "-p", "no:cacheprovider", *tests])))
+
+
+def failure(mutant: Mutant) -> str | None:
+    """Run the tests of the mutant's module on a copy that holds it: what they printed where they failed."""
     with TemporaryDirectory() as folder:
         copy = Path(folder)
-        tests = ROOT / "tests" / f"test_{mutant.module}.py"
-        for name in (PACKAGE, "tests"):
-            (copy / name).mkdir()
-        # Sources alone: Python takes a compiled file for current if size and second of its source agree. And no
-        # conftest.py, whose imports take longer than most mutants live.
-        for path in [ROOT / "pyproject.toml", tests, *(ROOT / PACKAGE).glob("*.py")]:
+        # Sources alone: Python takes a compiled file for current if size and second of its source agree.
+        sources = [
+            *(ROOT / "tests").glob("*.py"),
+            *(ROOT / PACKAGE).glob("*.py"),
+            *(ROOT / PACKAGE).glob("published/*"),
+        ]
+        for path in [ROOT / "pyproject.toml", *sources]:
+            (copy / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, copy / path.relative_to(ROOT))
         target = copy / PACKAGE / f"{mutant.module}.py"
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.text, mutant.replacement), encoding="utf-8")
-        # An editable install comes after PYTHONPATH and the working directory. Were the copy not what is imported, all
-        # mutants would survive.
-        env = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", f"tests/{tests.name}"]
-        try:
-            run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            return True
-        if run.returncode not in (0, 1):  # pytest's codes for passed and failed; a syntax error proves nothing
-            raise RuntimeError(f"pytest did not run the tests of {mutant}: {run.stdout[-2000:]}{run.stderr[-2000:]}")
-        return run.returncode == 1
+        process = multiprocessing.Process(target=run_tests, args=(folder, TESTS[mutant.module]))
+        process.start()
+        process.join()
+        printed = (copy / "output").read_text()[-4000:]
+        # pytest's codes for passed and failed, and the signal for too much CPU time; a syntax error proves nothing
+        if process.exitcode not in (0, 1, -signal.SIGXCPU, -signal.SIGKILL):
+            raise RuntimeError(f"pytest did not run the tests of {mutant}, exit code {process.exitcode}: {printed}")
+        return printed if process.exitcode else None
 
 
 def main(modules: list[str]) -> int:
     """Print what became of each mutant, and give the exit status."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(LIBRARIES)
     mutants = [mutant for mutant in MUTANTS if not modules or mutant.module in modules]
     if problems := list(rotten(mutants)):
         sys.exit("\n".join(problems))
     healthy = [Mutant(module, "", "", "unchanged") for module in dict.fromkeys(m.module for m in mutants)]
     survivors = 0
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        if ill := [mutant.module for mutant, failed in zip(healthy, pool.map(fails, healthy), strict=True) if failed]:
-            sys.exit(f"Tests that fail on healthy code tell nothing: test_{', test_'.join(ill)}.")
-        for mutant, killed in zip(mutants, pool.map(fails, mutants), strict=True):
+        for mutant, printed in zip(healthy, pool.map(failure, healthy), strict=True):
+            if printed is not None:
+                sys.exit(f"Tests that fail on healthy code tell nothing: {mutant.module}.\n{printed}")
+        for mutant, printed in zip(mutants, pool.map(failure, mutants), strict=True):
+            killed = printed is not None
             survivors += not killed
             change = f"{mutant.text.strip()!r} -> {mutant.replacement.strip()!r}"
             print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.module}: {mutant.why}: {change}", flush=True)

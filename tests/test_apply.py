@@ -7,8 +7,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
+from nitransforms import nonlinear
 from numpy.typing import NDArray
 from test_chains import FIXED, LPS, MIRRORED, OBLIQUE, POINT, affine_map, fade, image, inner, smooth
 
@@ -56,7 +58,7 @@ def sitk_points(transform: sitk.Transform, points: NDArray[Any]) -> NDArray[Any]
 
 @pytest.mark.usefixtures("folder")
 def test_the_order_is_that_of_ants() -> None:
-    transform, residual = read_chain(PAIR)
+    transform, residual, _ = read_chain(PAIR)
     assert residual == 0
     np.testing.assert_allclose(map_points(transform, inner()), map_points(expected(), inner()), atol=POINT)
     assert np.abs(map_points(read_chain(PAIR[::-1])[0], inner()) - map_points(transform, inner())).max() > 0.1
@@ -64,15 +66,15 @@ def test_the_order_is_that_of_ants() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_a_marked_file_is_inverted() -> None:
-    transform, residual = read_chain(["[0GenericAffine.mat,1]"])
+    transform, residual, _ = read_chain(["[0GenericAffine.mat,1]"])
     assert residual == 0
     back = np.linalg.inv(affine_map())
     np.testing.assert_allclose(map_points(transform, inner()), inner() @ back[:3, :3].T + back[:3, 3], atol=POINT)
-    unmarked, _ = read_chain(["[0GenericAffine.mat, 0]"])
+    unmarked = read_chain(["[0GenericAffine.mat, 0]"]).transform
     np.testing.assert_allclose(
         map_points(unmarked, inner()), map_points(linear_transform(affine_map()), inner()), atol=POINT
     )
-    _, residual = read_chain(["[0GenericAffine.mat,1]", "[1Warp.nii.gz,1]"])
+    _, residual, _ = read_chain(["[0GenericAffine.mat,1]", "[1Warp.nii.gz,1]"])
     assert residual > 0
 
 
@@ -137,7 +139,7 @@ def test_a_displacement_is_read_as_simpleitk_reads_it(intent: int, tmp_path: Pat
 )
 def test_every_format_comes_back(form: str, name: str, files: list[str]) -> None:
     assert vxm(f"compose {' '.join(PAIR)} --output {name} --to {form}") == 0
-    found, _ = read_chain(files)
+    found = read_chain(files).transform
     np.testing.assert_allclose(map_points(found, inner()), map_points(expected(), inner()), atol=2 * POINT)
     assert vxm(f"convert {files[0]} again.h5 --overwrite") == 0
     np.testing.assert_allclose(
@@ -157,7 +159,7 @@ def test_an_ants_pair_of_our_composite_is_the_same_map() -> None:
     ours = Composite(affine_map(), outer, (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
     ours.save("forward.h5")
     assert vxm("convert forward.h5 a_ --to ants --reference fixed.nii.gz") == 0
-    found, _ = read_chain(["a_1Warp.nii.gz", "a_0GenericAffine.mat"])
+    found = read_chain(["a_1Warp.nii.gz", "a_0GenericAffine.mat"]).transform
     index = np.random.default_rng(2).integers(3, 12, (50, 3))  # on voxels: between them it is linear on another grid
     points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
     np.testing.assert_allclose(map_points(found, points), ours.points(points), atol=5e-5)
@@ -183,20 +185,20 @@ def test_images_and_labels_are_pulled_onto_the_reference() -> None:
     assert vxm(f"apply {chain_} --image moving.nii.gz --reference fixed.nii.gz --output w.nii.gz") == 0
     warped, affine = read_image("w.nii.gz")
     np.testing.assert_array_equal(affine, nib.load("fixed.nii.gz").affine)
-    transform, _ = read_chain(PAIR)
+    transform = read_chain(PAIR).transform
     moving = read_image("moving.nii.gz")
     np.testing.assert_array_equal(warped, pull_image(moving, transform, FIXED, affine))
     sharp = "--interpolation lanczos --overwrite"
     assert vxm(f"apply {chain_} --image moving.nii.gz --reference fixed.nii.gz --output w.nii.gz {sharp}") == 0
     np.testing.assert_array_equal(read_image("w.nii.gz")[0], pull_image(moving, transform, FIXED, affine, "lanczos"))
     labels = np.asanyarray(nib.load("labels.nii.gz").dataobj), moving[1]
-    for option, nearest in (("", False), ("--interpolation nearest --overwrite", True)):
+    for option, interpolation in (("", "label"), ("--interpolation nearest --overwrite", "nearest")):
         words = f"apply {chain_} --labels labels.nii.gz --reference fixed.nii.gz --output l.nii.gz {option}"
         assert vxm(words) == 0
         found = nib.load("l.nii.gz")
         assert found.get_data_dtype() == np.int16
         np.testing.assert_array_equal(
-            np.asanyarray(found.dataobj), pull_labels(labels, transform, FIXED, affine, nearest)
+            np.asanyarray(found.dataobj), pull_labels(labels, transform, FIXED, affine, interpolation)
         )
 
 
@@ -222,7 +224,7 @@ def test_an_inverse_says_by_how_much_it_misses(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == ""
     assert sitk.ReadTransform("back.txt").GetName() == "AffineTransform"
     assert vxm(f"invert {' '.join(PAIR)} --output back.h5") == 0
-    inverse, residual = invert_transform(read_chain(PAIR)[0])
+    inverse, residual = invert_transform(read_chain(PAIR).transform)
     assert capsys.readouterr().out == f"inverted numerically; the inverse misses by {residual:.2g} mm at most\n"
     np.testing.assert_allclose(map_points(read_transform("back.h5"), inner()), map_points(inverse, inner()), atol=POINT)
 
@@ -271,7 +273,7 @@ def files(points: NDArray[Any]) -> dict[str, tuple[str, str, str]]:
 @pytest.mark.parametrize("kind", files(inner(3)))
 @pytest.mark.parametrize("side", ["fixed", "moving"])
 def test_points_go_to_the_other_image(kind: str, side: str, capsys: pytest.CaptureFixture[str]) -> None:
-    here, there = inner(3), map_points(read_chain(PAIR)[0], inner(3))
+    here, there = inner(3), map_points(read_chain(PAIR).transform, inner(3))
     given, goal = (here, there) if side == "fixed" else (there, here)
     name, content, options = files(given)[kind]
     Path(name).write_text(content, encoding="utf-8")
@@ -351,8 +353,8 @@ def bad_files() -> None:
     field = np.zeros((5, 6, 7, 1, 3))
     vector_file("scan.nii", field[..., 0, 0])
     vector_file("four.nii", field[..., 0, :])
-    vector_file("flat.nii", np.zeros((5, 6, 1, 1, 2)))
-    vector_file("slice.nii", np.zeros((5, 6, 1, 1, 3)))
+    vector_file("two.nii", np.zeros((5, 6, 7, 1, 2)))
+    vector_file("line.nii", np.zeros((5, 1, 1, 1, 3)))
     vector_file("time.nii", np.zeros((5, 6, 7, 2, 3)))
     vector_file("intent.nii", field, 0)
     vector_file("nan.nii", field + np.nan)
@@ -366,7 +368,9 @@ def bad_files() -> None:
     Path("empty.h5").write_bytes(b"")
     Path("words.tfm").write_text("hello\n")
     np.savetxt("fsl.mat", np.eye(4))
-    sitk.WriteTransform(sitk.Euler2DTransform((1, 2), 0.1), "flat.tfm")
+    sitk.WriteTransform(sitk.BSplineTransformInitializer(sitk.Image(9, 9, sitk.sitkFloat32), [3, 3]), "spline.tfm")
+    for name in ("warp.m3z", "words.lta"):
+        Path(name).write_text("hello\n")
     one = "#Insight Transform File V1.0\n#Transform {}\nTransform: AffineTransform_double_3_3\nParameters: {}\n"
     one += "FixedParameters: 0 0 0\n"
     identity = "1 0 0 0 1 0 0 0 1 0 0 0"
@@ -381,11 +385,11 @@ def bad_files() -> None:
 BAD_TRANSFORMS = {
     "absent.h5": "must be a transform, but there is no such file",
     "fixed.mrk": "must be a transform, but there is no such file",
-    "scan.nii": r"must be a displacement in 3-D, shape \(X, Y, Z, 1, 3\), got \(5, 6, 7\)",
-    "four.nii": r"must be a displacement in 3-D, shape \(X, Y, Z, 1, 3\), got \(5, 6, 7, 3\)",
-    "flat.nii": r"must be a displacement in 3-D, .* got \(5, 6, 1, 1, 2\)",
-    "slice.nii": r"must be a displacement in 3-D, .* got \(5, 6, 1, 1, 3\)",
-    "time.nii": r"must be a displacement in 3-D, .* got \(5, 6, 7, 2, 3\)",
+    "scan.nii": r"must be a displacement, shape \(X, Y, Z, 1, 3\), or .* got \(5, 6, 7\)",
+    "four.nii": r"must be a displacement, .* got \(5, 6, 7, 3\)",
+    "two.nii": r"must be a displacement, .* got \(5, 6, 7, 1, 2\)",
+    "line.nii": r"must be a displacement, .* got \(5, 1, 1, 1, 3\)",
+    "time.nii": r"must be a displacement, .* got \(5, 6, 7, 2, 3\)",
     "intent.nii": r"must have intent 1006 \(displacement along RAS\) or 1007 \(along LPS\), got 0",
     "nan.nii": "must hold finite displacements, got 630 others",
     "sheared.nii": "axes of sheared.nii must be at right angles",
@@ -395,8 +399,10 @@ BAD_TRANSFORMS = {
     "cut.h5": "must be a whole ITK transform, but ITK cannot read it as one",
     "empty.h5": "must be a whole ITK transform, but ITK cannot read it as one",
     "words.tfm": "must be a whole ITK transform, but ITK cannot read it as one",
-    "fsl.mat": "must be a whole ITK transform, but ITK cannot read it as one",
-    "flat.tfm": "must hold a transform in 3-D, got a Euler2DTransform_double_2_2",
+    "fsl.mat": "but ITK cannot read it as one; if FSL wrote it: vxm convert --from fsl",
+    "spline.tfm": "must hold linear transforms or displacements, being in 2-D, got a BSplineTransform",
+    "warp.m3z": "a warp of FreeSurfer must be rewritten by FreeSurfer first, got warp.m3z: mri_warp_convert --inm3z",
+    "words.lta": "words.lta must be a linear transform of FreeSurfer",
     "two.tfm": r"must hold one transform \(or one composite\), got 2",
     "singular.tfm": "must hold linear transforms with an inverse",
     "nothing.tfm": "must hold a transform, got an empty composite",
@@ -431,13 +437,23 @@ BAD_COMMANDS = {
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.png": "saved as .nii or .nii.gz, got w.png",
     "apply W --image moving.nii.gz --reference fixed.nii.gz --output no/w.nii": "must lie in a folder that exists",
     "apply W --image moving.nii.gz --reference none.nii.gz --output w.nii": "none.nii.gz must be a scan .NIfTI",
-    "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "of an image must",
-    "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --interpolation bspline": "of labels must",
+    "apply W --image moving.nii.gz --reference fixed.nii.gz --output w.nii --interpolation label": "image must be",
+    "apply W --labels labels.nii.gz --reference fixed.nii.gz --output w.nii --interpolation bspline": "labels must",
+    "compose [W,1] --output 1Warp.nii.gz --overwrite": "must not be an input",
     "compose W --output w.mat": "a transform that is not linear must be written as .h5",
     "compose W --output w.xfm": "the output must end in one of",
     "compose W --output w.nii --to itk": "a file of format itk must end in one of",
     "compose W --output w.h5 --to 1007": "a file of format 1007 must end in one of",
     "convert 0GenericAffine.mat w.nii.gz": r"must get its grid from a fixed image \(--reference\)",
+    "convert W w.lta": r"a file of format lta must come with both images \(--reference and --moving\)",
+    "convert W w.lta --reference fixed.nii.gz --moving moving.nii.gz": "in .lta must be of a linear transform",
+    "convert W w.mat --to fsl --reference fixed.nii.gz --moving moving.nii.gz": "that ends in .mat must be of a linear",
+    "convert W w.h5 --from fsl --reference fixed.nii.gz": "a transform of FSL must come with both images",
+    "convert W w.h5 --from fsl --reference fixed.nii.gz --moving moving.nii.gz": "1Warp.nii.gz must be .* failed",
+    "compose W flat.nii --output w.h5": "must have the same dimensions, got 1Warp.nii.gz in 3-D, flat.nii in 2-D",
+    "apply flat.nii --image moving.nii.gz --reference fixed.nii.gz --output w.nii": "moving.nii.gz must be .* 2-D",
+    "jacobian flat.nii --reference fixed.nii.gz --output w.nii": "fixed.nii.gz must be an image in 2-D, as the",
+    "convert flat.nii w.lta": "a file of format lta must be of a transform in 3-D, got one in 2-D",
     "convert W 0 --to ants": r"01Warp\.nii\.gz must be new",
     "jacobian fold.nii --reference fixed.nii.gz --output j.nii --log": r"but \d+ of 6555 voxels fold",
     "invert fold.nii --output back.h5": "a displacement must not fold to have an inverse",
@@ -453,6 +469,7 @@ def test_bad_commands_are_one_line_and_write_nothing(
     fold = np.zeros((3, *FIXED))
     fold[0, 8:11] = [[[4.0]], [[0.0]], [[-4.0]]]
     save_displacement("fold.nii", fold, OBLIQUE)
+    vector_file("flat.nii", np.zeros((5, 6, 1, 1, 2)), affine=np.eye(4))
     Path("01Warp.nii.gz").touch()
     before = {name: Path(name).read_bytes() for name in os.listdir()}
     assert vxm(words.replace("W", "1Warp.nii.gz", 1)) == 2
@@ -471,25 +488,47 @@ def test_overwriting_replaces(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out.txt must be new, or be overwritten (--overwrite), but it exists" in capsys.readouterr().err
 
 
-# peers that are not installed with the project
+# peers
 
 
-@pytest.mark.usefixtures("folder")
-def test_ants_applies_the_same() -> None:
-    ants = pytest.importorskip("ants", reason="antspyx is not installed")
-    pandas = pytest.importorskip("pandas")
-    points = pandas.DataFrame(inner() * LPS, columns=list("xyz"))
-    moved = ants.apply_transforms_to_points(3, points, PAIR)[["x", "y", "z"]].to_numpy() * LPS
-    np.testing.assert_allclose(map_points(read_chain(PAIR)[0], inner()), moved, atol=1e-3)
+@pytest.fixture
+def ants() -> Any:
+    return pytest.importorskip("ants", reason="antspyx is not installed")  # it has wheels for some systems alone
+
+
+def same_as_ants(ants: Any, names: list[str]) -> None:
+    """Whether ANTs takes points and the moving image where we do, by transforms from the fixed to the moving image."""
+    transform = read_chain(names).transform
+    points = pd.DataFrame(inner() * LPS, columns=list("xyz"))
+    moved = ants.apply_transforms_to_points(3, points, names)[["x", "y", "z"]].to_numpy() * LPS
+    np.testing.assert_allclose(map_points(transform, inner()), moved, atol=1e-4)  # mm: ANTs reads and counts in float32
     fixed, moving = ants.image_read("fixed.nii.gz"), ants.image_read("moving.nii.gz")
-    expected_image = ants.apply_transforms(fixed, moving, PAIR).numpy()
-    pulled = pull_image(read_image("moving.nii.gz"), read_chain(PAIR)[0], FIXED, nib.load("fixed.nii.gz").affine)
+    expected_image = ants.apply_transforms(fixed, moving, names).numpy()
+    assert np.ptp(expected_image) > 10
+    pulled = pull_image(read_image("moving.nii.gz"), transform, FIXED, nib.load("fixed.nii.gz").affine)
     assert (np.abs(pulled - expected_image) > 0.05).mean() < 1e-3  # those at the edge of the moving image
 
 
 @pytest.mark.usefixtures("folder")
+def test_ants_applies_our_files_as_we_do(ants: Any) -> None:
+    same_as_ants(ants, PAIR)
+    ours = Composite(np.eye(4), affine_map(), (fade(smooth(FIXED, 1)).astype(np.float32), OBLIQUE))
+    ours.save("forward.h5")
+    same_as_ants(ants, ["forward.h5"])
+
+
+@pytest.mark.usefixtures("folder")
+def test_we_apply_ants_own_files_as_ants_does(ants: Any) -> None:
+    fixed, moving = ants.image_read("fixed.nii.gz"), ants.image_read("moving.nii.gz")
+    options = {"aff_iterations": (5,), "aff_shrink_factors": (1,), "aff_smoothing_sigmas": (1,), "random_seed": 1}
+    found = ants.registration(fixed, moving, "SyN", outprefix="ants_", reg_iterations=(4,), **options)["fwdtransforms"]
+    assert [Path(name).name for name in found] == ["ants_1Warp.nii.gz", "ants_0GenericAffine.mat"]
+    assert np.abs(read_displacement("ants_1Warp.nii.gz")[0]).max() > 0.2  # voxels
+    same_as_ants(ants, found)
+
+
+@pytest.mark.usefixtures("folder")
 def test_nitransforms_reads_our_displacement() -> None:
-    nonlinear = pytest.importorskip("nitransforms.nonlinear", reason="nitransforms is not installed")
     field = nonlinear.load("1Warp.nii.gz", fmt="itk")
     index = np.random.default_rng(2).integers(5, np.array(FIXED) - 5, (50, 3))  # on voxels: between them it is cubic
     points = index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]

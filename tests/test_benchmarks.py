@@ -76,6 +76,31 @@ def test_a_wrong_answer_disqualifies(table):
     assert "**5** (goal 100)" in text
 
 
+@pytest.mark.parametrize(("seconds", "turns"), [(0, 1), (1e6, 3)])
+def test_turns_repeat_while_time_lasts(table, monkeypatch, seconds, turns):
+    """Nothing is measured here: each child process's result is made up, the n-th measurement of n seconds."""
+    answer = dict.fromkeys(["ddf", "warped", "gradient", "dice", "distance"], np.ones((1, 3, 16, 16, 16)))
+    answer["similarity"] = np.ones(())
+    asked = []
+
+    def call(function, *args):
+        asked.append((function, *args[:2]))
+        made = {"ceilings": {"float32": 1e9, "bfloat16": 1e9, "copy": 1e9, "idle": 0.4}, "count": table.Cost(1, 1, 1)}
+        number = asked.count(asked[-1])
+        return made.get(function) or table.Measurement(number, number, np.prod(args[1]) / 1e6, answer)
+
+    monkeypatch.setattr(table, "call", call)
+    pages = []
+    run = table.Run(table.Settings((48, 48, 48), (64, 128), 8, 3, seconds), pages.append)
+    run.all()
+    assert {len(done) for done in run.turns.values()} == {turns}
+    assert len(pages) == turns * len(run.turns) + 2 * len(table.LADDER)
+    rows = [line for line in run.block().splitlines() if line.startswith("| ")]
+    assert len(rows) == len(table.ROWS) + 2 + len(table.LADDER)
+    assert rows[1].split("|")[2].strip() == f"{(turns + 1) // 2} s ({(turns + 1) // 2} s)"  # the median
+    assert "1.000 GiB (± 0 %) | 24 million voxels, 287³" in rows[-1]  # 24 - 0.4
+
+
 def test_what_a_convolution_costs(table, monkeypatch):
     speed = table.speed
     image, weight = torch.zeros(1, 4, 5, 6, 7), torch.zeros(8, 4, 3, 3, 3)

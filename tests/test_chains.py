@@ -152,7 +152,7 @@ def test_labels_are_the_largest_share_of_all_one_hot_images(ours: Any, peer: sit
     np.testing.assert_array_equal(pulled[clear], values[total.argmax(axis=0)][clear])
     assert set(np.unique(pulled)) == set(values)
     assert not pulled[total.sum(axis=0) == 0].any()  # beyond the moving image
-    nearest = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE, nearest=True)
+    nearest = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE, "nearest")
     as_image = pull_image((labels.astype(np.float32), MIRRORED), ours, FIXED, OBLIQUE, "nearest")
     assert (nearest != as_image).mean() < 1e-3  # float32 displacements, at the same half voxels
     assert (nearest != pulled).any()

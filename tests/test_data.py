@@ -168,7 +168,9 @@ def test_listed_pairs_are_checked(prepared):
     listed = [pair(a["image"], b["image"], a["label"], b["label"]) for a, b in permutations(scans, 2)]
     check_scans(listed, keys=("image", "label"))
     with pytest.raises(ValueError, match=r"each scan must have \['image', 'label'\], got one with \{'image': "):
-        check_scans([*listed, pair(scans[0]["image"], scans[1]["image"])], keys=("image", "label"))
+        check_scans([*listed[1:], pair(scans[0]["image"], scans[1]["image"])], keys=("image", "label"))
+    with pytest.raises(ValueError, match=rf"the pairs for training must all be different, got {scans[0]['image']} to "):
+        check_scans([*listed, listed[0]])
     with pytest.raises(ValueError, match=r"the scans for training must be at least 2, got 0\."):
         check_scans([])
 

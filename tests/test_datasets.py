@@ -379,7 +379,7 @@ def test_other_pickles_are_refused(content, message, tmp_path):
 # Learn2Reg
 
 
-def submit(folder, ddf, fixed, moving):
+def submit(folder, ddf, fixed, moving, **options):
     """Save a batch of one pair as an evaluator of MONAI would."""
 
     def step(engine, item):
@@ -388,7 +388,7 @@ def submit(folder, ddf, fixed, moving):
         return [{"ddf": torch.from_numpy(ddf)}]
 
     engine = Engine(step)
-    SaveSubmission(str(folder)).attach(engine)
+    SaveSubmission(str(folder), **options).attach(engine)
     engine.run([0])
 
 
@@ -412,6 +412,17 @@ def test_submitted_fields_come_back(tmp_path):
     # quadratic splines on every other voxel of a field that changes over 6 voxels; float16 of up to 4 voxels
     assert np.abs(back - ddf).max() < 0.03
     assert np.abs(ddf).max() == 4
+
+
+def test_submitted_fields_are_not_replaced_silently(tmp_path):
+    images = [f"OASIS_{n:04d}_0000.nii.gz" for n in (395, 396)]
+    submit(tmp_path, smooth_field((8, 6, 10)), *images)
+    with pytest.raises(FileExistsError, match=r"must hold no fields yet, or overwrite be true, but .*disp_0395_0396"):
+        submit(tmp_path, smooth_field((8, 6, 10), seed=1), *images[::-1])
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    submit(tmp_path, smooth_field((8, 6, 10), seed=1), *images, overwrite=True)
+    assert path.read_bytes() != before
 
 
 def test_submitted_fields_of_neurite_oasis_are_named_by_their_folders(tmp_path):

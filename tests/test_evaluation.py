@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from voxelmorph_monai.evaluation import Evaluation, load_evaluation, save_evaluation, scan_names, summarise, tabulate
+from voxelmorph_monai.evaluation import (
+    Evaluation,
+    load_evaluation,
+    merge_sides,
+    save_evaluation,
+    scan_names,
+    summarise,
+    tabulate,
+)
 
 STRUCTURES = ["right thalamus", "left thalamus", "brain stem"]
 GROUPS = {"thalamus": ["right thalamus", "left thalamus"], "stem": ["brain stem"]}
@@ -40,6 +48,17 @@ def test_a_group_is_the_mean_of_its_structures_that_have_a_value() -> None:
     groups = evaluation().over("dice", "groups")
     assert groups.loc[("b", "0012")].tolist() == [0.625, 1.0]
     assert groups.loc[("0012", "b")].tolist() == [0.25, 0.5]
+
+
+def test_sides_are_merged_and_nothing_else() -> None:
+    names = ["right thalamus", "stem", "left thalamus", "upright post", "left post", "leftover"]
+    assert merge_sides(names) == {
+        "thalamus": ["right thalamus", "left thalamus"],
+        "stem": ["stem"],
+        "upright post": ["upright post"],
+        "post": ["left post"],
+        "leftover": ["leftover"],
+    }
 
 
 def test_summary_says_over_what_it_is() -> None:

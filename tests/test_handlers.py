@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from voxelmorph_monai.data import PairDataset, PairSampler
 from voxelmorph_monai.engines import prepare_pair
-from voxelmorph_monai.handlers import EpochSeed, KeepBest, Resume
+from voxelmorph_monai.handlers import EpochSeed, KeepBest, Ramp, Resume
 from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
 from voxelmorph_monai.networks import Registration, VoxelMorph
 
@@ -68,6 +68,26 @@ def test_seeds_and_processes_draw_apart(monkeypatch):
     monkeypatch.undo()
     for generator in range(3):
         assert len({run[0][generator] for run in (first, other, second)}) == 3
+
+
+# Ramp
+
+
+@pytest.mark.parametrize(("num_epochs", "shares"), [(0, [1, 1, 1]), (1, [0, 1, 1]), (4, [0, 0.25, 0.5, 0.75, 1, 1])])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_weight_grows_with_the_epoch_and_nothing_else(num_epochs, shares, start):
+    loss = RegistrationLoss(nn.MSELoss(), dice_weight=0.8)
+    seen = []
+    trainer = Engine(lambda engine, item: seen.append(loss.dice_weight))
+    Ramp(loss, "dice_weight", num_epochs).attach(trainer)
+    trainer.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "epoch", start))  # resumed
+    trainer.run([0], max_epochs=len(shares))
+    assert seen == pytest.approx([0.8 * share for share in shares[start:]])
+
+
+def test_a_ramp_is_not_negative():
+    with pytest.raises(ValueError, match=r"num_epochs of the ramp of smoothness_weight must be 0 or more, got -1\."):
+        Ramp(RegistrationLoss(nn.MSELoss()), "smoothness_weight", -1)
 
 
 # KeepBest

@@ -55,9 +55,10 @@ ALLOWED = {
     "uncertainty": {"networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
     "chains": {"blocks", "spaces"},
-    "transform_files": {"chains", "formats", "spaces"},
+    "foreign_files": {"formats", "spaces"},
+    "transform_files": {"chains", "foreign_files", "formats", "spaces"},
     "points": {"spaces"},
-    "apply": {"blocks", "chains", "points", "spaces", "transform_files"},
+    "apply": {"blocks", "chains", "formats", "points", "spaces", "transform_files"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

@@ -32,9 +32,7 @@ from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
 
 pytestmark = [
-    pytest.mark.skipif(
-        find_spec("monailabel") is None, reason="MONAI Label is not installed: label_app/requirements.txt says how"
-    ),
+    pytest.mark.skipif(find_spec("monailabel") is None, reason="MONAI Label is not installed: docs/label.md says how"),
     # MONAI Label's client leaves its connections to the garbage collector
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

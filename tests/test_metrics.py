@@ -4,6 +4,7 @@ import csv
 import math
 from itertools import product
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from monai.metrics import DiceMetric
 from monai.metrics.utils import get_mask_edges
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.distance import cdist
+from surface_distance import compute_robust_hausdorff, compute_surface_distances
 from torch.testing import assert_close
 
 from voxelmorph_monai.blocks import identity_grid, integrate
@@ -332,15 +334,33 @@ def test_hausdorff95_by_brute_force_in_3d(spacing):
 @pytest.mark.filterwarnings("ignore:Please .* from the `scipy.ndimage` namespace:DeprecationWarning")  # the package's
 @pytest.mark.parametrize("size", SIZES)
 def test_hausdorff95_is_that_of_the_surface_distance_package(size):
-    package = pytest.importorskip("surface_distance", reason="needs the package surface-distance")
-    spacing = SPACINGS[len(size)]
     for seed in range(5):
-        labels, reference = blobs(size, 3, 8 + seed, batch=1), blobs(size, 3, 20 + seed, batch=1)
-        found = hausdorff95(labels, reference, 3, spacing=spacing)
-        for k in range(3):
-            pair = [image[0, 0].numpy() == k + 1 for image in (labels, reference)]
-            expected = package.compute_robust_hausdorff(package.compute_surface_distances(*pair, spacing), 95)
-            assert found[0, k].item() == pytest.approx(expected, rel=1e-12)
+        check_by_surface_distance(
+            blobs(size, 3, 8 + seed, batch=1), blobs(size, 3, 20 + seed, batch=1), 3, SPACINGS[len(size)]
+        )
+
+
+def check_by_surface_distance(labels, reference, num_labels, spacing):
+    found = hausdorff95(labels, reference, num_labels, spacing=spacing)
+    for k in range(num_labels):
+        pair = [image[0, 0].numpy() == k + 1 for image in (labels, reference)]
+        expected = compute_robust_hausdorff(compute_surface_distances(*pair, spacing), 95)
+        assert found[0, k].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Please .* from the `scipy.ndimage` namespace:DeprecationWarning")  # the package's
+def test_overlap_and_surfaces_of_real_labels(malf):
+    numbers = [59, 60, 36, 37, 47, 48, 51, 52]  # thalamus to lateral ventricle of both sides, as raters drew them
+    maps = []
+    for name in ("1005", "1018"):
+        whole = np.asarray(nib.load(malf / f"{name}_labels.nii.gz").dataobj)[50:110, 70:140, 40:120]
+        maps.append(sum((k + 1) * (whole == n) for k, n in enumerate(numbers)))
+    assert all(set(np.unique(m)) >= set(range(1, 9)) for m in maps)
+    labels, reference = (torch.from_numpy(m)[None, None] for m in maps)
+    check_by_surface_distance(labels, reference, 8, (1.0, 1.2, 0.9))
+    expected = [2 * ((maps[0] == k) & (maps[1] == k)).sum() / ((maps[0] == k).sum() + (maps[1] == k).sum())
+                for k in range(1, 9)]  # fmt: skip
+    assert_close(dice(labels, reference, 8)[0], torch.tensor(expected), **EXACT)
 
 
 def box(size, start, stop):

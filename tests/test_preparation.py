@@ -17,7 +17,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import preparation
-from voxelmorph_monai.preparation import Grid, mni152, mni152_tissue, prepare, resample, sample
+from voxelmorph_monai.preparation import Grid, check_brain, mni152, mni152_tissue, prepare, resample, sample
 from voxelmorph_monai.spaces import Affine, from_itk, read_image, read_labels, save_image, to_itk, transform_affine
 
 GRID = Grid((54, 60, 70), 3.0)
@@ -429,6 +429,14 @@ def test_bad_scans_are_found_before_the_work(
         prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID)
     assert not quick
     assert not (tmp_path / "out").exists()
+
+
+def test_a_resampled_brain_may_have_a_rim() -> None:
+    grid = Grid((80, 96, 112), 2.0)
+    affine, larger = preparation.grid_affine(grid), np.diag([0.93, 0.93, 0.93, 1.0])  # in MNI152 a brain gains a third
+    image = preparation.resample_intensities(read_image(sample("colin27")), grid.size, affine, larger)
+    assert np.count_nonzero(image > 0) * 8e-6 > 2.5  # litres
+    check_brain((image, affine), "the brain")
 
 
 def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from voxelmorph_monai import registration
+from voxelmorph_monai import cli, registration
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.preparation import Grid, grid_affine
 from voxelmorph_monai.registration import register, register_files
-from voxelmorph_monai.spaces import Affine, Plane, transform_affine
+from voxelmorph_monai.spaces import Affine, Plane, save_image, transform_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,15 +131,31 @@ def network() -> Registration:
     return Registration(model, bidirectional=True, amp=False).eval()
 
 
-def test_simpleitk_applies_the_transforms_of_2d_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Register ``moving.nii.gz`` to ``fixed.nii.gz`` of the working directory into ``out``, by the network."""
     monkeypatch.setattr(registration, "load_network", lambda *_: network())
-    moving = save_2d(tmp_path / "moving.nii.gz", body(MOVING[0], grid(*MOVING)), grid(*MOVING))
-    fixed = save_2d(tmp_path / "fixed.nii.gz", body(FIXED[0], grid(*FIXED)), grid(*FIXED))
-    labels = save_2d(tmp_path / "labels.nii.gz", (body(FIXED[0], grid(*FIXED)) > 450).astype(np.uint8), grid(*FIXED))
-    out, weights = tmp_path / "out", tmp_path / "weights.pt"
-    weights.write_bytes(b"never read")
-    options: dict[str, Any] = {"space": "fixed", "transform": "none", "grid": Grid((64, 72), 1.5), "weights": weights}
-    summary = register_files(moving, fixed, out, fixed_labels=labels, **options)
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pt").write_bytes(b"never read")
+    options: dict[str, Any] = {"space": "fixed", "transform": "none", "grid": Grid((64, 72), 1.5)}
+    return lambda **more: register_files(
+        "moving.nii.gz", "fixed.nii.gz", "out", weights="weights.pt", **{**options, **more}
+    )
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """A moving and a fixed image in 2-D, and labels of both."""
+    for name, (size, sides) in (("moving", MOVING), ("fixed", FIXED)):
+        image = body(size, grid(size, sides))
+        save_2d(tmp_path / f"{name}.nii.gz", image, grid(size, sides))
+        save_2d(tmp_path / f"{name}_labels.nii.gz", (image > 450).astype(np.uint8), grid(size, sides))
+    return tmp_path
+
+
+def test_simpleitk_applies_the_transforms_of_2d_images(flat: Path, bend: Any) -> None:
+    moving, fixed, out = (flat / name for name in ("moving.nii.gz", "fixed.nii.gz", "out"))
+    summary = bend(fixed_labels="fixed_labels.nii.gz")
     assert json.loads((out / "summary.json").read_text()) == summary
     warped, target = sitk.ReadImage(str(out / "warped.nii.gz")), sitk.ReadImage(str(fixed))
     assert warped.GetDimension() == 2
@@ -159,6 +175,99 @@ def test_simpleitk_applies_the_transforms_of_2d_images(tmp_path: Path, monkeypat
     assert 0 < summary["sdlogj"] < 0.5
     assert sitk.ReadImage(str(out / "jacobian.nii.gz")).GetSize() == target.GetSize()
     assert (out / "report.png").stat().st_size > 10_000
+
+
+def vxm(words: str) -> None:
+    assert cli.main(words.split()) == 0
+
+
+def array(name: str) -> NDArray[Any]:
+    return sitk.GetArrayFromImage(sitk.ReadImage(name))
+
+
+def moved(*names: str) -> NDArray[Any]:
+    """Where SimpleITK takes points of the fixed 2-D image along files of transforms, the first of them first."""
+    transform = sitk.CompositeTransform([sitk.ReadTransform(name) for name in reversed(names)])
+    return np.array([transform.TransformPoint(point) for point in points()[:2].T])
+
+
+@pytest.mark.usefixtures("flat")
+def test_2d_transforms_are_applied_as_by_simpleitk(bend: Any) -> None:
+    bend()
+    sitk.WriteTransform(sitk.Euler2DTransform((3, -5), 0.2, (4, 6)), "turn.tfm")
+    euler = sitk.ReadTransform("turn.tfm")
+    peer = sitk.CompositeTransform([euler, sitk.ReadTransform("out/forward.h5")])  # the last one is applied first
+    fixed = sitk.ReadImage("fixed.nii.gz")
+    # Of 800 over some 5 mm, times the 1e-4 mm of float32 headers and fields; labels just at half a pixel.
+    for name, kind, peers, most in (
+        ("moving", "image", {"linear": sitk.sitkLinear, "bspline": sitk.sitkBSpline}, 0.1),
+        ("moving_labels", "labels", {"nearest": sitk.sitkNearestNeighbor}, 1),
+    ):
+        for interpolation, theirs in peers.items():
+            words = f"--{kind} {name}.nii.gz --reference fixed.nii.gz --interpolation {interpolation} --overwrite"
+            vxm(f"apply out/forward.h5 turn.tfm {words} --output pulled.nii.gz")
+            expected = sitk.Resample(sitk.ReadImage(f"{name}.nii.gz"), fixed, peer, theirs)
+            off = np.abs(array("pulled.nii.gz").astype(float) - sitk.GetArrayFromImage(expected))
+            assert off.max() <= most
+            assert (off > 0.1).mean() < 1e-3
+            assert sitk.ReadImage("pulled.nii.gz").GetDimension() == 2
+    vxm("apply out/displacement.nii.gz --image moving.nii.gz --reference fixed.nii.gz --output pulled.nii --overwrite")
+    assert np.abs(array("pulled.nii") - array("out/warped.nii.gz")).max() < 0.1
+    rows = "".join(f"{x!r},{y!r},5\n" for x, y in points()[:2].T.tolist())
+    Path("p.csv").write_text(f"x,y,z\n{rows}")
+    vxm("apply out/forward.h5 turn.tfm --points p.csv --coordinates LPS --points-of fixed --output q.csv")
+    found = np.loadtxt("q.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(found[:, :2], moved("out/forward.h5", "turn.tfm"), atol=2e-6)  # six decimals
+    np.testing.assert_array_equal(found[:, 2], 5)
+    vxm("apply out/forward.h5 turn.tfm --points q.csv --coordinates LPS --points-of moving --output r.csv")
+    np.testing.assert_allclose(np.loadtxt("r.csv", delimiter=",", skiprows=1)[:, :2], points()[:2].T, atol=1e-4)
+
+
+@pytest.mark.usefixtures("flat")
+def test_2d_transforms_stay_in_2d(bend: Any) -> None:
+    bend()
+    vxm("compose out/forward.h5 out/affine.txt --output both.h5")
+    np.testing.assert_allclose(moved("both.h5"), moved("out/forward.h5", "out/affine.txt"), atol=1e-5)  # mm
+    vxm("convert out/affine.txt again.mat")
+    np.testing.assert_allclose(moved("again.mat"), moved("out/affine.txt"), atol=1e-9)
+    vxm("invert out/forward.h5 --output back.h5")
+    # mm, of pixels of 1.5 mm between whose centres the inverse is linear
+    assert np.linalg.norm(moved("out/forward.h5", "back.h5") - points()[:2].T, axis=1).max() < 0.2
+    vxm("convert out/forward.h5 pair_ --to ants --reference fixed.nii.gz")
+    vxm("convert out/forward.h5 1006.nii.gz --to 1006 --reference fixed.nii.gz")
+    field = sitk.DisplacementFieldTransform(sitk.ReadImage("pair_1Warp.nii.gz", sitk.sitkVectorFloat64))
+    pair = sitk.CompositeTransform([sitk.ReadTransform("pair_0GenericAffine.mat"), field])
+    index = np.random.default_rng(5).integers(5, np.array(FIXED[0]) - 5, (30, 2))  # pixels: between them it is linear
+    places = [sitk.ReadImage("fixed.nii.gz").TransformIndexToPhysicalPoint(at) for at in index.tolist()]
+    expected = [sitk.ReadTransform("out/forward.h5").TransformPoint(place) for place in places]
+    np.testing.assert_allclose([pair.TransformPoint(place) for place in places], expected, atol=1e-4)  # mm, float32
+    vectors = nib.load("1006.nii.gz").get_fdata()[tuple(index.T)][:, 0, 0]  # along RAS
+    np.testing.assert_allclose(places - vectors, expected, atol=1e-4)
+    vxm("jacobian out/forward.h5 --reference fixed.nii.gz --output jacobian.nii.gz")
+    np.testing.assert_allclose(array("jacobian.nii.gz"), array("out/jacobian.nii.gz"), atol=1e-3)  # float32 transforms
+
+
+def test_the_commands_take_tilted_slices(bend: Any) -> None:
+    for name, (size, sides), place in (
+        ("moving", MOVING, rigid((15, 70, 25), (-20, 9, 30))),
+        ("fixed", FIXED, rigid((10, 65, 20), (-20, 9, 30))),
+    ):
+        save_image(f"{name}.nii.gz", body(size, grid(size, sides))[..., None], tilted(place, grid(size, sides), 2))
+    bend(grid=Grid((96, 90), 1.5))
+    vxm("apply out/forward.h5 --image moving.nii.gz --reference fixed.nii.gz --output pulled.nii.gz")
+    images = [sitk.ReadImage(f"{name}.nii.gz") for name in ("moving", "fixed")]
+    peer = sitk.GetArrayFromImage(sitk.Resample(*images, sitk.ReadTransform("out/forward.h5")))
+    assert peer.max() > 400
+    for expected in (peer, array("out/warped.nii.gz")):
+        assert np.abs(array("pulled.nii.gz") - expected).max() < 0.1  # as above
+    vxm("jacobian out/displacement.nii.gz --reference fixed.nii.gz --output jacobian.nii.gz")
+    np.testing.assert_allclose(array("jacobian.nii.gz"), array("out/jacobian.nii.gz"), atol=1e-3)
+    for name in ("forward.h5", "displacement.nii.gz"):  # three parts, and one from plane to plane
+        vxm(f"invert out/{name} --output back.h5 --overwrite")
+        back, there = sitk.ReadTransform("back.h5"), sitk.ReadTransform("out/forward.h5")
+        places = [images[1].TransformContinuousIndexToPhysicalPoint((x, y, 0)) for x, y in ((30.2, 25.7), (20.4, 31.5))]
+        again = [back.TransformPoint(there.TransformPoint(place)) for place in places]
+        assert np.linalg.norm(np.subtract(again, places), axis=1).max() < 0.3  # mm, as above, of larger pixels
 
 
 def test_slices_of_two_planes_are_registered_from_plane_to_plane(tmp_path: Path) -> None:

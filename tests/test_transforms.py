@@ -170,6 +170,20 @@ def test_labels_past_what_is_measured_are_refused(prepared):
         MergeLabelsd("label", num_labels=3)({"label": torch.tensor([4])})
 
 
+def test_structures_that_are_kept_keep_their_numbers():
+    labels = torch.tensor([[[0, 3, 10], [49, 11, 77]]])
+    kept = MergeLabelsd("label", TABLE, kept=["none of these", "cortex"])({"label": labels})["label"]
+    assert_close(kept, torch.tensor([[[0, 2, 0], [0, 0, 3]]], dtype=torch.int32), rtol=0, atol=0)
+    plain = MergeLabelsd("label", num_labels=80, kept=[77, 3])({"label": labels.int()})["label"]
+    assert_close(plain, torch.tensor([[[0, 3, 0], [0, 0, 77]]], dtype=torch.int32), rtol=0, atol=0)
+    with pytest.raises(
+        ValueError, match=r"kept must name one or more of the structures \['thal.*'\], got \['pons'\]\."
+    ):
+        MergeLabelsd("label", TABLE, kept=["pons"])
+    with pytest.raises(ValueError, match=r"kept must name one or more of the structures \[1, 2\], got \[\]\."):
+        MergeLabelsd("label", num_labels=2, kept=[])
+
+
 # WarpLabelsd
 
 

@@ -69,7 +69,7 @@ def test_archives_hold_what_git_knows(published: Path) -> None:
     assert set(known) - {".gitignore"} <= set(source)
     wheel = zipfile.ZipFile(published / f"voxelmorph_monai-{__version__}-py3-none-any.whl").namelist()
     needed = [name for name in known if name.startswith("voxelmorph_monai/")]
-    needed += [f"voxelmorph_monai/{name}" for name in known if name.startswith(("bundles/", "label_app/"))]
+    needed += [f"voxelmorph_monai/{name}" for name in known if name.startswith("bundles/")]
     assert sorted(needed) == sorted(name for name in wheel if ".dist-info/" not in name)
 
 

@@ -5,15 +5,25 @@ one, and so pulls the moving image onto the fixed grid. Points that were drawn i
 the image, which is against the transform: by its inverse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import itk
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from voxelmorph_monai.blocks import jacobian_determinant
-from voxelmorph_monai.chains import INTERPOLATIONS, invert_points, map_points, on_grid, pull_image, pull_labels
+from voxelmorph_monai.chains import (
+    INTERPOLATIONS,
+    LABEL_INTERPOLATIONS,
+    invert_points,
+    map_points,
+    on_grid,
+    pull_image,
+    pull_labels,
+)
+from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.points import read_points, save_points
 from voxelmorph_monai.spaces import (
     Affine,
@@ -23,12 +33,9 @@ from voxelmorph_monai.spaces import (
     require_right_angles,
     save_image_like,
 )
-from voxelmorph_monai.transform_files import read_chain, require_new
+from voxelmorph_monai.transform_files import Chain, read_chain, require_new
 
-__all__ = ["LABEL_INTERPOLATIONS", "SIDES", "jacobian_file", "pull_file", "pull_label_file", "read_grid", "take_points"]
-
-LABEL_INTERPOLATIONS = ("label", "nearest")
-"""How a label map is read between voxels: the label with the largest linear share, or that of the nearest voxel."""
+__all__ = ["SIDES", "jacobian_file", "pull_file", "read_grid", "take_points"]
 
 SIDES = ("fixed", "moving")
 """The image that points were drawn in."""
@@ -39,9 +46,9 @@ def read_grid(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not one 3-D volume with axes at right angles.
+        ValueError: not one 3-D volume, slice or 2-D image, its axes at right angles.
     """
-    volume, affine = open_volume(path)
+    volume, affine = open_volume(path, planar=True)
     require_right_angles(affine, str(path))
     x, y, z = volume.shape
     return (x, y, z), affine
@@ -53,76 +60,70 @@ def _check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Pa
     require_new(Path(output), overwrite, inputs)
 
 
-def _open(
-    transforms: Sequence[str], reference: str | Path
-) -> tuple[itk.Transform, tuple[tuple[int, int, int], Affine], float]:
-    grid = read_grid(reference)
-    transform, residual = read_chain(transforms)
-    return transform, grid, residual
+def _open(transforms: Sequence[str], *images: str | Path) -> Chain:
+    """Read transforms, which must have the dimensions of the images."""
+    found = read_chain(transforms)
+    for image in images:
+        if spatial_dims_of(Path(image)) != found.spatial_dims:
+            raise ValueError(f"{image} must be an image in {found.spatial_dims}-D, as the transforms are.")
+    return found
+
+
+class _Kind(NamedTuple):
+    """What is pulled: how it is read and pulled, and the interpolations it can have, the default first."""
+
+    read: Callable[..., tuple[NDArray[Any], Affine]]
+    pull: Callable[..., NDArray[Any]]
+    interpolations: Iterable[str]
+
+
+_KINDS = {
+    "image": _Kind(read_image, pull_image, INTERPOLATIONS),
+    "labels": _Kind(read_labels, pull_labels, LABEL_INTERPOLATIONS),
+}
 
 
 def pull_file(
     transforms: Sequence[str],
-    image: str | Path,
+    moving: str | Path,
     reference: str | Path,
     output: str | Path,
     *,
-    interpolation: str = "linear",
+    kind: str = "image",
+    interpolation: str | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Pull an image onto the grid of a reference; the output has the header of the reference and is float32.
+    """Pull an image or a label map onto the grid of a reference; the output has the header of the reference.
+
+    An image becomes float32, a label map keeps its type. Transforms of 2-D images pull 2-D images onto 2-D references,
+    all others volumes or slices.
 
     Args:
         transforms: as :func:`~voxelmorph_monai.transform_files.read_chain` takes them.
-        image: the moving image, as :func:`~voxelmorph_monai.spaces.open_volume` takes it, in 3-D.
+        moving: the image or label map, as :func:`~voxelmorph_monai.spaces.open_volume` takes it.
         reference: the fixed image, whose grid counts alone.
         output: ``.nii`` or ``.nii.gz``.
-        interpolation: one of :data:`~voxelmorph_monai.chains.INTERPOLATIONS`.
+        kind: ``"image"`` or ``"labels"``.
+        interpolation: one of :data:`~voxelmorph_monai.chains.INTERPOLATIONS` (default: linear), or of
+            :data:`~voxelmorph_monai.chains.LABEL_INTERPOLATIONS` (default: linear for each label, the largest wins).
         overwrite: replace ``output``.
 
     Returns:
         Residual in mm of the displacements that were inverted, 0 where none was.
     """
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"interpolation of an image must be one of {', '.join(INTERPOLATIONS)}, got '{interpolation}'."
-        )
-    _check_output(output, overwrite, [image, reference, *transforms])
-    moving = read_image(image)
-    require_right_angles(moving[1], str(image))
-    transform, grid, residual = _open(transforms, reference)
-    save_image_like(output, pull_image(moving, transform, *grid, interpolation=interpolation), reference)
-    return residual
-
-
-def pull_label_file(
-    transforms: Sequence[str],
-    labels: str | Path,
-    reference: str | Path,
-    output: str | Path,
-    *,
-    interpolation: str = "label",
-    overwrite: bool = False,
-) -> float:
-    """Pull a label map onto the grid of a reference, as :func:`pull_file` does an image; it keeps its type.
-
-    Args:
-        transforms: as in :func:`pull_file`.
-        labels: label map of the moving image.
-        reference: as in :func:`pull_file`.
-        output: as in :func:`pull_file`.
-        interpolation: ``"label"``: linear for each label, the largest share wins; or ``"nearest"``.
-        overwrite: as in :func:`pull_file`.
-    """
-    if interpolation not in LABEL_INTERPOLATIONS:
-        known = ", ".join(LABEL_INTERPOLATIONS)
-        raise ValueError(f"interpolation of labels must be one of {known}, got '{interpolation}'.")
-    _check_output(output, overwrite, [labels, reference, *transforms])
-    moving = read_labels(labels)
-    transform, grid, residual = _open(transforms, reference)
-    pulled = pull_labels(moving, transform, *grid, nearest=interpolation == "nearest")
-    save_image_like(output, pulled, reference)
-    return residual
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got '{kind}'.")
+    read, pull, interpolations = _KINDS[kind]
+    interpolation = interpolation or next(iter(interpolations))
+    if interpolation not in interpolations:
+        raise ValueError(f"{kind} must be interpolated by one of {', '.join(interpolations)}, got '{interpolation}'.")
+    _check_output(output, overwrite, [moving, reference, *transforms])
+    array, affine = read(moving, planar=True)
+    require_right_angles(affine, str(moving))
+    grid = read_grid(reference)
+    found = _open(transforms, moving, reference)
+    save_image_like(output, pull((array, affine), found.transform, *grid, interpolation=interpolation), reference)
+    return found.residual
 
 
 def jacobian_file(
@@ -146,8 +147,9 @@ def jacobian_file(
         ValueError: the logarithm of a transform that folds; and for wrong input.
     """
     _check_output(output, overwrite, [reference, *transforms])
-    transform, grid, _ = _open(transforms, reference)
-    determinant = jacobian_determinant(torch.from_numpy(on_grid(transform, *grid))[None])[0, 0].numpy()
+    grid = read_grid(reference)
+    ddf = on_grid(_open(transforms, reference).transform, *grid)
+    determinant = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
     if logarithm:
         folds = int((determinant <= 0).sum())
         if folds:
@@ -190,7 +192,7 @@ def take_points(
     if not str(output).endswith(ending):
         raise ValueError(f"moved points are saved in the format they come in, {ending}, got {output}.")
     require_new(Path(output), overwrite, [points, *transforms])
-    transform, residual = read_chain(transforms)
+    transform, residual, _ = read_chain(transforms)
     if drawn_in == "fixed":
         moved = map_points(transform, given.points)
     else:

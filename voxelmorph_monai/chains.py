@@ -4,6 +4,8 @@ A transform :math:`T` takes points of the fixed image to points of the moving on
 from the moving grid to the fixed one. A chain of parts is written in the order in which a point of the fixed image goes
 through them, which is the order of ANTs' command line; ITK's composite holds the same parts the other way round. Points
 and affines are in RAS mm as everywhere in the package, the transforms themselves are ITK's (LPS, float64).
+
+Those of 2-D images are lifted to 3-D ones that keep z; the images lie in the plane of z = 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +20,9 @@ from scipy import optimize
 from voxelmorph_monai.blocks import compose, corners, invert, jacobian_determinant, majority
 from voxelmorph_monai.spaces import (
     Affine,
+    Plane,
     from_itk,
+    in_plane,
     linear_transform,
     points_to_lps,
     require_right_angles,
@@ -28,6 +32,7 @@ from voxelmorph_monai.spaces import (
 
 __all__ = [
     "INTERPOLATIONS",
+    "LABEL_INTERPOLATIONS",
     "chain",
     "field_of",
     "field_transform",
@@ -35,6 +40,8 @@ __all__ = [
     "invert_points",
     "invert_transform",
     "is_field",
+    "lift",
+    "lower",
     "map_points",
     "matrix_of",
     "on_grid",
@@ -55,11 +62,14 @@ INTERPOLATIONS = {
 }
 """How an image is read between voxels: names, and ITK's classes for images in float32."""
 
+LABEL_INTERPOLATIONS = ("label", "nearest")
+"""How a label map is read between voxels: the label with the largest linear share, or that of the nearest voxel."""
+
 
 def flatten(transform: itk.Transform) -> list[itk.Transform]:
     """Parts of a transform, of composites in composites too, in the order in which a point goes through them."""
     transform = itk.down_cast(transform)
-    if not isinstance(transform, itk.CompositeTransform[itk.D, 3]):
+    if not isinstance(transform, (itk.CompositeTransform[itk.D, 2], itk.CompositeTransform[itk.D, 3])):
         return [transform]
     held = [transform.GetNthTransform(i) for i in reversed(range(transform.GetNumberOfTransforms()))]
     return [part for each in held for part in flatten(each)]
@@ -79,7 +89,7 @@ def chain(transforms: Iterable[itk.Transform]) -> itk.Transform:
         if parts and part.IsLinear() and parts[-1].IsLinear():
             part = linear_transform(matrix_of(part) @ matrix_of(parts.pop()))
         parts.append(part)
-    composite = itk.CompositeTransform[itk.D, 3].New()
+    composite = itk.CompositeTransform[itk.D, parts[0].GetInputSpaceDimension()].New()
     for part in reversed(parts):  # ITK applies what was added last first
         composite.AddTransform(part)
     return composite
@@ -88,46 +98,80 @@ def chain(transforms: Iterable[itk.Transform]) -> itk.Transform:
 def map_points(transform: itk.Transform, points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Take ``points`` ``(N, 3)`` (RAS, mm) along the transform: points of the fixed image to the moving one."""
     mapped = [tuple(transform.TransformPoint(point)) for point in points_to_lps(points).tolist()]
-    return points_to_lps(np.array(mapped, dtype=np.float64).reshape(-1, 3))
+    return points_to_lps(np.array(mapped, dtype=np.float64).reshape(points.shape))
 
 
 def matrix_of(transform: itk.Transform) -> Affine:
-    """4 x 4 matrix of a linear transform (RAS, mm), of whichever of ITK's classes."""
-    origin, *ends = map_points(transform, np.vstack([np.zeros(3), np.eye(3)]))
-    matrix = np.eye(4)
-    matrix[:3, :3], matrix[:3, 3] = (np.array(ends) - origin).T, origin
+    """4 x 4 matrix of a linear transform (RAS, mm), of whichever of ITK's classes; 3 x 3 in 2-D."""
+    spatial_dims = transform.GetInputSpaceDimension()
+    origin, *ends = map_points(transform, np.eye(spatial_dims + 1, spatial_dims, k=-1))
+    matrix = np.eye(spatial_dims + 1)
+    matrix[:-1, :-1], matrix[:-1, -1] = (np.array(ends) - origin).T, origin
     return matrix
 
 
 def is_field(transform: itk.Transform) -> bool:
     """Whether a transform is a displacement on a grid."""
-    return isinstance(transform, itk.DisplacementFieldTransform[itk.D, 3])
+    return isinstance(transform, (itk.DisplacementFieldTransform[itk.D, 2], itk.DisplacementFieldTransform[itk.D, 3]))
 
 
 def field_transform(ddf: NDArray[np.floating[Any]], affine: Affine) -> itk.Transform:
     """ITK transform of a displacement ``(3, X, Y, Z)`` in voxels of the grid with this affine (RAS, mm).
 
-    Beyond the grid ITK takes the displacement for 0.
+    One of ``(2, X, Y)`` with a 3 x 3 affine becomes a 2-D transform. Beyond the grid ITK takes the displacement for 0.
     """
     require_right_angles(affine, "a displacement")
-    sides, lps = spacing(affine), points_to_lps(affine[:3].T).T
-    grid = [*ddf.shape[1:], *lps[:, 3], *sides, *(lps[:, :3] / sides).flat]  # size, origin, spacing, direction
-    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
+    sides, lps = spacing(affine), points_to_lps(affine[:-1].T).T
+    grid = [*ddf.shape[1:], *lps[:, -1], *sides, *(lps[:, :-1] / sides).flat]  # size, origin, spacing, direction
+    transform = itk.DisplacementFieldTransform[itk.D, len(ddf)].New()
     transform.SetFixedParameters(itk.OptimizerParameters[itk.D]([float(number) for number in grid]))
     vectors = itk.array_view_from_image(transform.GetDisplacementField())  # memory that belongs to the transform
-    vectors[:] = points_to_lps(np.einsum("ij,jxyz->zyxi", affine[:3, :3], ddf))
+    vectors[:] = points_to_lps(np.tensordot(affine[:-1, :-1], ddf, axes=1).T)
     return transform
 
 
 def _to_voxels(affine: Affine) -> NDArray[Any]:
-    """3 x 3 matrix from vectors in mm (LPS) to vectors in voxels."""
-    return np.linalg.inv(points_to_lps(affine[:3, :3].T).T)
+    """3 x 3 matrix from vectors in mm (LPS) to vectors in voxels; 2 x 2 in 2-D."""
+    return np.linalg.inv(points_to_lps(affine[:-1, :-1].T).T)
 
 
 def field_of(transform: itk.Transform) -> tuple[NDArray[np.float64], Affine]:
-    """Displacement ``(3, X, Y, Z)`` in voxels of its own grid, and the affine of that grid (RAS, mm)."""
+    """Displacement ``(3, X, Y, Z)`` in voxels of its own grid, and the affine of that grid (RAS, mm); in 2-D as given.
+
+    The inverse of :func:`field_transform`.
+    """
     vectors, affine = from_itk(transform.GetDisplacementField())
-    return np.einsum("ij,jxyz->ixyz", _to_voxels(affine), vectors), affine
+    return np.tensordot(_to_voxels(affine), vectors, axes=1), affine
+
+
+def lift(transform: itk.Transform) -> itk.Transform:
+    """A 2-D transform as one in 3-D, which does the same at any z within half a metre; a 3-D one as it is.
+
+    In 2-D, its parts must be linear or displacements.
+    """
+    if transform.GetInputSpaceDimension() == 3:
+        return transform
+    parts, plane = [], Plane(np.eye(4))
+    for part in flatten(transform):
+        if part.IsLinear():
+            parts.append(linear_transform(plane.place(matrix_of(part))))
+        else:
+            ddf, affine = field_of(part)
+            thick = plane.place(affine) @ np.diag([1.0, 1, 1000, 1])
+            parts.append(field_transform(np.pad(ddf, [(0, 1), (0, 0), (0, 0)])[..., None], thick))
+    return chain(parts)
+
+
+def lower(transform: itk.Transform) -> itk.Transform:
+    """The 2-D transform that :func:`lift` makes this one of."""
+    parts = []
+    for part in flatten(transform):
+        if is_field(part):
+            ddf, affine = field_of(part)
+            parts.append(field_transform(ddf[:2, ..., 0], in_plane(affine)))
+        else:
+            parts.append(linear_transform(in_plane(matrix_of(part))))
+    return chain(parts)
 
 
 def on_grid(transform: itk.Transform, size: Sequence[int], affine: Affine) -> NDArray[np.float32]:
@@ -184,7 +228,7 @@ def pull_labels(
     transform: itk.Transform,
     size: Sequence[int],
     affine: Affine,
-    nearest: bool = False,
+    interpolation: str = "label",
 ) -> NDArray[Any]:
     """Pull a label map ``(array, affine)`` onto another grid: the label with the largest linearly interpolated share.
 
@@ -196,8 +240,11 @@ def pull_labels(
         transform: from points of the other grid to points of the label map.
         size: of the other grid.
         affine: of the other grid (RAS, mm).
-        nearest: take the label of the nearest voxel instead.
+        interpolation: ``"label"``, or ``"nearest"`` for the label of the nearest voxel.
     """
+    if interpolation not in LABEL_INTERPOLATIONS:
+        known = ", ".join(LABEL_INTERPOLATIONS)
+        raise ValueError(f"interpolation of labels must be one of {known}, got '{interpolation}'.")
     array = labels[0]
     flat = torch.from_numpy(array.astype(np.int64)).flatten()
     end = np.reshape(array.shape, (3, 1, 1, 1)) - 0.5
@@ -210,7 +257,7 @@ def pull_labels(
         to_voxels = np.linalg.inv(labels[1]) @ there
         at = np.tensordot(to_voxels[:3, :3], index + on_grid(transform, slab, there), axes=1)
         at += to_voxels[:3, 3].reshape(3, 1, 1, 1)
-        if nearest:
+        if interpolation == "nearest":
             at = np.floor(at + 0.5)  # halves go up, as in ITK
         found = corners(torch.from_numpy(at - index)[None], list(array.shape))
         votes = torch.stack([flat[voxel] for voxel, _ in found], dim=1)
@@ -222,7 +269,7 @@ def pull_labels(
 def _border_fit(ddf: NDArray[np.float64]) -> Affine:
     """4 x 4 map of voxels that comes closest to ``id + ddf`` in the outermost voxels of ``ddf`` ``(3, X, Y, Z)``."""
     border = np.ones(ddf.shape[1:], dtype=bool)
-    border[1:-1, 1:-1, 1:-1] = False
+    border[tuple(slice(1, -1) if n > 1 else slice(None) for n in ddf.shape[1:])] = False  # of a slice, its rim
     points = np.vstack([np.argwhere(border).T, np.ones(border.sum())])
     fit = np.eye(4)
     fit[:3] += np.linalg.lstsq(points.T, ddf[:, border].T, rcond=None)[0].T
@@ -253,16 +300,17 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[itk.Tr
     rest = np.tensordot(back[:3, :3], index + ddf, axes=1) + back[:3, 3].reshape(3, 1, 1, 1) - index
     outermost = max(np.abs(rest[(slice(None), *[slice(None)] * axis, [0, -1])]).max() for axis in range(3))
     margin = int(np.ceil(outermost - 1e-6))  # the fit of a border of zeros is off by rounding
-    wider = torch.from_numpy(np.pad(rest, [(0, 0), *[(margin, margin)] * 3], mode="edge"))[None]
+    margins = [margin if n > 1 else 0 for n in ddf.shape[1:]]  # a slice stays one
+    wider = torch.from_numpy(np.pad(rest, [(0, 0), *[(m, m) for m in margins]], mode="edge"))[None]
     inverse, left = invert(wider, step=0.5)  # converges for any stretch below 300 %
     if float(left) > 0.1:
         raise ValueError(
             f"a displacement must have an inverse, but the search for it is still {float(left):.3g} voxels off."
         )
-    x, y, z = (slice(margin, margin + n) for n in ddf.shape[1:])
+    x, y, z = (slice(m, m + n) for m, n in zip(margins, ddf.shape[1:], strict=True))
     missed = compose(inverse, wider)[0, :, x, y, z].numpy()
     residual = np.linalg.norm(np.tensordot(affine[:3, :3], missed, axes=1), axis=0).max()
-    parts = [field_transform(inverse[0].numpy(), _shift(affine, [-margin] * 3))]
+    parts = [field_transform(inverse[0].numpy(), _shift(affine, [-m for m in margins]))]
     if not np.allclose(fit, np.eye(4), atol=1e-9):
         parts.insert(0, linear_transform(affine @ back @ np.linalg.inv(affine)))
     return parts, float(residual)

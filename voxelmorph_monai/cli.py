@@ -210,9 +210,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 _ORDER = (
-    "TRANSFORM is an ITK transform (.h5, .tfm, .txt, .mat; ANTs' GenericAffine) or a displacement (.nii, .nii.gz of "
-    "intent 1006 or 1007; ANTs' Warp), or '[FILE,1]' for the inverse of what is in FILE. Several are listed as for "
-    "ANTs: a point of the fixed image goes through the first one first."
+    "TRANSFORM is an ITK transform (.h5, .tfm, .txt, .mat; ANTs' GenericAffine), a displacement (.nii, .nii.gz of "
+    "intent 1006 or 1007; ANTs' Warp) or FreeSurfer's .lta, or '[FILE,1]' for the inverse of what is in FILE. Several "
+    "are listed as for ANTs: a point of the fixed image goes through the first one first."
 )
 
 
@@ -223,18 +223,34 @@ def _add_transforms(parser: argparse.ArgumentParser) -> None:
 
 def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--to", choices=("itk", "1007", "1006", "ants"), help="format (default: by the ending, 1007 for .nii, .nii.gz)"
+        "--to",
+        choices=("itk", "1007", "1006", "ants", "lta", "fsl"),
+        help="format (default: by the ending, 1007 for .nii, .nii.gz); lta is FreeSurfer's, linear",
     )
     parser.add_argument("--reference", type=Path, metavar="FILE", help="fixed image, for the grid of a displacement")
+    parser.add_argument("--moving", type=Path, metavar="FILE", help="moving image, which fsl and lta need too")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def _save_chain(args: argparse.Namespace, transform: Any, inputs: Sequence[str]) -> None:
-    from voxelmorph_monai.apply import read_grid
+def _save_chain(args: argparse.Namespace, transform: Any, spatial_dims: int) -> None:
     from voxelmorph_monai.transform_files import save_chain
 
-    grid = None if args.reference is None else read_grid(args.reference)
-    save_chain(args.output, transform, form=args.to, grid=grid, overwrite=args.overwrite, inputs=inputs)
+    save_chain(
+        args.output,
+        transform,
+        form=args.to,
+        grid=_grid(args.reference),
+        moving_grid=_grid(args.moving),
+        spatial_dims=spatial_dims,
+        overwrite=args.overwrite,
+        inputs=[*args.transforms, *filter(None, (args.reference, args.moving))],
+    )
+
+
+def _grid(path: Path | None) -> Any:
+    from voxelmorph_monai.apply import read_grid
+
+    return None if path is None else read_grid(path)
 
 
 def _report(residual: float) -> None:
@@ -266,13 +282,13 @@ def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apply import pull_file, pull_label_file, take_points
+    from voxelmorph_monai.apply import pull_file, take_points
 
     if args.points is None and (args.reference is None or args.points_of or args.coordinates):
         raise ValueError("an image or label map must come with --reference, and without --points-of or --coordinates.")
     if args.points is not None and (args.points_of is None or args.reference or args.interpolation):
         raise ValueError("points must come with --points-of (fixed or moving), without --reference or --interpolation.")
-    options = {"overwrite": args.overwrite}
+    options: dict[str, Any] = {"overwrite": args.overwrite}
     if args.points is not None:
         residual = take_points(
             args.transforms,
@@ -283,11 +299,9 @@ def _apply(args: argparse.Namespace) -> int:
             **options,
         )
     else:
-        pull, path, default = (
-            (pull_file, args.image, "linear") if args.image else (pull_label_file, args.labels, "label")
-        )
-        chosen = args.interpolation or default
-        residual = pull(args.transforms, path, args.reference, args.output, interpolation=chosen, **options)
+        kind, path = ("image", args.image) if args.image else ("labels", args.labels)
+        options |= {"kind": kind, "interpolation": args.interpolation}
+        residual = pull_file(args.transforms, path, args.reference, args.output, **options)
     _report(residual)
     return 0
 
@@ -301,8 +315,8 @@ def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
 def _compose(args: argparse.Namespace) -> int:
     from voxelmorph_monai.transform_files import read_chain
 
-    transform, residual = read_chain(args.transforms)
-    _save_chain(args, transform, args.transforms)
+    transform, residual, spatial_dims = read_chain(args.transforms)
+    _save_chain(args, transform, spatial_dims)
     _report(residual)
     return 0
 
@@ -311,9 +325,9 @@ def _invert(args: argparse.Namespace) -> int:
     from voxelmorph_monai.chains import invert_transform
     from voxelmorph_monai.transform_files import read_chain
 
-    transform, missed = read_chain(args.transforms)
+    transform, missed, spatial_dims = read_chain(args.transforms)
     inverse, residual = invert_transform(transform)
-    _save_chain(args, inverse, args.transforms)
+    _save_chain(args, inverse, spatial_dims)
     _report(max(missed, residual))
     return 0
 
@@ -322,12 +336,25 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="transform, see below")
     parser.epilog = f"{_ORDER} {parser.epilog}"
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="file, or with --to ants the prefix of two")
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        choices=("fsl",),
+        help="the input is FSL's, for --moving and --reference (its -in, -ref)",
+    )
     _add_saving_arguments(parser)
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.transform_files import read_fsl_transform
+
     args.transforms = [args.input]
-    return _compose(args)
+    if args.origin is None:
+        return _compose(args)
+    if args.reference is None or args.moving is None:
+        raise ValueError("a transform of FSL must come with both images (--reference and --moving).")
+    _save_chain(args, read_fsl_transform(args.input, _grid(args.reference), _grid(args.moving)), 3)
+    return 0
 
 
 def _add_jacobian_arguments(parser: argparse.ArgumentParser) -> None:
@@ -478,7 +505,7 @@ _COMMANDS = {
         _invert,
     ),
     "convert": _Command(
-        "write a transform in another format: ITK, ANTs, displacement of intent 1006 or 1007",
+        "write a transform in another format: ITK, ANTs, FSL, FreeSurfer, displacement of intent 1006 or 1007",
         "vxm convert forward.h5 displacement.nii.gz --reference fixed.nii.gz",
         _add_convert_arguments,
         _convert,

@@ -5,6 +5,7 @@ tool that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dic
 ``moving_label`` and ``fixed_label`` where scans have labels. A list holds one or the other.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -49,22 +50,20 @@ def take_apart(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] 
     """
     if all("image" in item for item in data):
         return list(data), None
-    scans: list[Scan] = []
+    places: dict[tuple[object, object], int] = {}  # of scans that are known by now
     pairs = []
     for item in data:
         if "image" in item or not {"moving", "fixed"} <= set(item):
             raise ValueError(
                 f"data must hold scans with 'image', or pairs with 'moving' and 'fixed', got {dict(item)}."
             )
-        both = []
-        for role in ("moving", "fixed"):
-            scan = {"image": item[role]}
-            if f"{role}_label" in item:
-                scan["label"] = item[f"{role}_label"]
-            if scan not in scans:
-                scans.append(scan)
-            both.append(scans.index(scan))
-        pairs.append((both[0], both[1]))
+        moving, fixed = (
+            places.setdefault((item[role], item.get(f"{role}_label")), len(places)) for role in ("moving", "fixed")
+        )
+        pairs.append((moving, fixed))
+    scans: list[Scan] = [
+        {"image": image} if label is None else {"image": image, "label": label} for image, label in places
+    ]
     return scans, pairs
 
 
@@ -80,17 +79,19 @@ def check_scans(
         purpose: what they are for, to be named in errors.
 
     Raises:
-        ValueError: no pair can be made; a scan without one of ``keys`` or given twice; grids that differ.
+        ValueError: no pair can be made; a scan without one of ``keys``; a scan or pair given twice; grids that differ.
         FileNotFoundError: an image or label that is not there.
     """
     scans, pairs = take_apart(scans)
     num_scans = 1 if atlas else 2
     if len(scans) < num_scans:
         raise ValueError(f"the scans for {purpose} must be at least {num_scans}, got {len(scans)}.")
-    files = [_file(scan) for scan in scans if "image" in scan]
-    if pairs is None and len(set(files)) < len(files):
-        twice = next(file for file in files if files.count(file) > 1)
-        raise ValueError(f"the scans for {purpose} must all be different, got {twice} more than once.")
+    files = [str(_file(scan)) for scan in scans]
+    listed = files if pairs is None else [f"{files[moving]} to {files[fixed]}" for moving, fixed in pairs]
+    if len(set(listed)) < len(listed):
+        twice, _ = Counter(listed).most_common(1)[0]
+        what = "scans" if pairs is None else "pairs"
+        raise ValueError(f"the {what} for {purpose} must all be different, got {twice} more than once.")
     first = None
     for scan in [*scans, *([atlas] if atlas else [])]:
         for key in keys:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 from numpy.typing import NDArray
@@ -352,14 +353,29 @@ class SaveSubmission:
     One file ``disp_FIXED_MOVING.npz`` a pair, with the array ``arr_0`` ``(3, *spatial / 2)``: displacements in voxels
     of the full grid, resampled with splines of order 2 (Hering et al., IEEE TMI 2023; its evaluation enlarges them the
     same way, :func:`load_submission`).
+
+    Args:
+        output_dir: folder to write to.
+        overwrite: replace the fields of an earlier evaluation; else they are an error.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(self, output_dir: str, overwrite: bool = False) -> None:
         self.output_dir = Path(output_dir)
+        self.overwrite = overwrite
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def start(self, engine: Engine) -> None:
+        """Look at the folder before any work is done."""
+        there = next(self.output_dir.glob("disp_*.npz"), None)
+        if there is not None and not self.overwrite:
+            raise FileExistsError(
+                f"{self.output_dir} must hold no fields yet, or overwrite be true, but {there} exists."
+            )
+        idist.barrier()  # no process writes before all have looked
 
     def __call__(self, engine: Engine) -> None:
         """Write the pairs of the batch that ``engine`` has registered."""
@@ -369,9 +385,7 @@ class SaveSubmission:
             ddf = found["ddf"].cpu().numpy()
             if any(n % 2 for n in ddf.shape[1:]):
                 raise ValueError(f"a field to submit must have even sizes, got {list(ddf.shape[1:])}.")
-            half = np.stack([ndimage.zoom(component, 0.5, order=2, mode="nearest") for component in ddf]).astype(
-                np.float16
-            )
+            half = np.stack([ndimage.zoom(component, 0.5, order=2, mode="nearest") for component in ddf])
             with atomic(self.output_dir / f"disp_{fixed:04d}_{moving:04d}.npz") as temporary:
                 np.savez_compressed(temporary, half.astype(np.float16))
 

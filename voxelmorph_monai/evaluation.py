@@ -6,7 +6,7 @@ measure with the suffix ``_before`` is the one of that name before the registrat
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os.path import commonpath
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from voxelmorph_monai.pictures import save_box_plot
 from voxelmorph_monai.spaces import atomic_folder
 
-__all__ = ["Evaluation", "check_folder", "load_evaluation", "save_evaluation", "scan_names", "summarise", "tabulate"]
+__all__ = [
+    "Evaluation",
+    "check_folder",
+    "load_evaluation",
+    "merge_sides",
+    "save_evaluation",
+    "scan_names",
+    "summarise",
+    "tabulate",
+]
 
 BEFORE = "_before"
 _PAIR = ["moving", "fixed"]
@@ -62,6 +71,18 @@ def scan_names(paths: Sequence[str]) -> list[str]:
         return [Path(bare[path]).name for path in paths]
     common = commonpath([str(Path(path).parent) for path in paths])
     return [Path(bare[path]).relative_to(common).as_posix() for path in paths]
+
+
+def merge_sides(structures: Iterable[str]) -> dict[str, list[str]]:
+    """Groups of the structures whose names are alike but for a first word "left" or "right".
+
+    >>> merge_sides(["left thalamus", "brain stem", "right thalamus"])
+    {'thalamus': ['left thalamus', 'right thalamus'], 'brain stem': ['brain stem']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in structures:
+        groups.setdefault(name.removeprefix("left ").removeprefix("right "), []).append(name)
+    return groups
 
 
 def _check_groups(groups: Mapping[str, Sequence[str]], structures: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from voxelmorph_monai.engines import pair_paths
 from voxelmorph_monai.evaluation import check_folder, save_evaluation, summarise, tabulate
 from voxelmorph_monai.spaces import atomic
 
-__all__ = ["EpochSeed", "KeepBest", "Resume", "SaveEvaluation"]
+__all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation"]
 
 
 class Stateful(Protocol):
@@ -72,6 +72,33 @@ class EpochSeed:
         random.seed(third)
         if self.sampler is not None:
             self.sampler.set_epoch(engine.state.epoch)
+
+
+class Ramp:
+    """Let a weight of the loss grow from 0 in the first epoch, by equal steps, to its value after ``num_epochs``.
+
+    Args:
+        module: what has the weight, such as ``RegistrationLoss``.
+        name: of the attribute, a number.
+        num_epochs: epochs with less than the full weight; 0: none.
+    """
+
+    def __init__(self, module: nn.Module, name: str, num_epochs: int) -> None:
+        if num_epochs < 0:
+            raise ValueError(f"num_epochs of the ramp of {name} must be 0 or more, got {num_epochs}.")
+        self.module = module
+        self.name = name
+        self.num_epochs = num_epochs
+        self.full = getattr(module, name)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the weight for the epoch that ``engine`` starts; it depends on no earlier one."""
+        share = min(1.0, (engine.state.epoch - 1) / self.num_epochs) if self.num_epochs else 1.0
+        setattr(self.module, self.name, self.full * share)
 
 
 class KeepBest:

@@ -159,6 +159,6 @@ def save_box_plot(path: str | Path, series: Mapping[str, pd.DataFrame], *, label
     axes.set_ylabel(label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.4)
-    axes.legend()
+    axes.legend(loc="lower left")  # the "best" place is searched for, which takes seconds and then warns
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import joint_weights
 from voxelmorph_monai.preparation import mni152, rescale, stamp
-from voxelmorph_monai.registration import register, shipped_folder
+from voxelmorph_monai.registration import register
 from voxelmorph_monai.results import correlation
 from voxelmorph_monai.spaces import atomic_folder, read_image, read_labels, require_same_grid, warp_scan
 
@@ -194,4 +194,4 @@ def copy_label_app(output: str | Path) -> None:
         raise FileExistsError(f"{output} must be new, but it exists.")
     with atomic_folder(output) as folder:
         for name in ("main.py", "requirements.txt"):
-            shutil.copy(shipped_folder("label_app") / name, folder / name)
+            shutil.copy(Path(__file__).with_name("label_app") / name, folder / name)

@@ -91,7 +91,7 @@ def _box(moving: Tensor, fixed: Tensor, multiple: int) -> tuple[list[int], list[
 
 
 def _smooth(field: Tensor, sigma: float) -> Tensor:
-    """Convolve with a Gaussian of ``sigma`` voxels, sums of shifted copies: 10 times faster than convolutions."""
+    """Convolve with a Gaussian of ``sigma`` voxels, the border value beyond the border, by sums of shifted copies."""
     if sigma == 0:
         return field
     radius = math.ceil(3 * sigma)
@@ -124,7 +124,7 @@ def _halve(image: Tensor) -> Tensor:
 
 
 def _double(ddf: Tensor) -> Tensor:
-    """``blocks.resize`` from ``n`` to ``2 n - 1`` along each axis, where it takes a fifth of the time."""
+    """``blocks.resize`` from ``n`` to ``2 n - 1`` along each axis, where it takes 0.7 of the time."""
     ddf = ddf * 2
     for axis in range(2, ddf.ndim):
         n = ddf.shape[axis]

@@ -50,6 +50,7 @@ __all__ = [
     "save_displacement",
     "save_image",
     "save_image_like",
+    "save_nifti",
     "save_transform",
     "spacing",
     "to_itk",
@@ -215,11 +216,12 @@ def _set_grid(image: itk.Image, affine: Affine) -> None:
 
 
 def from_itk(image: itk.Image) -> tuple[NDArray[Any], Affine]:
-    """Copy a 3-D ITK image (LPS) to an array ``(X, Y, Z)`` and its affine (RAS)."""
-    lps = np.eye(4)
-    lps[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
-    lps[:3, 3] = image.GetOrigin()
-    return itk.array_from_image(image).T, _lps(3) @ lps
+    """Copy an ITK image (LPS) to an array ``(X, Y, Z)`` and its affine (RAS), or ``(X, Y)`` and one of 3 x 3."""
+    spatial_dims = image.GetImageDimension()
+    lps = np.eye(spatial_dims + 1)
+    lps[:-1, :-1] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
+    lps[:-1, -1] = image.GetOrigin()
+    return itk.array_from_image(image).T, _lps(spatial_dims) @ lps
 
 
 def to_lps(value: NDArray[np.floating[Any]]) -> Affine:
@@ -230,8 +232,8 @@ def to_lps(value: NDArray[np.floating[Any]]) -> Affine:
 
 
 def points_to_lps(points: NDArray[np.floating[Any]]) -> NDArray[Any]:
-    """Restate points or vectors ``(..., 3)`` of RAS in LPS, or those of LPS in RAS."""
-    return points * np.array([-1, -1, 1])
+    """Restate points or vectors ``(..., 3)`` or ``(..., 2)`` of RAS in LPS, or those of LPS in RAS."""
+    return points * np.array([-1, -1, 1])[: points.shape[-1]]
 
 
 def transform_affine(transform: itk.Transform) -> Affine:
@@ -497,7 +499,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save(path: str | Path, image: nib.Nifti1Image) -> None:
+def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
+    """Write an image with its affine in both forms of the header; whole or not at all."""
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"an image is saved as .nii or .nii.gz, got {path}.")
     affine = image.affine
@@ -519,7 +522,7 @@ def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_di
     if array.ndim != 3:
         raise ValueError(f"{path} must be given a 3-D array, got shape {array.shape}.")
     _check_affine(affine, str(path))
-    _save(path, nib.Nifti1Image(array if spatial_dims == 3 else array[..., 0], affine, dtype=array.dtype))
+    save_nifti(path, nib.Nifti1Image(array if spatial_dims == 3 else array[..., 0], affine, dtype=array.dtype))
 
 
 def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> None:
@@ -570,13 +573,14 @@ def save_displacement(
         vectors = points_to_lps(vectors)
     image = nib.Nifti1Image(vectors.astype(np.float32), affine)
     image.header.set_intent(intent)
-    _save(path, image)
+    save_nifti(path, image)
 
 
 def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
     """Read a displacement as :func:`save_displacement` and ANTs write it: ``(3, X, Y, Z)`` in voxels, and the affine.
 
-    The intent says how the vectors count: 1006 in mm along RAS, 1007 in mm along LPS.
+    That of a 2-D image, ``(X, Y, 1, 1, 2)``, becomes ``(2, X, Y)`` and a 3 x 3 affine. The intent says how the vectors
+    count: 1006 in mm along RAS, 1007 in mm along LPS.
 
     Raises:
         FileNotFoundError: no such file.
@@ -587,15 +591,20 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
     with reading(Path(path)):
         image = cast(nib.Nifti1Image, nib.load(path))
         header, shape = image.header, image.shape
-        vectors = np.asarray(image.dataobj, dtype=np.float64) if shape[4:] == (3,) else None
+        vectors = np.asarray(image.dataobj, dtype=np.float64) if shape[4:] in ((2,), (3,)) else None
     intent = int(header["intent_code"])
-    if vectors is None or shape[3] != 1 or min(shape[:3]) < 2:
-        raise ValueError(f"{path} must be a displacement in 3-D, shape (X, Y, Z, 1, 3), got {shape}.")
+    if vectors is None or shape[3] != 1 or sorted(shape[:3])[1] < 2 or (shape[4] == 2 and shape[2] > 1):
+        raise ValueError(
+            f"{path} must be a displacement, shape (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) of a 2-D image, got {shape}."
+        )
     if intent not in (1006, 1007):
         raise ValueError(f"{path} must have intent 1006 (displacement along RAS) or 1007 (along LPS), got {intent}.")
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path} must hold finite displacements, got {int((~np.isfinite(vectors)).sum())} others.")
-    _check_affine(image.affine, str(path))
-    require_right_angles(image.affine, str(path))
+    affine = image.affine
+    _check_affine(affine, str(path))
+    require_right_angles(affine, str(path))
+    vectors = vectors[:, :, :, 0] if shape[4] == 3 else vectors[:, :, 0, 0]
+    affine = affine if shape[4] == 3 else in_plane(affine)
     along_ras = points_to_lps(vectors) if intent == 1007 else vectors
-    return np.einsum("ij,xyzkj->ixyz", np.linalg.inv(image.affine[:3, :3]), along_ras), image.affine
+    return np.einsum("ij,...j->i...", np.linalg.inv(affine[:-1, :-1]), along_ras), affine

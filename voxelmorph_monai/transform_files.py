@@ -3,36 +3,71 @@
 ============================  ===========================================================================
 ITK, ANTs, 3D Slicer, elastix  ``.h5``, ``.tfm``, ``.txt``, ``.mat`` of ITK's transforms and composites
 displacement                   ``.nii``, ``.nii.gz`` of shape ``(X, Y, Z, 1, 3)``: intent 1006 RAS, 1007 LPS
+FreeSurfer                     ``.lta``; its warps where they are displacements of intent 1006
+FSL                            ``.mat``, ``.nii.gz`` of FLIRT and FNIRT, together with both images
 ============================  ===========================================================================
 
-All of them take points of the fixed image to points of the moving one.
+All of them take points of the fixed image to points of the moving one, once they are read.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import itk
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.chains import chain, field_of, field_transform, flatten, invert_transform, is_field, matrix_of
+from voxelmorph_monai.chains import (
+    chain,
+    field_of,
+    field_transform,
+    flatten,
+    invert_transform,
+    is_field,
+    lift,
+    lower,
+    matrix_of,
+)
 from voxelmorph_monai.chains import on_grid as sample
+from voxelmorph_monai.foreign_files import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.formats import silent_stderr
 from voxelmorph_monai.spaces import Affine, atomic, linear_transform, read_displacement, save_displacement
 
-__all__ = ["FORMATS", "read_chain", "read_transform", "require_new", "save_chain"]
+__all__ = ["FORMATS", "Chain", "read_chain", "read_fsl_transform", "read_transform", "require_new", "save_chain"]
 
 FORMATS = {
     "itk": "ITK transform: .h5, or .tfm, .txt, .mat where it is linear",
     "1007": "displacement of intent 1007, along LPS (ITK, ANTs, Slicer): .nii, .nii.gz",
     "1006": "displacement of intent 1006, along RAS: .nii, .nii.gz",
     "ants": "ANTs pair, OUTPUT being a prefix: OUTPUT1Warp.nii.gz and OUTPUT0GenericAffine.mat",
+    "lta": "linear transform of FreeSurfer: .lta",
+    "fsl": "matrix of FLIRT, .mat, where it is linear; warp of FNIRT: .nii, .nii.gz",
 }
 """What :func:`save_chain` writes."""
 
 _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 _NIFTI = (".nii", ".nii.gz")
+_ENDINGS = {"itk": _ITK, "1007": _NIFTI, "1006": _NIFTI, "lta": (".lta",), "fsl": (".mat", *_NIFTI)}
+_READ = (*_ITK, ".lta", *_NIFTI)
+_OTHERS = (".m3z", ".mgz", ".mgh")
+
+Grid = tuple[Sequence[int], Affine]
+
+
+class Chain(NamedTuple):
+    """What :func:`read_chain` reads.
+
+    Attributes:
+        transform: in 3-D, from points of the fixed image to points of the moving one.
+        residual: of its numerical inverses in mm (:func:`~voxelmorph_monai.chains.invert_transform`).
+        spatial_dims: of the files: 2, and the transform is the :func:`~voxelmorph_monai.chains.lift` of theirs, or 3.
+    """
+
+    transform: itk.Transform
+    residual: float
+    spatial_dims: int
 
 
 def _read_itk(path: Path) -> itk.Transform:
@@ -40,75 +75,108 @@ def _read_itk(path: Path) -> itk.Transform:
         with silent_stderr():
             found = itk.transformread(str(path))
     except RuntimeError as error:
-        raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one.") from error
+        hint = "; if FSL wrote it: vxm convert --from fsl" if path.suffix == ".mat" else ""
+        raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one{hint}.") from error
     if len(found) != 1:
         raise ValueError(f"{path} must hold one transform (or one composite), got {len(found)}.")
-    if found[0].GetInputSpaceDimension() != 3 or found[0].GetOutputSpaceDimension() != 3:
-        raise ValueError(f"{path} must hold a transform in 3-D, got a {found[0].GetTransformTypeAsString()}.")
+    if (found[0].GetInputSpaceDimension(), found[0].GetOutputSpaceDimension()) not in ((2, 2), (3, 3)):
+        raise ValueError(f"{path} must hold a transform in 3-D or 2-D, got a {found[0].GetTransformTypeAsString()}.")
     parts = flatten(found[0])
     if not parts:
         raise ValueError(f"{path} must hold a transform, got an empty composite.")
     for part in parts:
         if part.IsLinear() and not _invertible(matrix_of(part)):
             raise ValueError(f"{path} must hold linear transforms with an inverse, got {matrix_of(part).tolist()}.")
+        if part.GetInputSpaceDimension() == 2 and not part.IsLinear() and not is_field(part):
+            kind = part.GetNameOfClass()
+            raise ValueError(f"{path} must hold linear transforms or displacements, being in 2-D, got a {kind}.")
     return found[0]
 
 
 def _invertible(matrix: Affine) -> bool:
-    return bool(np.isfinite(matrix).all()) and float(np.linalg.cond(matrix[:3, :3])) < 1e6
+    return bool(np.isfinite(matrix).all()) and float(np.linalg.cond(matrix[:-1, :-1])) < 1e6
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a transform, but there is no such file.")
 
 
 def read_transform(path: str | Path) -> itk.Transform:
-    """Read one file: an ITK transform or composite, or a displacement.
+    """Read one file: an ITK transform or composite, in 3-D or 2-D, a displacement, or FreeSurfer's linear transform.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a whole file of one transform in 3-D.
+        ValueError: not a whole file of one transform.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a transform, but there is no such file.")
+    _require_file(path)
     if path.name.endswith(_NIFTI):
         return field_transform(*read_displacement(path))
+    if path.suffix == ".lta":
+        return linear_transform(read_lta(path))
     if path.suffix in _ITK:
         return _read_itk(path)
-    raise ValueError(f"a transform must end in one of {', '.join(_ITK + _NIFTI)}, got {path}.")
+    if path.suffix in _OTHERS:
+        raise ValueError(
+            f"a warp of FreeSurfer must be rewritten by FreeSurfer first, got {path}: mri_warp_convert --inm3z (or "
+            "--inmgzwarp) FILE --outitk FILE.nii.gz."
+        )
+    raise ValueError(f"a transform must end in one of {', '.join(_READ)}, got {path}.")
 
 
-def read_chain(names: Sequence[str]) -> tuple[itk.Transform, float]:
+def _parse(name: str | Path) -> tuple[Path, bool]:
+    """Path of a transform, and whether its inverse is meant."""
+    marked = re.fullmatch(r"\[(.+),\s*([01])\]", str(name))
+    return Path(marked[1] if marked else name), bool(marked and marked[2] == "1")
+
+
+def read_chain(names: Sequence[str]) -> Chain:
     """Read transforms in ANTs' order, the one that a point of the fixed image goes through first coming first.
 
     Args:
         names: paths; ``[PATH,1]`` is the inverse of what is in the file, as on ANTs' command lines, and numerical for
             a displacement.
 
-    Returns:
-        The chain, and the residual of its numerical inverses in mm (:func:`~voxelmorph_monai.chains.invert_transform`).
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file is not a whole transform, or some are in 2-D and some in 3-D.
     """
-    parts, residual = [], 0.0
+    parts, residual, dims = [], 0.0, {}
     for name in names:
-        marked = re.fullmatch(r"\[(.+),\s*([01])\]", name)
-        transform = read_transform(marked[1] if marked else name)
-        if marked and marked[2] == "1":
+        path, inverted = _parse(name)
+        transform = read_transform(path)
+        dims[name] = int(transform.GetInputSpaceDimension())
+        transform = lift(transform)
+        if inverted:
             transform, missed = invert_transform(transform)
             residual = max(residual, missed)
         parts.append(transform)
-    return chain(parts), residual
+    if len(set(dims.values())) > 1:
+        told = ", ".join(f"{name} in {spatial_dims}-D" for name, spatial_dims in dims.items())
+        raise ValueError(f"transforms to chain must have the same dimensions, got {told}.")
+    return Chain(chain(parts), residual, dims[names[0]])
+
+
+def read_fsl_transform(path: str | Path, fixed: Grid, moving: Grid) -> itk.Transform:
+    """Read what FLIRT or FNIRT wrote for images on these grids (:func:`~voxelmorph_monai.foreign_files.read_fsl`)."""
+    _require_file(Path(path))
+    found = read_fsl(path, fixed, moving)
+    return field_transform(*found) if isinstance(found, tuple) else linear_transform(found)
 
 
 def _form_of(path: Path, form: str | None) -> str:
     """Format to write, by the ending of ``path`` where none is given."""
-    possible = ["1007", "1006"] if path.name.endswith(_NIFTI) else ["itk"] if path.suffix in _ITK else []
+    possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
     if form is None and not possible:
-        raise ValueError(
-            f"the output must end in one of {', '.join(_ITK + _NIFTI)}, or be of a given format, got {path}."
-        )
-    if form not in (None, *FORMATS):
+        raise ValueError(f"the output must end in one of {', '.join(_READ)}, or be of a given format, got {path}.")
+    if form is None:
+        return possible[0]
+    if form not in FORMATS:
         raise ValueError(f"a format must be one of {', '.join(FORMATS)}, got '{form}'.")
-    if form not in (None, "ants", *possible):
-        endings = _ITK if form == "itk" else _NIFTI
-        raise ValueError(f"a file of format {form} must end in one of {', '.join(endings)}, got {path}.")
-    return form or possible[0]
+    if form not in ("ants", *possible):
+        raise ValueError(f"a file of format {form} must end in one of {', '.join(_ENDINGS[form])}, got {path}.")
+    return form
 
 
 def _pair(prefix: Path) -> tuple[Path, Path]:
@@ -117,7 +185,8 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
 
 def require_new(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
     """Raise FileExistsError where writing ``path`` would replace something that may not be."""
-    if path.exists() and any(Path(each).exists() and path.samefile(each) for each in inputs):
+    given = [_parse(each)[0] for each in inputs]
+    if path.exists() and any(each.exists() and path.samefile(each) for each in given):
         raise FileExistsError(f"{path} must not be an input.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} must be new, or be overwritten (--overwrite), but it exists.")
@@ -125,7 +194,7 @@ def require_new(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) 
         raise FileNotFoundError(f"{path} must lie in a folder that exists.")
 
 
-def _sample(transform: itk.Transform, grid: tuple[Sequence[int], Affine] | None) -> tuple[NDArray[np.floating], Affine]:
+def _sample(transform: itk.Transform, grid: Grid | None) -> tuple[NDArray[np.floating], Affine]:
     """One displacement that does what the transform does: on the given grid, or that of its first displacement."""
     parts = flatten(transform)
     if grid is None and is_field(parts[0]):
@@ -141,19 +210,21 @@ def _sample(transform: itk.Transform, grid: tuple[Sequence[int], Affine] | None)
     return sample(transform, *grid), grid[1]
 
 
-def _save_itk(path: Path, transform: itk.Transform) -> None:
-    parts = flatten(transform)
+def _save_itk(path: Path, transform: itk.Transform, spatial_dims: int = 3) -> None:
+    parts = flatten(transform if spatial_dims == 3 else lower(transform))
     if len(parts) == 1 and parts[0].IsLinear():
-        transform = linear_transform(matrix_of(parts[0]))
+        written = linear_transform(matrix_of(parts[0]))
     elif path.suffix not in (".h5", ".hdf5"):
         raise ValueError(
             f"a transform that is not linear must be written as .h5 (or a displacement, .nii.gz), got {path}."
         )
+    else:
+        written = chain(parts)
     with atomic(path) as temporary:
-        itk.transformwrite([transform], str(temporary), compression=True)
+        itk.transformwrite([written], str(temporary), compression=True)
 
 
-def _save_pair(prefix: Path, transform: itk.Transform, grid: tuple[Sequence[int], Affine] | None) -> None:
+def _save_pair(prefix: Path, transform: itk.Transform, grid: Grid | None, spatial_dims: int) -> None:
     """Write what a point of the fixed image goes through as a displacement first, then all that is linear."""
     matrix = np.eye(4)
     for part in flatten(transform):
@@ -165,9 +236,25 @@ def _save_pair(prefix: Path, transform: itk.Transform, grid: tuple[Sequence[int]
     else:
         if rest[-1].IsLinear() and np.allclose(matrix_of(rest[-1]), np.eye(4), atol=1e-9):
             rest.pop()  # so that a displacement that came on a grid is written as it came
-        save_displacement(warp, *_sample(chain(rest), grid))
-    with atomic(affine) as temporary:
-        itk.transformwrite([linear_transform(matrix)], str(temporary))
+        save_displacement(warp, *_sample(chain(rest), grid), spatial_dims=spatial_dims)
+    _save_itk(affine, linear_transform(matrix), spatial_dims)
+
+
+def _save_foreign(path: Path, transform: itk.Transform, form: str, fixed: Grid | None, moving: Grid | None) -> None:
+    if fixed is None or moving is None:
+        raise ValueError(f"a file of format {form} must come with both images (--reference and --moving).")
+    parts = flatten(transform)
+    linear = len(parts) == 1 and parts[0].IsLinear()
+    if not linear and not path.name.endswith(_NIFTI):
+        raise ValueError(
+            f"a file of format {form} that ends in {path.suffix} must be of a linear transform, got {path}."
+        )
+    if form == "lta":
+        save_lta(path, matrix_of(parts[0]), fixed, moving)
+    elif path.name.endswith(_NIFTI):
+        save_fnirt(path, sample(transform, *fixed), fixed, moving)
+    else:
+        save_flirt(path, matrix_of(parts[0]), fixed, moving)
 
 
 def save_chain(
@@ -175,7 +262,9 @@ def save_chain(
     transform: itk.Transform,
     *,
     form: str | None = None,
-    grid: tuple[Sequence[int], Affine] | None = None,
+    grid: Grid | None = None,
+    moving_grid: Grid | None = None,
+    spatial_dims: int = 3,
     overwrite: bool = False,
     inputs: Sequence[str | Path] = (),
 ) -> None:
@@ -183,10 +272,12 @@ def save_chain(
 
     Args:
         path: file, or prefix of an ANTs pair.
-        transform: from points of the fixed image to points of the moving one.
+        transform: in 3-D, from points of the fixed image to points of the moving one.
         form: one of ``FORMATS`` (default: by the ending of the file, 1007 for NIfTI).
         grid: size and affine (RAS, mm) of the fixed image, for a displacement (default: the grid of the displacement
             that the transform begins with).
+        moving_grid: that of the moving image, which with ``grid`` belongs to a file of FSL or FreeSurfer.
+        spatial_dims: 2 writes a transform of 2-D images, as :class:`Chain` tells.
         overwrite: replace what is there.
         inputs: files that are not replaced even so.
     """
@@ -194,9 +285,13 @@ def save_chain(
     form = _form_of(path, form)
     for each in _pair(path) if form == "ants" else [path]:
         require_new(each, overwrite, inputs)
-    if form == "ants":
-        _save_pair(path, transform, grid)
+    if form in ("lta", "fsl"):
+        if spatial_dims == 2:
+            raise ValueError(f"a file of format {form} must be of a transform in 3-D, got one in 2-D.")
+        _save_foreign(path, transform, form, grid, moving_grid)
+    elif form == "ants":
+        _save_pair(path, transform, grid, spatial_dims)
     elif form == "itk":
-        _save_itk(path, transform)
+        _save_itk(path, transform, spatial_dims)
     else:
-        save_displacement(path, *_sample(transform, grid), intent=int(form))
+        save_displacement(path, *_sample(transform, grid), spatial_dims=spatial_dims, intent=int(form))

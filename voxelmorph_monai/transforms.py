@@ -70,6 +70,8 @@ class MergeLabelsd(MapTransform):
         keys: label maps, integers.
         structures: name to the labels that make up the structure; None leaves the map as it is.
         num_labels: largest label allowed in the result; what is measured later counts to it.
+        kept: names of the structures (labels, where there is no table) that stay, with the numbers they have; the
+            others become 0. None keeps all.
         allow_missing_keys: merge what is there.
 
     >>> merge = MergeLabelsd("label", {"left thalamus": [10], "cortex": [1000, 1001]})
@@ -82,11 +84,17 @@ class MergeLabelsd(MapTransform):
         keys: KeysCollection,
         structures: Mapping[str, Sequence[int]] | None = None,
         num_labels: int | None = None,
+        kept: Sequence[str | int] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.table = None if structures is None else _merging_table(structures)
         self.num_labels = num_labels
+        names = list(structures or range(1, (num_labels or 0) + 1))
+        unknown = [name for name in kept or [] if name not in names]
+        if unknown or kept == []:
+            raise ValueError(f"kept must name one or more of the structures {names}, got {kept}.")
+        self.kept = None if kept is None else torch.tensor([0, *(names.index(name) + 1 for name in kept)])
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Renumber the label maps of ``data``."""
@@ -100,6 +108,10 @@ class MergeLabelsd(MapTransform):
             elif self.num_labels is not None and int(labels.max()) > self.num_labels:
                 name = labels.meta["filename_or_obj"] if isinstance(labels, MetaTensor) else key
                 raise ValueError(f"{name} must hold labels up to num_labels = {self.num_labels}, got {labels.max()}.")
+            if self.kept is not None:
+                found = merged[key]
+                assert isinstance(found, Tensor)
+                merged[key] = torch.where(torch.isin(found, self.kept.to(found)), found, 0)
         return merged
 
 

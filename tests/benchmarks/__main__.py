@@ -265,7 +265,7 @@ def growth_line(name: str, rungs: dict[int, Measurement | str], idle: float) -> 
                 f"{a:.2f} + {b:.3f} {unit} (± {100 * error:.0f} %)"
                 for (a, b, error), unit in ((in_time, "s"), (in_memory, "GiB"))
             ),
-            f"{most:.0f} million voxels, {1e2 * most ** (1 / 3):.0f}³",
+            f"{most:.0f} million voxels, {1e2 * most ** (1 / 3):.0f}³" if in_memory[1] > 0 else "no growth seen",
         ]
     return "| " + " | ".join(cells) + " |"
 

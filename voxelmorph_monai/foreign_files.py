@@ -1,0 +1,134 @@
+r"""Transforms of FSL and FreeSurfer, by the libraries of those who know their formats: `fslpy` and `nitransforms`.
+
+FSL's files hold no place in space: their numbers count in scaled voxels of the fixed and of the moving image, the first
+axis turned around where an affine has a positive determinant. They mean something only together with both images. A
+FLIRT matrix takes points of the *moving* image to those of the fixed one, which is the way of the image; a FNIRT warp
+goes the way of ITK's, and so does what is read and written here. A grid is the size and the affine (RAS, mm) of an
+image.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.formats import reading
+from voxelmorph_monai.spaces import Affine, atomic, require_same_grid, save_nifti
+
+__all__ = ["read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
+
+Grid = tuple[Sequence[int], Affine]
+
+
+def _library(name: str) -> Any:
+    """A module of an optional library, of which some take half a second to import."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"transforms of FSL and FreeSurfer need fslpy and nitransforms: pip install 'voxelmorph_monai[transforms]' "
+            f"({error})."
+        ) from error
+
+
+def _header(grid: Grid) -> nib.Nifti1Image:
+    """Image of this grid whose voxels nobody reads."""
+    return nib.Nifti1Image(np.broadcast_to(np.uint8(0), tuple(grid[0])), grid[1])
+
+
+def _nifti(grid: Grid) -> Any:
+    return _library("fsl.data.image").Nifti(_header(grid).header)
+
+
+def _read_flirt(path: Path, fixed: Grid, moving: Grid) -> Affine:
+    flirt = _library("fsl.transform.flirt")
+    try:
+        matrix = flirt.readFlirt(path)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a FLIRT matrix, 4 x 4 numbers as text, but is not: {error}.") from error
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-6:
+        raise ValueError(f"{path} must be a FLIRT matrix, 4 x 4 numbers with an inverse, got {matrix.tolist()}.")
+    return np.linalg.inv(flirt.fromFlirt(matrix, _nifti(moving), _nifti(fixed), "world", "world"))
+
+
+def _read_fnirt(path: Path, fixed: Grid, moving: Grid) -> tuple[NDArray[np.float64], Affine]:
+    fnirt = _library("fsl.transform.fnirt")
+    with reading(path):
+        read = fnirt.readFnirt(str(path), _nifti(moving), _nifti(fixed))
+        found = fnirt.fromFnirt(read, "world", "world")
+        vectors = np.asarray(found.data, dtype=np.float64)
+    affine = np.asarray(found.voxToWorldMat)
+    require_same_grid((vectors[..., 0], affine), (_header(fixed).dataobj, fixed[1]), (str(path), "the fixed image"))
+    if found.absolute:
+        vectors = vectors - np.moveaxis(np.tensordot(affine[:3, :3], np.indices(vectors.shape[:3]), 1), 0, -1)
+        vectors -= affine[:3, 3]
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{path} must hold finite displacements, got {int((~np.isfinite(vectors)).sum())} others.")
+    return np.einsum("ij,...j->i...", np.linalg.inv(affine[:3, :3]), vectors), affine
+
+
+def read_fsl(path: str | Path, fixed: Grid, moving: Grid) -> Affine | tuple[NDArray[np.float64], Affine]:
+    """Read a FLIRT matrix, or a FNIRT warp or file of coefficients (``.nii``, ``.nii.gz``).
+
+    Args:
+        path: of the file.
+        fixed: grid of what FSL calls the reference.
+        moving: grid of what FSL calls the input.
+
+    Returns:
+        The map of points of the fixed image to the moving one (RAS, mm): a 4 x 4 matrix, or a displacement
+        ``(3, X, Y, Z)`` in voxels of the fixed grid, and its affine.
+    """
+    path = Path(path)
+    return (_read_fnirt if path.name.endswith((".nii", ".nii.gz")) else _read_flirt)(path, fixed, moving)
+
+
+def save_flirt(path: Path, matrix: Affine, fixed: Grid, moving: Grid) -> None:
+    """Write a map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), as a FLIRT matrix."""
+    flirt = _library("fsl.transform.flirt")
+    written = flirt.toFlirt(np.linalg.inv(matrix), _nifti(moving), _nifti(fixed), "world", "world")
+    with atomic(path) as temporary:
+        flirt.writeFlirt(written, temporary)
+
+
+def save_fnirt(path: Path, ddf: NDArray[np.floating[Any]], fixed: Grid, moving: Grid) -> None:
+    """Write a displacement ``(3, X, Y, Z)`` in voxels of the fixed grid as a FNIRT warp of relative displacements."""
+    nonlinear = _library("fsl.transform.nonlinear")
+    vectors = np.einsum("ij,j...->...i", fixed[1][:3, :3], ddf)
+    ours = nonlinear.DeformationField(
+        vectors, _nifti(moving), _nifti(fixed), xform=fixed[1], srcSpace="world", refSpace="world", defType="relative"
+    )
+    theirs = _library("fsl.transform.fnirt").toFnirt(ours)
+    image = nib.Nifti1Image(np.asarray(theirs.data, dtype=np.float32), fixed[1])
+    image.header.set_intent("fnirt disp field")
+    save_nifti(path, image)
+
+
+def read_lta(path: Path) -> Affine:
+    """Map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), of FreeSurfer's linear transform."""
+    lta = _library("nitransforms.io.lta")
+    try:
+        read = lta.FSLinearTransform.from_string(path.read_text(encoding="utf-8"))
+        kind = int(read["type"])
+        matrix = read.to_ras() if kind in (0, 1) else None
+    except (AssertionError, LookupError, ValueError, np.linalg.LinAlgError) as error:
+        reason = str(error) or "its lines are others"
+        raise ValueError(f"{path} must be a linear transform of FreeSurfer, with an inverse: {reason}.") from error
+    if matrix is None:
+        raise ValueError(f"{path} must lead from voxels to voxels or RAS to RAS, type 0 or 1, got type {kind}.")
+    return matrix
+
+
+def save_lta(path: Path, matrix: Affine, fixed: Grid, moving: Grid) -> None:
+    """Write a map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), as FreeSurfer's linear transform."""
+    lta = _library("nitransforms.io.lta")
+    written = lta.FSLinearTransform.from_ras(matrix)
+    # Its own choice of the two images (nitransforms 25.1) is the opposite of FreeSurfer's, whose matrix leads from src.
+    for role, grid in (("src", moving), ("dst", fixed)):
+        written.structarr[role] = np.asanyarray(lta.VolumeGeometry.from_image(_header(grid)))
+    with atomic(path) as temporary:
+        temporary.write_text(written.to_string(), encoding="utf-8")
