@@ -376,8 +376,8 @@ def test_training_needs_four_labelled_studies_and_leaves_weights_that_are_used(a
     (studies / "labels" / "final").mkdir(parents=True)
 
     def noisy(path: Path, seed: int) -> None:
-        noise = np.random.default_rng(seed).normal(0, 0.02, image.shape).astype(np.float32)
-        save_image(path, np.where(image > 0, (image + noise).clip(0.01), 0), affine)
+        noise = np.random.default_rng(seed).normal(0, 0.002, image.shape).astype(np.float32)
+        save_image(path, np.where(image > 0, (image + noise).clip(0.001), 0), affine)
 
     for seed, name in enumerate("abc"):
         noisy(studies / f"{name}.nii.gz", seed)
