@@ -338,6 +338,8 @@ def failure(mutant: Mutant) -> str | None:
 def main(modules: list[str]) -> int:
     """Print what became of each mutant, and give the exit status."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Plugins that others' packages bring would be imported before pytest could rewrite them, which it warns about.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     multiprocessing.set_start_method("forkserver")
     multiprocessing.set_forkserver_preload(LIBRARIES)
     mutants = [mutant for mutant in MUTANTS if not modules or mutant.module in modules]

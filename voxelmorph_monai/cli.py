@@ -103,6 +103,12 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from there by the two scans themselves (the default)",
     )
     parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="to refine in (%(default)s)")
+    parser.add_argument(
+        "--similarity",
+        choices=("lncc", "mi", "mind"),
+        default="lncc",
+        help="to refine by: lncc for scans of one contrast, mi or mind for two, as T1 and T2 (%(default)s)",
+    )
     _add_alignment_arguments(parser)
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
@@ -120,7 +126,7 @@ def _register(args: argparse.Namespace) -> int:
     weights = None if args.weights == Path("none") else args.weights
     if args.weights is None and args.space == "mni152":
         weights = shipped_weights()
-    names = ("preset", "space", "transform", "bids", "overwrite")
+    names = ("preset", "similarity", "space", "transform", "bids", "overwrite")
     options = {name: getattr(args, name) for name in names} | {
         "weights": weights,
         "budget": args.budget if args.refine else None,

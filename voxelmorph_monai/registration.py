@@ -37,7 +37,7 @@ from voxelmorph_monai.preparation import (
     resample_intensities,
     rescale,
 )
-from voxelmorph_monai.refinement import refine
+from voxelmorph_monai.refinement import SIMILARITIES, refine
 from voxelmorph_monai.results import NAMES, Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     Affine,
@@ -247,6 +247,7 @@ def extended(ddf: Tensor, affine: Affine) -> tuple[NDArray[np.float32], Affine]:
 def _predict(
     network: Registration | None,
     budget: float | None,
+    similarity: str,
     moving: Image,
     fixed: Image,
     maps: tuple[Affine, Affine],
@@ -265,7 +266,9 @@ def _predict(
             found = network(images)
     if budget is not None:
         with _timed(seconds, "refine"):
-            refined = refine(images[:, :1], images[:, 1:], ddf=found.get("ddf"), budget=budget)
+            refined = refine(
+                images[:, :1], images[:, 1:], ddf=found.get("ddf"), similarity=SIMILARITIES[similarity], budget=budget
+            )
         found = {"ddf": refined.ddf, "inverse_ddf": refined.inverse_ddf}
     inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
     return extended(found["ddf"], affine), extended(inverse, affine)
@@ -277,6 +280,7 @@ def register(
     *,
     network: Registration | None = None,
     budget: float | None = None,
+    similarity: str = "lncc",
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -301,6 +305,7 @@ def register(
             Of slices, a 2-D one.
         budget: seconds to refine the map on the two scans (:func:`~voxelmorph_monai.refinement.refine`), from what the
             network says or from the affine map; None: not at all.
+        similarity: what it compares: ``"lncc"`` for scans of one contrast, ``"mi"`` or ``"mind"`` for two.
         space: where the network works. ``"mni152"``: both scans are skull-stripped brains and aligned to MNI152, as
             ``vxm prepare`` does, so that the network sees what it was trained on. ``"fixed"``: the moving scan is
             aligned to the fixed one and the grid lies around it, for anything else.
@@ -315,6 +320,8 @@ def register(
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
     _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{similarity}'.")
     whole = moving
     moving, fixed = (_masked(image, mask) for image, mask in zip((moving, fixed), masks, strict=True))
     for image, name in zip((moving, fixed), names, strict=True):
@@ -331,7 +338,7 @@ def register(
             to_moving, to_fixed = _align(*scaled, transform), np.eye(4)
     fields: tuple[Any, Any] = (None, None)
     if bends:
-        fields = _predict(network, budget, *scaled, (to_moving, to_fixed), grid, affine, seconds)
+        fields = _predict(network, budget, similarity, *scaled, (to_moving, to_fixed), grid, affine, seconds)
     forward = Composite(np.linalg.inv(to_fixed), to_moving, fields[0])
     inverse = Composite(np.linalg.inv(to_moving), to_fixed, fields[1])
     with _timed(seconds, "compose"):
@@ -490,6 +497,7 @@ def register_files(
     preset: str = "wide",
     device: str | None = None,
     budget: float | None = None,
+    similarity: str = "lncc",
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -520,6 +528,7 @@ def register_files(
         preset: of the network.
         device: of the network, as in :func:`load_network`.
         budget: as in :func:`register`.
+        similarity: as in :func:`register`.
         space: as in :func:`register`.
         transform: as in :func:`register`.
         grid: as in :func:`register`.
@@ -558,6 +567,7 @@ def register_files(
         *images,
         network=network,
         budget=budget,
+        similarity=similarity,
         space=space,
         transform=transform,
         grid=grid,
@@ -574,6 +584,7 @@ def register_files(
             "transform": transform,
             "preset": preset if weights is not None else None,
             "budget": budget,
+            "similarity": similarity,
             "grid": {"size": list(grid.size), "spacing": grid.spacing},
         },
     }
