@@ -226,7 +226,7 @@ DATA_SETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "lpba40 atlas": (lpba40, ["lpba40_regions.yaml", "lpba40_atlas.yaml"]),
 }
 MODES = [
-    *("ncc", "mse", "mi", "semi_supervised", "probabilistic", "bidirectional", "amortised"),
+    *("ncc", "mse", "mi", "mind", "semi_supervised", "probabilistic", "bidirectional", "amortised"),
     *("both_orders", "flip", "augmentation", "accumulation"),
 ]
 

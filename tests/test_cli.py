@@ -106,7 +106,7 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     assert main(register.split()) == 0
     assert capsys.readouterr().out.splitlines() == ["correlation 0.500 -> 0.750", "out: look at report.png"]
     summary["dice"] = {"before": {"mean": 0.25}, "after": {"mean": 0.625}}
-    words = "--weights w.pt --preset vm1 --space fixed --transform rigid --budget 5 "
+    words = "--weights w.pt --preset vm1 --space fixed --transform rigid --budget 5 --similarity mi "
     words += "--moving-labels a.nii --fixed-labels b.nii --moving-mask c.nii --mask d.nii "
     words += "--size 80 96 112 --spacing 2 --bids --overwrite"
     assert main((register + words).split()) == 0
@@ -115,12 +115,18 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     assert "mean Dice 0.250 -> 0.625" in shown
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
     defaults: dict[str, Any] = {"moving_labels": None, "fixed_labels": None, "moving_mask": None, "fixed_mask": None}
-    defaults |= {"weights": registration.shipped_weights(), "preset": "wide", "budget": 30.0, "grid": Grid()}
+    defaults |= {
+        "weights": registration.shipped_weights(),
+        "preset": "wide",
+        "budget": 30.0,
+        "similarity": "lncc",
+        "grid": Grid(),
+    }
     defaults |= {"space": "mni152", "transform": "affine", "bids": False, "overwrite": False}
     assert calls[0] == (inputs, defaults)
     options: dict[str, Any] = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid"}
     options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "bids": True, "overwrite": True}
-    options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii"), "budget": 5.0}
+    options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii"), "budget": 5.0, "similarity": "mi"}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
 
 

@@ -3,10 +3,11 @@ import torch
 from torch.testing import assert_close
 
 from voxelmorph_monai.blocks import compose, integrate, resize, warp, warp_labels
-from voxelmorph_monai.losses import LNCCLoss, MSELoss, MutualInformationLoss
+from voxelmorph_monai.losses import LNCCLoss, MSELoss
 from voxelmorph_monai.metrics import dice, folding, inverse_consistency, target_registration_error
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.refinement import (
+    SIMILARITIES,
     RefinedRegistration,
     _double,
     _gradient,
@@ -107,10 +108,11 @@ def test_refine_ends_with_its_budget():
     assert len(refine(moving, fixed, budget=0).curve) == 2  # each level looks once at what it has
 
 
-def test_refine_knows_other_contrasts():
+@pytest.mark.parametrize("name", ["mi", "mind"])
+def test_refine_knows_other_contrasts(name):
     moving, fixed, truth = example((60, 72))
     other = (8 - fixed) * (fixed > 0)  # dark where it was bright
-    found = refine(moving, other, similarity=MutualInformationLoss(), budget=None)
+    found = refine(moving, other, similarity=SIMILARITIES[name], budget=None)
     assert error(found.ddf, truth) < 0.7 * error(torch.zeros_like(truth), truth)  # a histogram knows less than a window
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from voxelmorph_monai import registration
 from voxelmorph_monai.blocks import jacobian_determinant
+from voxelmorph_monai.losses import LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.preparation import Grid, grid_affine, sample
+from voxelmorph_monai.refinement import refine
 from voxelmorph_monai.registration import load_network, register, register_files
 from voxelmorph_monai.spaces import Affine, read_image, save_image
 
@@ -95,7 +97,7 @@ def bent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Weights come from nowhere: the network of these tests."""
 
     def use(preset: str) -> None:
-        monkeypatch.setattr(registration, "load_network", lambda weights, name, dims: network(preset))
+        monkeypatch.setattr(registration, "load_network", lambda *_: network(preset))
 
     return use
 
@@ -374,6 +376,7 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
         **ALIGNED,
         "preset": "wide",
         "budget": None,
+        "similarity": "lncc",
         "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
     }
     assert summary["seconds"].keys() == {"affine", "network", "compose", "warp"}
@@ -422,6 +425,22 @@ def test_refining_brings_the_scans_closer(given: bool) -> None:
     before = register(*pair, network=start, **ALIGNED)  # type: ignore[arg-type]
     found = register(*pair, network=start, budget=20, **ALIGNED)  # type: ignore[arg-type]
     assert np.abs(found.warped - fixed).mean() < 0.8 * np.abs(before.warped - fixed).mean()
+
+
+def test_scans_are_refined_by_the_similarity_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def noted(*images: torch.Tensor, similarity: object, **options: Any) -> Any:
+        used.append(similarity)
+        return refine(*images, **options)
+
+    monkeypatch.setattr(registration, "refine", noted)
+    scan = phantom(AFFINES["straight"])[0], AFFINES["straight"]
+    for similarity in ("lncc", "mi", "mind"):
+        register(scan, scan, budget=0, similarity=similarity, **ALIGNED)  # type: ignore[arg-type]
+    assert [type(loss) for loss in used] == [LNCCLoss, MutualInformationLoss, MINDLoss]
+    with pytest.raises(ValueError, match=r"similarity must be one of lncc, mi, mind, got 'ncc'\."):
+        register(scan, scan, budget=0, similarity="ncc", **ALIGNED)  # type: ignore[arg-type]
 
 
 def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:

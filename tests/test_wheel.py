@@ -79,6 +79,7 @@ def test_wheel_registers_real_scans_without_its_source(away: Path, real_pair: di
     assert {"register", "prepare", "pack-bundle", "quickstart"} <= set(commands)
     for command in commands:
         assert "usage: vxm " + command in run(vxm, command, "--help", cwd=away)
+    run(vxm, "label-app", away / "app", cwd=away)
     quick = ["--size", 80, 96, 112, "--spacing", 2, "--transform", "none", "--no-refine"]
     run(vxm, "register", *real_pair.values(), "--output", away / "out", *quick, cwd=away)
     summary = json.loads((away / "out" / "summary.json").read_text(encoding="utf-8"))

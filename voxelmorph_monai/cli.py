@@ -103,6 +103,12 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from there by the two scans themselves (the default)",
     )
     parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="to refine in (%(default)s)")
+    parser.add_argument(
+        "--similarity",
+        choices=("lncc", "mi", "mind"),
+        default="lncc",
+        help="to refine by: lncc for scans of one contrast, mi or mind for two, as T1 and T2 (%(default)s)",
+    )
     _add_alignment_arguments(parser)
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
@@ -120,7 +126,7 @@ def _register(args: argparse.Namespace) -> int:
     weights = None if args.weights == Path("none") else args.weights
     if args.weights is None and args.space == "mni152":
         weights = shipped_weights()
-    names = ("preset", "space", "transform", "bids", "overwrite")
+    names = ("preset", "similarity", "space", "transform", "bids", "overwrite")
     options = {name: getattr(args, name) for name in names} | {
         "weights": weights,
         "budget": args.budget if args.refine else None,
@@ -402,6 +408,18 @@ def _datalist(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_label_app_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="DIR", help="folder to write, new")
+
+
+def _label_app(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.propagation import copy_label_app
+
+    copy_label_app(args.output)
+    print(f"monailabel start_server --app {args.output} --studies STUDIES --host 127.0.0.1")
+    return 0
+
+
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="Keras file of the authors (.h5)")
     parser.add_argument("output", type=Path, help="file to write, new (.pt)")
@@ -521,6 +539,12 @@ _COMMANDS = {
         "vxm datalist oasis neurite-oasis/ oasis/",
         _add_datalist_arguments,
         _datalist,
+    ),
+    "label-app": _Command(
+        "copy the app for MONAI Label: labels for 3D Slicer and OHIF from labelled scans, registration, training",
+        "vxm label-app voxelmorph",
+        _add_label_app_arguments,
+        _label_app,
     ),
     "make-atlas-bundle": _Command(
         "make a MONAI bundle that segments skull-stripped T1 scans from labelled ones",

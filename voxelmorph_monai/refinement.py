@@ -25,13 +25,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, warp
-from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss
+from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
 
-__all__ = ["RefinedRegistration", "Refinement", "Step", "refine"]
+__all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "refine"]
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
+
+clock = time.perf_counter  # by which budgets are counted
+
+SIMILARITIES: dict[str, Similarity] = {
+    "lncc": LNCCLoss(window=5),  # one contrast
+    "mi": MutualInformationLoss(),  # any two
+    "mind": MINDLoss(),  # any two, by their edges
+}
 
 _MARGIN = 8  # voxels around what the images show
 _SMALLEST = 16  # voxels along the shortest axis of the coarsest grid, at least
@@ -372,7 +380,7 @@ class _Course:
         self.deadline = deadline
         self.max_steps = max_steps
         self.reserve = reserve  # duration of what follows before the deadline, in steps
-        self.begin = time.perf_counter()
+        self.begin = clock()
         self.best: list[float] = []  # the lowest loss up to each step
 
     def improves(self, loss: float) -> bool:
@@ -384,7 +392,7 @@ class _Course:
     def ends(self) -> bool:
         """Whether the last step was the last."""
         steps = len(self.best)
-        now = time.perf_counter()
+        now = clock()
         if steps > self.max_steps or now + self.reserve * (now - self.begin) / steps >= self.deadline:
             return True
         if steps <= _PATIENCE:
@@ -448,7 +456,7 @@ def _refine(
     max_steps: int,
     progress: bool,
 ) -> Refinement:
-    begin, whole = time.perf_counter(), list(pair.fixed.shape[2:])
+    begin, whole = clock(), list(pair.fixed.shape[2:])
     levels = _levels(whole)
     start, size = _box(pair.moving, pair.fixed, 2 ** levels[0][1])
     pairs = [pair.cut(start, size)]
@@ -529,7 +537,7 @@ def refine(
             raise ValueError(f"{name} must be 0 or more, got {value}.")
     pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)
-    objective = _Objective(similarity or LNCCLoss(window=5), bidirectional, label_weight, points_weight)
+    objective = _Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)
     with torch.inference_mode(False), torch.no_grad():  # the similarity alone is differentiated
         return _refine(objective, pair, ddf, (step_sigma, field_sigma), budget, max_steps, progress)
 

@@ -37,7 +37,7 @@ from voxelmorph_monai.preparation import (
     resample_intensities,
     rescale,
 )
-from voxelmorph_monai.refinement import refine
+from voxelmorph_monai.refinement import SIMILARITIES, refine
 from voxelmorph_monai.results import NAMES, Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     Affine,
@@ -56,7 +56,15 @@ from voxelmorph_monai.spaces import (
     warp_scan,
 )
 
-__all__ = ["RegistrationResult", "extended", "load_network", "register", "register_files", "shipped_weights"]
+__all__ = [
+    "RegistrationResult",
+    "extended",
+    "load_network",
+    "register",
+    "register_files",
+    "shipped_folder",
+    "shipped_weights",
+]
 
 Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
@@ -101,23 +109,27 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def shipped_weights() -> Path:
-    """Weights that come with the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page.
-
-    In a clone the bundles lie beside the package, in a wheel inside it.
-    """
+def shipped_folder(name: str) -> Path:
+    """Folder that comes with the package: in a clone it lies beside the package, in a wheel inside it."""
     package = Path(__file__).parent
-    bundles = package / "bundles" if (package / "bundles").is_dir() else package.parent / "bundles"
-    return bundles / "brain_t1_registration" / "models" / "model.pt"
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
-def load_network(weights: str | Path | None = None, preset: str = "wide", spatial_dims: int = 3) -> Registration:
+def shipped_weights() -> Path:
+    """Weights of the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page."""
+    return shipped_folder("bundles") / "brain_t1_registration" / "models" / "model.pt"
+
+
+def load_network(
+    weights: str | Path | None = None, preset: str = "wide", spatial_dims: int = 3, device: str | None = None
+) -> Registration:
     """Load trained weights, as the bundle's training writes them (``model.pt``), ready for :func:`register`.
 
     Args:
         weights: the file (default: :func:`shipped_weights`).
         preset: of the network.
         spatial_dims: 2 for a network of slices and 2-D images.
+        device: to compute on (default: a GPU if there is one).
 
     Raises:
         FileNotFoundError: no such file.
@@ -125,13 +137,15 @@ def load_network(weights: str | Path | None = None, preset: str = "wide", spatia
     """
     network = VoxelMorph(preset, spatial_dims)
     load_weights(network, str(weights or shipped_weights()))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
 
 
 @lru_cache(maxsize=1)  # a process that registers many pairs loads their network once
-def _load_network_once(weights: Path, preset: str, spatial_dims: int, time_of_change: int) -> Registration:
-    return load_network(weights, preset, spatial_dims)
+def _load_network_once(
+    weights: Path, preset: str, spatial_dims: int, device: str | None, time_of_change: int
+) -> Registration:
+    return load_network(weights, preset, spatial_dims, device)
 
 
 def _is_slice(image: Labels) -> bool:
@@ -233,6 +247,7 @@ def extended(ddf: Tensor, affine: Affine) -> tuple[NDArray[np.float32], Affine]:
 def _predict(
     network: Registration | None,
     budget: float | None,
+    similarity: str,
     moving: Image,
     fixed: Image,
     maps: tuple[Affine, Affine],
@@ -251,7 +266,9 @@ def _predict(
             found = network(images)
     if budget is not None:
         with _timed(seconds, "refine"):
-            refined = refine(images[:, :1], images[:, 1:], ddf=found.get("ddf"), budget=budget)
+            refined = refine(
+                images[:, :1], images[:, 1:], ddf=found.get("ddf"), similarity=SIMILARITIES[similarity], budget=budget
+            )
         found = {"ddf": refined.ddf, "inverse_ddf": refined.inverse_ddf}
     inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
     return extended(found["ddf"], affine), extended(inverse, affine)
@@ -263,6 +280,7 @@ def register(
     *,
     network: Registration | None = None,
     budget: float | None = None,
+    similarity: str = "lncc",
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -287,6 +305,7 @@ def register(
             Of slices, a 2-D one.
         budget: seconds to refine the map on the two scans (:func:`~voxelmorph_monai.refinement.refine`), from what the
             network says or from the affine map; None: not at all.
+        similarity: what it compares: ``"lncc"`` for scans of one contrast, ``"mi"`` or ``"mind"`` for two.
         space: where the network works. ``"mni152"``: both scans are skull-stripped brains and aligned to MNI152, as
             ``vxm prepare`` does, so that the network sees what it was trained on. ``"fixed"``: the moving scan is
             aligned to the fixed one and the grid lies around it, for anything else.
@@ -301,6 +320,8 @@ def register(
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
     _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{similarity}'.")
     whole = moving
     moving, fixed = (_masked(image, mask) for image, mask in zip((moving, fixed), masks, strict=True))
     for image, name in zip((moving, fixed), names, strict=True):
@@ -317,7 +338,7 @@ def register(
             to_moving, to_fixed = _align(*scaled, transform), np.eye(4)
     fields: tuple[Any, Any] = (None, None)
     if bends:
-        fields = _predict(network, budget, *scaled, (to_moving, to_fixed), grid, affine, seconds)
+        fields = _predict(network, budget, similarity, *scaled, (to_moving, to_fixed), grid, affine, seconds)
     forward = Composite(np.linalg.inv(to_fixed), to_moving, fields[0])
     inverse = Composite(np.linalg.inv(to_moving), to_fixed, fields[1])
     with _timed(seconds, "compose"):
@@ -474,7 +495,9 @@ def register_files(
     fixed_mask: str | Path | None = None,
     weights: str | Path | None = None,
     preset: str = "wide",
+    device: str | None = None,
     budget: float | None = None,
+    similarity: str = "lncc",
     space: str = "mni152",
     transform: str = "affine",
     grid: Grid = Grid(),  # noqa: B008, a constant
@@ -503,7 +526,9 @@ def register_files(
         fixed_mask: the same of the fixed scan.
         weights: of the network, :func:`shipped_weights` for example; without them the map is affine, unless refined.
         preset: of the network.
+        device: of the network, as in :func:`load_network`.
         budget: as in :func:`register`.
+        similarity: as in :func:`register`.
         space: as in :func:`register`.
         transform: as in :func:`register`.
         grid: as in :func:`register`.
@@ -536,11 +561,13 @@ def register_files(
     network = None
     if weights is not None:
         changed = paths["weights"].stat().st_mtime_ns if paths["weights"].exists() else 0
-        network = _load_network_once(paths["weights"].absolute(), preset, 2 if _is_slice(images[1]) else 3, changed)
+        dims = 2 if _is_slice(images[1]) else 3
+        network = _load_network_once(paths["weights"].absolute(), preset, dims, device, changed)
     result = register(
         *images,
         network=network,
         budget=budget,
+        similarity=similarity,
         space=space,
         transform=transform,
         grid=grid,
@@ -557,6 +584,7 @@ def register_files(
             "transform": transform,
             "preset": preset if weights is not None else None,
             "budget": budget,
+            "similarity": similarity,
             "grid": {"size": list(grid.size), "spacing": grid.spacing},
         },
     }
