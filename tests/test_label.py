@@ -21,10 +21,10 @@ import pytest
 import requests
 import SimpleITK as sitk
 import torch
+from conftest import brain, oblique_lia
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from tests.conftest import brain, oblique_lia
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import mni152, mni152_tissue, resample, sample
 from voxelmorph_monai.registration import load_network, shipped_folder

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import brain, oblique_lia
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
-from tests.conftest import brain, oblique_lia
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import Grid
 from voxelmorph_monai.propagation import (
