@@ -17,6 +17,7 @@ of it.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ _STEP = 0.5  # voxels of the field that a step moves a point, about
 _FLOOR = 1.0  # of the mean length of the gradient, what is added to a point's own: where nothing pulls, nothing moves
 _MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
 _TIGHT = 0.1  # volumes that shrink to less of themselves are smoothed like folds, a little
+_PART = 1 << 18  # voxels looked at together, with their neighbours, where there are few
 _FINISH = 8  # duration of what comes after the last step, in steps
 _PATIENCE = 10  # steps that must bring 1 % of what the level has brought
 # Halvings of the images and of the field: the share of the budget that is used up when the level ends.
@@ -322,21 +324,28 @@ def _unfold(ddf: Tensor) -> Tensor:
     kernel = ddf.new_ones(1)
     for _ in size:
         kernel = (kernel[:, None] * ddf.new_tensor([0.25, 0.5, 0.25])).flatten()
-    radius = 1
-    while len(index):
+    for attempt in count():
+        if not len(index):
+            break
+        # 8 voxels are enough for what is narrow, and many times that only help where it is not
+        radius = 2 ** min(attempt, max(3, attempt // 4))
         rings = [index]
         for _ in range(radius):
             rings.append(_grown(rings[-1], inner, size))
         whole = F.pad(ddf, margin, mode="replicate")
         values = whole.flatten(2)[0]
         for ring in reversed(rings):  # the closer to a fold, the smoother
-            values[:, ring] = values[:, _neighbours(ring, size)] @ kernel
+            for part in ring.split(_PART):
+                values[:, part] = values[:, _neighbours(part, size)] @ kernel
         ddf = whole[inside]
-        index = _grown(rings[-1], inner, size)
-        patches = _extended(ddf).flatten(2)[0][:, _neighbours(index, size)].transpose(0, 1)
-        radius = min(2 * radius, max(size))
+        flat = _extended(ddf).flatten(2)[0]
         # what shrinks evenly over many voxels is no fold, and would take ever wider circles to smooth
-        index = index[_tight(patches.unflatten(2, [3] * spatial_dims), _TIGHT / radius**2)[centre]]
+        volume = _TIGHT / 4**attempt
+        found = []
+        for part in _grown(rings[-1], inner, size).split(_PART):
+            patches = flat[:, _neighbours(part, size)].transpose(0, 1).unflatten(2, [3] * spatial_dims)
+            found.append(part[_tight(patches, volume)[centre]])
+        index = torch.cat(found)
     return ddf.contiguous()
 
 
