@@ -377,3 +377,10 @@ def test_what_else_is_wrong_is_said(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model_info\.json must be JSON"):
         pack_bundle(REGISTRATION, tmp_path / "release")
     assert [path.name for path in (tmp_path / "release").iterdir()] == ["model_info.json"]
+
+
+def test_the_page_names_the_version_that_is_packed() -> None:
+    page = (ROOT / "docs" / "distribution.md").read_text(encoding="utf-8")
+    named = re.findall(r"brain_t1_registration_v([\d.]+)\.zip|--version ([\d.]+)", page)
+    metadata = json.loads((REGISTRATION / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    assert {first or second for first, second in named} == {metadata["version"]}

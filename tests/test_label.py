@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import mni152, mni152_tissue, resample, sample
-from voxelmorph_monai.registration import load_network, shipped_folder
+from voxelmorph_monai.registration import load_network, shipped_bundle
 from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
 
@@ -156,7 +156,7 @@ def thinned(array: NDArray[Any], affine: NDArray[np.float64]) -> tuple[NDArray[A
 def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("app") / "voxelmorph"
     assert main(["label-app", str(folder)]) == 0
-    bundle = shipped_folder("bundles") / "brain_t1_atlas_segmentation"
+    bundle = shipped_bundle("brain_t1_atlas_segmentation")
     shutil.copytree(bundle, folder / "model" / bundle.name)
     return folder
 
@@ -417,7 +417,7 @@ def test_wrong_options_of_the_server_are_told_before_it_starts(app: Path, studie
 def test_the_stock_app_serves_the_atlas_bundle(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "monailabel.main", "apps", "--download", "--name", "monaibundle"]
     subprocess.run([*command, "--output", str(tmp_path)], check=True, capture_output=True)
-    bundle = shipped_folder("bundles") / "brain_t1_atlas_segmentation"
+    bundle = shipped_bundle("brain_t1_atlas_segmentation")
     shutil.copytree(bundle, tmp_path / "monaibundle" / "model" / bundle.name)
     own = tmp_path / "studies"
     own.mkdir()

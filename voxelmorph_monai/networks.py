@@ -188,7 +188,7 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         )
 
 
-def warp_moving(pair: Tensor, ddf: Tensor) -> Tensor:
+def _warp_moving(pair: Tensor, ddf: Tensor) -> Tensor:
     """``pair`` ``(B, 2C, *spatial)`` with its moving image warped by ``ddf`` ``(B, D, *spatial)``."""
     moving, fixed = pair.chunk(2, dim=1)
     return torch.cat([warp(moving, ddf), fixed], dim=1)
@@ -344,7 +344,7 @@ class VoxelMorph(nn.Module):
         coarse = self.coarse(pair)
         ddf = self.displacement(self.fields(self.features(coarse))[0])
         for _ in range(self.passes - 1):
-            ddf = compose(ddf, self.displacement(self.fields(self.features(warp_moving(coarse, ddf)))[0]))
+            ddf = compose(ddf, self.displacement(self.fields(self.features(_warp_moving(coarse, ddf)))[0]))
         return self.full(ddf, list(pair.shape[2:]))
 
 
@@ -416,7 +416,7 @@ class Registration(nn.Module):
         ddf = inverse_ddf = None
         for k in range(passes):
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes - 1):
-                seen = coarse if ddf is None else warp_moving(coarse, ddf)
+                seen = coarse if ddf is None else _warp_moving(coarse, ddf)
                 with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
                     features = network.features(seen, weight)
                 mean, log_variance = network.fields(features)

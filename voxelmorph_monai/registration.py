@@ -62,7 +62,7 @@ __all__ = [
     "load_network",
     "register",
     "register_files",
-    "shipped_folder",
+    "shipped_bundle",
     "shipped_weights",
 ]
 
@@ -109,15 +109,15 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def shipped_folder(name: str) -> Path:
-    """Folder that comes with the package: in a clone it lies beside the package, in a wheel inside it."""
+def shipped_bundle(name: str) -> Path:
+    """Folder of a bundle that comes along: in a clone bundles lie beside the package, in a wheel inside it."""
     package = Path(__file__).parent
-    return package / name if (package / name).is_dir() else package.parent / name
+    return (package if (package / "bundles").is_dir() else package.parent) / "bundles" / name
 
 
 def shipped_weights() -> Path:
     """Weights of the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page."""
-    return shipped_folder("bundles") / "brain_t1_registration" / "models" / "model.pt"
+    return shipped_bundle("brain_t1_registration") / "models" / "model.pt"
 
 
 def load_network(

@@ -28,7 +28,7 @@ from voxelmorph_monai import __version__
 from voxelmorph_monai.networks import PRESETS
 from voxelmorph_monai.preparation import Grid, prepare, write_json
 from voxelmorph_monai.propagation import Study, number_structures, propagate, rank, renumbered, structures
-from voxelmorph_monai.registration import load_network, register_files, shipped_folder, shipped_weights
+from voxelmorph_monai.registration import load_network, register_files, shipped_bundle, shipped_weights
 from voxelmorph_monai.spaces import atomic, open_volume, read_image, save_image, save_image_like, to_itk
 
 logger = logging.getLogger(__name__)
@@ -412,7 +412,7 @@ class Training(TrainTask):
                 )
                 if prepared.errors:
                     raise ValueError(f"all studies must be aligned to MNI152, but not these: {prepared.errors}.")
-                bundle = shipped_folder("bundles") / "brain_t1_registration"
+                bundle = shipped_bundle("brain_t1_registration")
                 workflow = ConfigWorkflow(
                     str(bundle / "configs" / "train.json"),
                     meta_file=str(bundle / "configs" / "metadata.json"),
