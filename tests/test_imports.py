@@ -48,7 +48,7 @@ ALLOWED = {
         "results",
         "spaces",
     },
-    "propagation": {"atlas", "preparation", "registration", "results", "spaces"},
+    "propagation": {"atlas", "blocks", "preparation", "registration", "results", "spaces"},
     "atlas": {"affine", "blocks", "losses", "networks", "preparation", "refinement", "spaces"},
     "atlas_bundle": {"atlas", "networks", "preparation", "registration", "spaces", "transforms"},
     "cohort": {"preparation", "processes", "registration", "spaces"},

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import joint_weights
+from voxelmorph_monai.blocks import majority
 from voxelmorph_monai.preparation import mni152, rescale, stamp
 from voxelmorph_monai.registration import register
 from voxelmorph_monai.results import correlation
 from voxelmorph_monai.spaces import atomic_folder, read_image, read_labels, require_same_grid, warp_scan
 
-__all__ = ["Study", "copy_label_app", "number_structures", "propagate", "rank", "renumbered", "structures", "vote"]
+__all__ = ["Study", "copy_label_app", "number_structures", "propagate", "rank", "renumbered", "structures"]
 
 _WINDOW = 5  # voxels a side, by which an atlas bundle compares, too
 _STEP = 4  # voxels of MNI152 are thinned by it, to 4 mm: enough to see how similar two aligned brains are
@@ -126,28 +127,6 @@ def rank(
     return sorted(found, key=lambda item: (-item[0], item[1].name)), reasons
 
 
-def vote(maps: Sequence[NDArray[Any]], weights: NDArray[np.float32] | None = None) -> NDArray[Any]:
-    """Give each voxel the label with the largest weight of all ``maps``; of equal ones, that of the earliest map.
-
-    Args:
-        maps: label maps of one shape.
-        weights: of the maps at each voxel, ``(A, X, Y, Z)`` (default: all are 1).
-
-    >>> vote([np.array([1, 1, 2]), np.array([2, 3, 2]), np.array([2, 4, 1])]).tolist()
-    [2, 1, 2]
-    """
-    shares = np.ones((len(maps), *maps[0].shape), dtype=np.float32) if weights is None else weights
-    most = np.zeros(maps[0].shape, dtype=np.float32)
-    won = np.zeros_like(maps[0])
-    for candidate in maps:
-        share = np.zeros_like(most)
-        for other, part in zip(maps, shares, strict=True):
-            share += np.where(candidate == other, part, 0)
-        better = share > most
-        won[better], most[better] = candidate[better], share[better]
-    return won
-
-
 def _weights(warped: Sequence[NDArray[np.float32]], fixed: NDArray[np.float32]) -> NDArray[np.float32]:
     """Weights of joint label fusion ``(A, X, Y, Z)``: of warped images that look like the fixed one around a voxel."""
     scaled = rescale(fixed)
@@ -180,7 +159,11 @@ def propagate(studies: Sequence[Study], fixed: str | Path, numbers: Mapping[str,
         found = register(moving, image, names=(study.name, "the scan"), **options)
         maps.append(warp_scan(labels, found.ddf, image[1], order=0))
         warped.append(found.warped)
-    return maps[0] if len(maps) == 1 else vote(maps, _weights(warped, image[0]))
+    if len(maps) == 1:
+        return maps[0]
+    candidates = torch.from_numpy(np.stack(maps).astype(np.int32))
+    weights = torch.from_numpy(_weights(warped, image[0]))
+    return majority(candidates[None], weights[None])[0, 0].numpy().astype(maps[0].dtype)
 
 
 def copy_label_app(output: str | Path) -> None:
