@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -121,3 +122,35 @@ def test_a_page_without_marks_is_kept(table, tmp_path):
     with pytest.raises(ValueError, match=r"page\.md must hold <!-- benchmark --> and <!-- end of benchmark --> once"):
         table.put("block", page)
     assert page.read_text(encoding="utf-8") == "mine\n"
+
+
+def test_accuracy_compares_methods_on_the_pairs_that_all_have(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    accuracy = import_module("accuracy")
+    dice = {"a": {"p": 0.5, "q": 0.6, "r": 0.7, "s": 0.1}, "b": {"p": 0.6, "q": 0.7, "r": 0.9}}
+    rows = [
+        {"method": method, "pair": pair, "dice": value, "folding_percent": 0.25, "cpu_seconds": 3.0}
+        for method, values in dice.items()
+        for pair, value in values.items()
+    ]
+    title, _, head, _, first, second = accuracy.table(pd.DataFrame(rows), "a").splitlines()
+    assert title == "Over 3 pairs:"
+    assert head.startswith("| method | Dice | difference to a |")
+    assert first.startswith("| a | 0.6000 | +0.0000 ± 0.0000 |  | 0.25000 /  |")
+    # differences .1 .1 .2: SD .05774, and Student's factor of 3 values is 4.303
+    assert second.startswith("| b | 0.7333 | +0.1333 ± 0.1434 |")
+    assert second.endswith("| 3.0 |  |")
+
+
+def test_another_contrast_is_a_function_of_the_intensity(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    accuracy = import_module("accuracy")
+    ramp = torch.linspace(0, 1, 61)
+    found = accuracy.other_contrast(ramp, seed=3)
+    assert found[0] == 0  # the background stays
+    assert found[1:].min() > 0
+    assert found.max() <= 1
+    assert (found.diff()[1:] < 0).any()  # not the old order
+    assert torch.equal(found, accuracy.other_contrast(ramp, seed=3))
+    assert not torch.equal(found, accuracy.other_contrast(ramp, seed=4))
+    assert [len(accuracy.pairs_of([{}] * 4, number, 0)) for number in (None, 5)] == [12, 5]

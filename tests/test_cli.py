@@ -13,6 +13,7 @@ import pytest
 from voxelmorph_monai import cli, comparison, preparation, registration, uncertainty
 from voxelmorph_monai.cli import main
 from voxelmorph_monai.preparation import Grid, Prepared, sample
+from voxelmorph_monai.refinement import SIMILARITIES
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +129,12 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "bids": True, "overwrite": True}
     options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii"), "budget": 5.0, "similarity": "mi"}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
+
+
+def test_the_similarities_to_choose_from_are_those_there_are(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["register", "--help"])
+    assert f"--similarity {{{','.join(SIMILARITIES)}}}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -468,7 +468,10 @@ def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:
         ({"transform": "bspline"}, "transform must be one of affine, rigid, none, got 'bspline'"),
         ({"network": network().train()}, "network must be in evaluation mode"),
         ({"network": Registration(VoxelMorph(spatial_dims=2)).eval()}, "network must take two 3-D images"),
-        ({"space": "mni152"}, "moving must be a skull-stripped head, 0 around a brain of 0.3 to 2.5 litres"),
+        (
+            {"space": "mni152"},
+            "moving must be a skull-stripped head, 0 around a brain of 0.3 to 3.3 litres at this spacing",
+        ),
         ({"network": network(), "grid": Grid((9, 9, 9))}, r"a grid must hold the fixed image, .* but has \[9\.0, 9"),
         ({"moving": (np.zeros(SIZE, np.float32), np.eye(4))}, "moving must be one 3-D volume of finite numbers"),
         ({"fixed": (np.ones(SIZE[:2], np.float32), np.eye(4))}, "fixed must be one 3-D volume of finite numbers"),

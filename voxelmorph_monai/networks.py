@@ -51,7 +51,7 @@ PRESETS: dict[str, Architecture] = {
     "diffeomorphic": Architecture(probabilistic=True),
     # The same to the last digit of the authors' code, for their weights (weights.import_weights).
     "miccai2018": Architecture(probabilistic=True, doubles=True),
-    # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few.
+    # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few, and twice.
     "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1, passes=2),
 }
 

@@ -280,13 +280,12 @@ def check_brain(image: tuple[NDArray[Any], Affine], subject: str) -> None:
         raise ValueError(f"{subject} must have a background of 0 and nothing far below it, got {image[0].min():.3g}.")
     sides = spacing(image[1])
     litres = np.count_nonzero(image[0] > 0) * np.prod(sides) * 1e-6
-    rim = (
-        0.2 * sides.mean()
-    )  # interpolation leaves up to two voxels of little above 0 around 0.1 square metres of brain
-    if not 0.3 < litres < 2.5 + rim:
+    # Interpolation leaves up to two voxels of little above 0 around 0.1 square metres of brain.
+    most = 2.5 + 0.2 * sides.mean()
+    if not 0.3 < litres < most:
         raise ValueError(
-            f"{subject} must be a skull-stripped head, 0 around a brain of 0.3 to 2.5 litres, got {litres:.2g} "
-            "litres above 0."
+            f"{subject} must be a skull-stripped head, 0 around a brain of 0.3 to {most:.2g} litres at this spacing, "
+            f"got {litres:.2g} litres above 0."
         )
     require_right_angles(image[1], subject)
 

@@ -173,16 +173,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(found: pd.DataFrame, reference: str) -> str:
-    """Means over pairs, and the paired difference of Dice to ``reference`` with its 95 % interval over pairs."""
-    wide = found.pivot(index="pair", columns="method", values="dice")
+    """Means over the pairs that all methods have, and the paired difference of Dice to ``reference``.
+
+    With the difference comes its 95 % interval over pairs.
+    """
+    wide = found.pivot(index="pair", columns="method", values="dice").dropna()
+    found = found[found["pair"].isin(wide.index)]
     lines = [
+        f"Over {len(wide)} pairs:\n",
         f"| method | Dice | difference to {reference} | HD95 (mm) | folded, central / forward (%) | SDlogJ | "
         "inverse (mm) | processor seconds | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(found["method"].unique(), key=lambda name: wide[name].mean()):
         mean = found[found["method"] == name].mean(numeric_only=True)
-        difference = (wide[name] - wide[reference]).dropna()
+        difference = wide[name] - wide[reference]
         n = len(difference)  # pairs share scans, so that the interval is a narrow one
         half = student.ppf(0.975, n - 1) * difference.std() / n**0.5 if n > 1 else float("nan")
 

@@ -261,9 +261,10 @@ class LabelPropagation(InferTask):
         }
         return super().info()
 
-    def _chosen(self, moving: Any, fixed: Path, settings: Settings) -> tuple[list[Study], dict[str, Any]]:
-        """Studies to take labels from, and what to tell of the choice."""
-        labelled = self.studies.usable()
+    def _chosen(
+        self, labelled: Mapping[str, Study], moving: Any, fixed: Path, settings: Settings
+    ) -> tuple[list[Study], dict[str, Any]]:
+        """Studies of ``labelled`` to take labels from, and what to tell of the choice."""
         if moving != _SIMILAR:
             chosen = [moving] if isinstance(moving, str) else moving
             if not isinstance(chosen, list):
@@ -296,8 +297,9 @@ class LabelPropagation(InferTask):
         fixed, ending = Path(request["image"]), request.get("result_extension") or ".nii.gz"
         settings = self.settings.asked(request)
         _one_of("result_extension", ending, _ENDINGS)
-        chosen, told = self._chosen(request.get("moving") or _SIMILAR, fixed, settings)
-        numbers = number_structures(list(self.studies.usable().values()))
+        labelled = self.studies.usable()
+        chosen, told = self._chosen(labelled, request.get("moving") or _SIMILAR, fixed, settings)
+        numbers = number_structures(list(labelled.values()))
         options = settings.engine(self.studies.trained)
         weights, preset, device = (options.pop(key) for key in ("weights", "preset", "device"))
         network = None if weights is None else load_network(weights, preset, device=device)
