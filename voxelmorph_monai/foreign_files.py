@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from voxelmorph_monai.formats import reading
 from voxelmorph_monai.spaces import Affine, atomic, require_same_grid, save_nifti
 
-__all__ = ["read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
+__all__ = ["Grid", "read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
 
 Grid = tuple[Sequence[int], Affine]
+"""Size and affine (RAS, mm) of an image."""
 
 
 def _library(name: str) -> Any:

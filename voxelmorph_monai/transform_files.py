@@ -31,7 +31,7 @@ from voxelmorph_monai.chains import (
     matrix_of,
 )
 from voxelmorph_monai.chains import on_grid as sample
-from voxelmorph_monai.foreign_files import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
+from voxelmorph_monai.foreign_files import Grid, read_fsl, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.formats import silent_stderr
 from voxelmorph_monai.spaces import Affine, atomic, linear_transform, read_displacement, save_displacement
 
@@ -52,8 +52,6 @@ _NIFTI = (".nii", ".nii.gz")
 _ENDINGS = {"itk": _ITK, "1007": _NIFTI, "1006": _NIFTI, "lta": (".lta",), "fsl": (".mat", *_NIFTI)}
 _READ = (*_ITK, ".lta", *_NIFTI)
 _OTHERS = (".m3z", ".mgz", ".mgh")
-
-Grid = tuple[Sequence[int], Affine]
 
 
 class Chain(NamedTuple):
