@@ -88,10 +88,10 @@ def shares(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> 
         groups: K of them, the numbers that belong together; 255 means all of the block.
         factor: 1 or more.
     """
-    number = _table(groups, int(labels.max()))[labels.long()]
+    number = _table(groups, int(labels.max())).to(labels.device)[labels.long()]
     size = [n // factor for n in labels.shape[1:]]
-    count = torch.zeros(len(groups) + 1, *size)
-    one = torch.ones(1, *size)
+    count = torch.zeros(len(groups) + 1, *size, device=labels.device)
+    one = torch.ones(1, *size, device=labels.device)
     for start in product(range(factor), repeat=len(size)):  # voxel of the block; far faster than pooling one-hots
         voxel = tuple(slice(first, first + factor * n, factor) for first, n in zip(start, size, strict=True))
         count.scatter_add_(0, number[(slice(None), *voxel)], one)
@@ -127,7 +127,7 @@ class AnatomyD(MapTransform):
         """Give ``image`` and ``label`` of one scan."""
         labels = torch.as_tensor(data[self.keys[0]]).as_subclass(Tensor)
         wanted = [number for group in self.structures for number in group]
-        if not torch.isin(labels, torch.tensor(wanted)).any():
+        if not torch.isin(labels, torch.tensor(wanted, device=labels.device)).any():
             raise ValueError(f"structures must occur in the label map, got none of {wanted}.")
         parts = shares(labels, self.structures, self.factor).short()
         parts = torch.cat([255 - parts.sum(0, keepdim=True), parts])
