@@ -281,6 +281,18 @@ def test_default_is_seven_squarings_of_one_step(size: tuple[int, ...]) -> None:
 
 
 @sizes
+@pytest.mark.parametrize(("padding_mode", "scipy_mode"), [("border", "nearest"), ("zeros", "grid-constant")])
+def test_squarings_are_scipys(size: tuple[int, ...], padding_mode: str, scipy_mode: str) -> None:
+    dvf = 4 * noise(size)  # some of it leaves the grid in each squaring
+    expected = dvf / 2**3
+    for _ in range(3):
+        expected = expected + sampled(expected, expected, 1, scipy_mode)
+    same(integrate(dvf, 3, padding_mode), expected)
+    if padding_mode == "border":
+        same(integrate(dvf, 3), expected)
+
+
+@sizes
 def test_minus_the_velocity_gives_the_inverse(size: tuple[int, ...]) -> None:
     errors = []
     for grid in (size, tuple(2 * n - 1 for n in size)):
@@ -647,7 +659,7 @@ CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     (warp, ["labels", "ddf"], {"mode": "nearest"}),
     (compose, ["dvf", "ddf"], {}),
     (integrate, ["dvf"], {}),
-    (integrate, ["dvf"], {"num_steps": 3}),
+    (integrate, ["dvf"], {"num_steps": 3, "padding_mode": "zeros"}),
     (invert, ["small"], {"max_iterations": 4, "tolerance": 0.0}),  # a fixed number of passes, whoever shares the batch
     (resize, ["ddf", "size"], {}),
     (jacobian_determinant, ["ddf"], {}),

@@ -1,13 +1,16 @@
 """A training that is stopped at any moment goes on as if nothing had happened: bit by bit."""
 
+import json
 import random
 from copy import deepcopy
+from math import isnan, nan
 
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
+from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from torch import nn
 from torch.testing import assert_close
@@ -15,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from voxelmorph_monai.data import PairDataset, PairSampler
 from voxelmorph_monai.engines import prepare_pair
-from voxelmorph_monai.handlers import EpochSeed, KeepBest, Ramp, Resume
+from voxelmorph_monai.handlers import EpochSeed, KeepBest, Ramp, Resume, SaveEvaluation
 from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
 from voxelmorph_monai.networks import Registration, VoxelMorph
 
@@ -305,3 +308,22 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             Training(tmp_path, 2).run()
+
+
+# SaveEvaluation
+
+
+@pytest.mark.filterwarnings("ignore:Degrees of freedom:RuntimeWarning")  # the spread over one pair
+@pytest.mark.parametrize(("before", "warns"), [(0.38, False), (0.392, False), (0.37, True), (0.5, True), (nan, True)])
+def test_an_alignment_that_is_not_the_published_one_is_told(tmp_path, caplog, before, warns):
+    def measure(engine, batch):
+        engine.state.metric_details = {"dice_before": torch.tensor([[before, before]])}
+
+    engine = Engine(measure)
+    SaveEvaluation(str(tmp_path / "e"), 2, affine_dice={"structures": 0.386}).attach(engine)
+    scan = {role: MetaTensor(torch.zeros(1), meta={"filename_or_obj": f"{role}.nii"}) for role in ("moving", "fixed")}
+    with caplog.at_level("WARNING"):
+        engine.run([[scan]])
+    noted = json.loads((tmp_path / "e" / "summary.json").read_text())["settings"]["affine_dice"]
+    assert noted["structures"] == {"published": 0.386, "measured": None if isnan(before) else pytest.approx(before)}
+    assert ("mean Dice over structures before the registration must be 0.386" in caplog.text) == warns

@@ -103,6 +103,14 @@ def test_refine_leaves_a_pair_that_is_aligned():
     assert_close(refine(image, image, budget=None).ddf, torch.zeros(1, 2, 48, 61), rtol=0, atol=0)
 
 
+@sizes
+def test_a_start_that_takes_the_images_apart_is_not_used(size):
+    moving, fixed, truth = example(size)
+    plain, found = (refine(moving, fixed, ddf=start, budget=None, max_steps=4) for start in (None, -truth))
+    assert_close(found, plain, rtol=0, atol=0)
+    assert_close(refine(fixed, fixed, ddf=0.3 * truth, budget=None).ddf, torch.zeros_like(truth), rtol=0, atol=0)
+
+
 def test_refine_ends_with_its_budget():
     moving, fixed, _ = example((34, 40, 29))
     assert len(refine(moving, fixed, budget=0).curve) == 2  # each level looks once at what it has

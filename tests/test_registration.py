@@ -7,10 +7,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nitransforms import linear, nonlinear
+from nitransforms.manip import TransformChain
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -140,6 +143,42 @@ def test_simpleitk_applies_the_files_as_we_do(
     assert set(np.unique(labels)) == {0, 7, 40, 300}
     assert np.mean(labels != sitk_array(nearest)) < 1e-4  # a point may fall halfway between two voxels
     check_points(out, AFFINES[fixed], forward, field, summary)
+
+
+@pytest.mark.filterwarnings("ignore:Reference space not set:UserWarning")  # nitransforms, to itself
+def test_ants_and_nitransforms_apply_the_files_as_we_do(
+    tmp_path: Path, write: Write, bent: Callable[[str], None]
+) -> None:
+    ants = pytest.importorskip("ants", reason="antspyx is not installed")  # it has wheels for some systems alone
+    bent("diffeomorphic")
+    paths = {**write("moving", AFFINES["oblique"], bend=4.0), **write("fixed", AFFINES["flipped"])}
+    out, weights = tmp_path / "out", tmp_path / "weights.pt"
+    weights.write_bytes(b"never read")
+    register_files(output=out, weights=weights, **paths, **ALIGNED)  # type: ignore[arg-type]
+    warped, lps = nib.load(out / "warped.nii.gz").get_fdata(), np.array([-1.0, -1, 1])
+    inside = world(AFFINES["flipped"])[:, phantom(AFFINES["flipped"])[0] > 0].T
+    transform = sitk.ReadTransform(str(out / "forward.h5"))
+    expected = np.array([transform.TransformPoint(point) for point in inside * lps])
+    assert np.linalg.norm(expected - inside * lps, axis=1).max() > 2
+    fixed, moving = (ants.image_read(str(paths[name])) for name in ("fixed", "moving"))
+    for name in ("forward.h5", "displacement.nii.gz"):
+        files = [str(out / name)]
+        assert np.abs(ants.apply_transforms(fixed, moving, files).numpy() - warped).max() < 0.1  # of 800
+        points = ants.apply_transforms_to_points(3, pd.DataFrame(inside * lps, columns=list("xyz")), files)
+        np.testing.assert_allclose(points[["x", "y", "z"]], expected, atol=1e-3, err_msg=name)  # mm: float32 in ANTs
+    back = ants.apply_transforms_to_points(3, pd.DataFrame(expected, columns=list("xyz")), [str(out / "inverse.h5")])
+    assert np.linalg.norm(back[["x", "y", "z"]] - inside * lps, axis=1).mean() < 0.3  # mm, as above
+
+    field = nonlinear.load(out / "displacement.nii.gz", fmt="itk")
+    np.testing.assert_allclose(field.map(inside) * lps, expected, atol=1e-3)
+    chain = TransformChain.from_filename(str(out / "forward.h5"), fmt="itk")
+    voxels = grid_affine(GRID, read_image(paths["fixed"]))  # on them, as between them it interpolates with splines
+    inner = world(voxels, GRID.size)[:, 9:-9:3, 9:-9:3, 9:-9:3].reshape(3, -1).T
+    there = np.array([transform.TransformPoint(point) for point in inner * lps])
+    np.testing.assert_allclose(chain.map(inner) * lps, there, atol=1e-3)
+    np.testing.assert_allclose(
+        linear.load(out / "affine.txt", fmt="itk").map(inner), inner, atol=1e-6
+    )  # none was asked
 
 
 def check_points(
@@ -425,6 +464,19 @@ def test_refining_brings_the_scans_closer(given: bool) -> None:
     before = register(*pair, network=start, **ALIGNED)  # type: ignore[arg-type]
     found = register(*pair, network=start, budget=20, **ALIGNED)  # type: ignore[arg-type]
     assert np.abs(found.warped - fixed).mean() < 0.8 * np.abs(before.warped - fixed).mean()
+
+
+def test_a_scan_against_itself_stays_where_it_is() -> None:
+    """Whatever the network says of it."""
+    array, affine = read_image(sample("colin27"))
+    scan = ndimage.uniform_filter(array, 4)[::4, ::4, ::4], affine @ np.diag([4, 4, 4, 1])
+    options: dict[str, Any] = {**ALIGNED, "grid": Grid((48, 56, 48), 4.0), "network": network()}
+    assert np.abs(register(scan, scan, **options).ddf).max() > 0.5
+    result = register(scan, scan, budget=5, **options)
+    points = np.argwhere(scan[0] > 0) @ scan[1][:3, :3].T + scan[1][:3, 3]
+    np.testing.assert_allclose(result.forward.points(points), points, atol=1e-6)
+    np.testing.assert_allclose(result.inverse.points(points), points, atol=1e-6)
+    np.testing.assert_allclose(result.warped, scan[0], atol=1e-3)  # of 200: float32
 
 
 def test_scans_are_refined_by_the_similarity_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,19 +114,21 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     return _grid_sample(image.to(dtype), grid, mode, padding_mode).to(image.dtype)
 
 
-def compose(outer: Tensor, inner: Tensor) -> Tensor:
+def compose(outer: Tensor, inner: Tensor, padding_mode: str = "border") -> Tensor:
     r"""Displacement of :math:`\phi_{outer} \circ \phi_{inner}`, that is ``inner(x) + outer(x + inner(x))``.
 
-    An image warped by the composition is the image warped by ``outer``, then by ``inner``.
+    An image warped by the composition is the image warped by ``outer``, then by ``inner``. ``padding_mode`` says what
+    ``outer`` is beyond its grid, as in :func:`warp`.
     """
-    return _exact(inner) + warp(_exact(outer), inner)
+    return _exact(inner) + warp(_exact(outer), inner, padding_mode=padding_mode)
 
 
-def integrate(dvf: Tensor, num_steps: int = 7) -> Tensor:
+def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> Tensor:
     r"""Displacement at time 1 of the flow of the stationary velocity ``dvf`` (voxels per unit time): :math:`\exp(v)`.
 
     Scaling and squaring, :math:`\exp(v) = \exp(v / 2^n)^{2^n}`, starting from :math:`\exp(v / 2^n) \approx v / 2^n`
-    (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map.
+    (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map. With
+    ``padding_mode="zeros"`` the velocity ends at the border of its grid, which tears what flows across it.
 
     >>> shift = integrate(torch.ones(1, 2, 5, 4))
     >>> bool((shift == 1).all())  # a constant velocity moves everything by itself
@@ -136,7 +138,7 @@ def integrate(dvf: Tensor, num_steps: int = 7) -> Tensor:
         raise ValueError(f"num_steps must be 0 to 30 (the velocity is divided by 2^num_steps), got {num_steps}.")
     ddf = _exact(dvf) * (0.5**num_steps)
     for _ in range(num_steps):
-        ddf = compose(ddf, ddf)
+        ddf = compose(ddf, ddf, padding_mode)
     return ddf
 
 

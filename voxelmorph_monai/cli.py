@@ -421,16 +421,15 @@ def _label_app(args: argparse.Namespace) -> int:
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="Keras file of the authors (.h5)")
+    parser.add_argument(
+        "source", type=Path, help="Keras file of the authors (.h5), or checkpoint of their VxmDense (.pt)"
+    )
     parser.add_argument("output", type=Path, help="file to write, new (.pt)")
     parser.add_argument("--xy", action="store_true", help="the file is of models/xy/: axes counted as x, y")
 
 
 def _import_weights(args: argparse.Namespace) -> int:
-    try:
-        from voxelmorph_monai.weights import import_weights
-    except ModuleNotFoundError as error:  # of the extra: no other command needs it
-        raise ValueError(f"it needs h5py: pip install 'voxelmorph_monai[import]' ({error}).") from error
+    from voxelmorph_monai.weights import import_weights
 
     preset = import_weights(args.source, args.output, xy=args.xy)
     print(f"{args.output}: weights of preset {preset}, for intensities in [0, 1]")
@@ -553,7 +552,7 @@ _COMMANDS = {
         _make_atlas_bundle,
     ),
     "import-weights": _Command(
-        "read weights that the authors of VoxelMorph published as Keras files (CVPR 2018, MICCAI 2018)",
+        "read weights of the authors: Keras files (CVPR 2018, MICCAI 2018), checkpoints of VxmDense in PyTorch",
         "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
         _add_import_arguments,
         _import_weights,

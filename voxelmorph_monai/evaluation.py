@@ -21,6 +21,7 @@ from voxelmorph_monai.spaces import atomic_folder
 __all__ = [
     "Evaluation",
     "check_folder",
+    "compare_affine",
     "load_evaluation",
     "merge_sides",
     "save_evaluation",
@@ -179,6 +180,19 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
 def _plain(value: Any) -> Any:
     """Numbers of NumPy as JSON knows them; NaN as null."""
     return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
+
+
+def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Mean Dice before the registration, ``measured``, beside the ``published`` one of the affine alignment.
+
+    Where they differ, scans, labels or alignment are not those of the publication. ``published`` holds means over
+    ``structures``, over ``groups``, or both.
+    """
+    found = summarise(evaluation)["mean"]
+    return {
+        over: {"published": value, "measured": _plain(found["dice" + BEFORE, over])}
+        for over, value in published.items()
+    }
 
 
 def save_evaluation(

@@ -15,10 +15,12 @@ from torch import nn
 
 from voxelmorph_monai.data import PairSampler, process
 from voxelmorph_monai.engines import pair_paths
-from voxelmorph_monai.evaluation import check_folder, save_evaluation, summarise, tabulate
+from voxelmorph_monai.evaluation import check_folder, compare_affine, save_evaluation, summarise, tabulate
 from voxelmorph_monai.spaces import atomic
 
 __all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation"]
+
+_SAME_DICE = 0.01  # two means are within it if they are of the same scans and labels, or of half of those scans
 
 
 class Stateful(Protocol):
@@ -202,6 +204,8 @@ class SaveEvaluation:
             structures' values.
         settings: what is to be remembered of the evaluation.
         overwrite: replace the folder if it holds an earlier evaluation.
+        affine_dice: mean Dice before the registration as it was published, over ``structures``, over ``groups`` or
+            both. It is noted beside what is found here, with a warning where the two differ.
     """
 
     def __init__(
@@ -211,6 +215,7 @@ class SaveEvaluation:
         groups: Mapping[str, Sequence[str]] | None = None,
         settings: Mapping[str, object] | None = None,
         overwrite: bool = False,
+        affine_dice: Mapping[str, float] | None = None,
     ) -> None:
         check_folder(folder, overwrite)
         self.folder = folder
@@ -218,6 +223,7 @@ class SaveEvaluation:
         self.groups = groups
         self.settings = dict(settings or {})
         self.overwrite = overwrite
+        self.affine_dice = affine_dice
         self.paths: list[tuple[str, str]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -241,5 +247,12 @@ class SaveEvaluation:
             details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined] # MONAI's
             measures = {name: values.cpu().double().numpy() for name, values in details.items()}
             evaluation = tabulate(paths, measures, self.structures, self.groups)
-            save_evaluation(self.folder, evaluation, self.settings, self.overwrite)
+            affine = {"affine_dice": compare_affine(evaluation, self.affine_dice)} if self.affine_dice else {}
+            save_evaluation(self.folder, evaluation, {**self.settings, **affine}, self.overwrite)
+            for over, dice in affine.get("affine_dice", {}).items():
+                if not abs((dice["measured"] or 0) - dice["published"]) <= _SAME_DICE:
+                    engine.logger.warning(
+                        f"mean Dice over {over} before the registration must be {dice['published']}, as published, to "
+                        f"compare with the literature, got {dice['measured']}: other scans, labels or alignment."
+                    )
             engine.logger.info(f"{self.folder}, {len(paths)} pairs:\n{summarise(evaluation).to_string()}")

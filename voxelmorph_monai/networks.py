@@ -34,6 +34,7 @@ class Architecture(NamedTuple):
     input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
     doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
     passes: int = 1  # each pass after the first sees the moving image as warped so far; the maps are composed
+    padding_mode: str = "border"  # of a velocity beyond its grid; "zeros" as in the authors' PyTorch code
 
     @property
     def feature_level(self) -> int:
@@ -47,9 +48,13 @@ PRESETS: dict[str, Architecture] = {
     "vm2": Architecture(decoder=((32,), (32,), (32,), (32, 32), (16, 16)), num_steps=0, integration_level=0),
     # The authors' later default (github.com/voxelmorph/voxelmorph, 2020): velocity integrated at half resolution.
     "dense": Architecture(decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max"),
+    # The same to the last digit of its PyTorch code, for weights trained with that (weights.import_weights).
+    "vxmdense": Architecture(
+        decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max", doubles=True, padding_mode="zeros"
+    ),
     # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
     "diffeomorphic": Architecture(probabilistic=True),
-    # The same to the last digit of the authors' code, for their weights (weights.import_weights).
+    # The same to the last digit of the authors' Keras code, for their weights (weights.import_weights).
     "miccai2018": Architecture(probabilistic=True, doubles=True),
     # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few, and twice.
     "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1, passes=2),
@@ -175,6 +180,8 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         )
     if architecture.downsampling not in ("stride", "max"):
         raise ValueError(f"downsampling must be 'stride' or 'max', got '{architecture.downsampling}'.")
+    if architecture.padding_mode not in ("border", "zeros"):
+        raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{architecture.padding_mode}'.")
     if not 0 <= architecture.integration_level <= levels:
         raise ValueError(f"integration_level must be 0 to {levels}, got {architecture.integration_level}.")
     if architecture.passes < 1 or (architecture.passes > 1 and architecture.probabilistic):
@@ -202,8 +209,8 @@ class VoxelMorph(nn.Module):
     torch.Size([1, 2, 30, 45])
 
     Args:
-        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"diffeomorphic"``, ``"miccai2018"``,
-            ``"wide"``.
+        preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"vxmdense"``, ``"diffeomorphic"``,
+            ``"miccai2018"``, ``"wide"``.
         spatial_dims: 2 or 3.
         in_channels: channels of the two images together.
         smoothness_weight: None, or the weight of smoothness to register with, 0 to 1: the network then takes it as an
@@ -241,6 +248,7 @@ class VoxelMorph(nn.Module):
         self.block = 2**architecture.input_level
         self.doubles = architecture.doubles
         self.passes = architecture.passes
+        self.padding_mode = architecture.padding_mode
         self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
         self.amortised = smoothness_weight is not None
         self.smoothness_weight = float(smoothness_weight or 0)
@@ -326,7 +334,7 @@ class VoxelMorph(nn.Module):
         Where ``num_steps`` is 0, ``field`` is a displacement already.
         """
         size = [n << self.integration_level for n in field.shape[2:]]
-        return self._resize(integrate(field, self.num_steps), size, self.integration_level)
+        return self._resize(integrate(field, self.num_steps, self.padding_mode), size, self.integration_level)
 
     def full(self, ddf: Tensor, size: list[int]) -> Tensor:
         """Bring ``ddf`` from the :meth:`coarse` grid to that of the images: ``(B, D, *size)``, in its voxels."""

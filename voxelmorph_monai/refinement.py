@@ -456,6 +456,15 @@ def _levels(size: Sequence[int]) -> list[tuple[int, int]]:
     return [(k, max(k, 1)) for k in range(coarsest, -1, -1)] + [(0, 0)]
 
 
+def _helps(objective: _Objective, pairs: Sequence[_Pair], ddf: Tensor) -> bool:
+    """Whether ``ddf`` is better than no displacement, looked at on the second finest grid."""
+    pair = pairs[:2][-1]
+    field = _halve(ddf) / 2 if pair.scale > 1 else ddf
+    one_way = objective._replace(bidirectional=False)
+    losses = [one_way.force(pair, each, None, 0)[0] for each in (field, torch.zeros_like(field))]
+    return losses[0] < losses[1]
+
+
 def _refine(
     objective: _Objective,
     pair: _Pair,
@@ -473,7 +482,9 @@ def _refine(
         pairs.append(pairs[-1].halved())
     field, at = torch.zeros_like(pairs[0].fixed[:, :1]).repeat_interleave(len(size), 1), 0
     if ddf is not None:
-        levels, field = levels[-2:], _cut(ddf.as_subclass(Tensor).float(), start, size)
+        given = _cut(ddf.as_subclass(Tensor).float(), start, size)
+        if _helps(objective, pairs, given):
+            levels, field = levels[-2:], given
     curve: list[Step] = []
     with tqdm(disable=not progress, desc="refining", unit="step") as bar:
         for image, coarser in levels:
@@ -521,7 +532,8 @@ def refine(
     Args:
         moving: intensities; both images are aligned but for what is local.
         fixed: the same.
-        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none, from coarse to fine.
+        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none, from coarse to fine. So it is,
+            too, if the images are less alike with it than without, as networks have it of images that are the same.
         similarity: loss of two images, called with ``(warped, fixed)``; default: ``LNCCLoss(window=5)``.
         bidirectional: compare ``moving`` with the warped ``fixed`` too; about twice the time for a step.
         mask: where images are compared, not 0 inside, ``(1, 1, *spatial)`` on the fixed grid.
