@@ -117,10 +117,10 @@ LOSSES = [
     ("(32 * torch.finfo", "(0 * torch.finfo", "no variance floor: noise counts as contrast"),
     ("cc.clamp_max_(1).sum()", "cc.sum()", "a correlation above 1"),
     ("mul_(2 / warped.numel())", "mul_(2 / len(warped))", "reduction: gradient of the sum over voxels"),
-    (".mul_(a.free)", "", "gradient of the floor"),
+    (".mul_(moments[i].free)", "", "gradient of the floor"),
     ("slab.addcmul_(a, q, value=-1)", "slab.addcmul_(a, q)", "sign of the variance's gradient"),
     ("gradient[:, :, start:stop]", "gradient[:, :, : stop - start]", "slabs: all gradients go to the first"),
-    ("moments[i], moments[1 - i]", "moments[0], moments[1]", "axis order: gradient of the other image"),
+    ("images[i], images[1 - i]", "images[0], images[1]", "axis order: gradient of the other image"),
     ("image.detach().aminmax", "image.aminmax", "detach: the range is optimised"),
     (
         "for axis in axes]).mean()",
