@@ -101,7 +101,7 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     return image
 
 
-_SLAB = 1 << 20  # voxels
+_SLAB = 1 << 21  # voxels
 
 
 def _slabs(image: Tensor) -> list[tuple[int, int]]:
