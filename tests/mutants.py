@@ -71,7 +71,7 @@ BLOCKS = [
     ("ctx.padding, True,", "1 - ctx.padding, True,", "padding: gradients of another one"),
     (".transpose(1, 2).flatten(2, 3)", ".flatten(2, 3)", "threads: channels and parts change places"),
     ("of_image += other", "pass", "threads: the image's gradient of one part alone"),
-    ("torch.mul(component, _to_unit(ddf, d)[1]", "torch.mul(component, 1", "unit: gradient of [-1, 1]"),
+    ("torch.mul(component, _to_unit(ddf, d)", "torch.mul(component, 1", "unit: gradient of [-1, 1]"),
     ("grid.shape[1] % parts", "grid.shape[2] % parts", "threads: divisibility of another axis"),
     (
         "_exact(inner) + warp(_exact(outer), inner)",

@@ -62,10 +62,9 @@ def identity_grid(field: Tensor) -> Tensor:
     return torch.stack(axes, dim=1)
 
 
-def _to_unit(ddf: Tensor, axis: int) -> tuple[Tensor, float]:
-    """Origin and scale of the way from displacements along ``axis`` to ``grid_sample``'s [-1, 1]."""
-    scale = 2.0 / max(ddf.shape[axis + 2] - 1, 1)
-    return _axis(ddf, axis) * scale - 1.0, scale
+def _to_unit(ddf: Tensor, axis: int) -> float:
+    """Factor from voxels along ``axis`` to ``grid_sample``'s [-1, 1]."""
+    return 2.0 / max(ddf.shape[axis + 2] - 1, 1)
 
 
 def _grid(ddf: Tensor, mode: str) -> Tensor:
@@ -73,11 +72,10 @@ def _grid(ddf: Tensor, mode: str) -> Tensor:
     components = ddf.unbind(1)  # one gradient for all; indexed one by one, each would fill a whole field with zeros
     unit = []
     for d in range(ddf.shape[1] - 1, -1, -1):
-        component = components[d]
-        if mode == "nearest":  # here, where halves are exact: the way to [-1, 1] and back is not
-            component = (component + _axis(ddf, d)).round() - _axis(ddf, d)
-        origin, scale = _to_unit(ddf, d)
-        unit.append(torch.add(origin, component, alpha=scale))
+        point = components[d] + _axis(ddf, d)
+        if mode == "nearest":
+            point = point.round()  # here, where halves are exact: the way to [-1, 1] and back is not
+        unit.append(point * _to_unit(ddf, d) - 1.0)
     return torch.stack(unit, dim=-1)
 
 
@@ -119,7 +117,7 @@ class _Sample(torch.autograd.Function):
         if needed[1]:
             of_ddf = torch.empty_like(ddf)
             for d, component in enumerate(of_grid.view(len(ddf), *ddf.shape[2:], -1).unbind(-1)[::-1]):
-                torch.mul(component, _to_unit(ddf, d)[1], out=of_ddf[:, d])
+                torch.mul(component, _to_unit(ddf, d), out=of_ddf[:, d])
         if needed[0]:
             of_image, *others = of_image.unflatten(0, (-1, parts)).unbind(1)
             for other in others:
@@ -135,9 +133,8 @@ class _Sample(torch.autograd.Function):
     def cut(image: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
         """Image, repeated without a copy where it can be, and grid of each part."""
         grid = image.new_empty(len(ddf), *ddf.shape[2:], ddf.shape[1])
-        for d, component in enumerate(grid.unbind(-1)[::-1]):  # as _grid, without a copy
-            origin, scale = _to_unit(ddf, d)
-            torch.add(origin, ddf[:, d], alpha=scale, out=component)
+        for d, component in enumerate(grid.unbind(-1)[::-1]):  # as _grid, to the last bit, without a copy
+            torch.sub((ddf[:, d] + _axis(ddf, d)).mul_(_to_unit(ddf, d)), 1.0, out=component)
         parts = _parts(grid)
         copies = image[:, None].expand(-1, parts, *image.shape[1:]).flatten(0, 1)
         return copies, grid.unflatten(1, (parts, -1)).flatten(0, 1)
