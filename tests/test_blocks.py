@@ -239,6 +239,15 @@ def test_threads_change_nothing(size: tuple[int, ...], batch: int, channels: int
         same(result, results[0])
 
 
+@sizes
+def test_warp_keeps_its_image_and_field_alone(size: tuple[int, ...]) -> None:
+    image, ddf = torch.rand(1, 1, *size, dtype=torch.float64, requires_grad=True), noise(size).requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        warp(image, ddf)
+    assert [tensor.data_ptr() for tensor in saved] == [image.data_ptr(), ddf.data_ptr()]
+
+
 # compose
 
 

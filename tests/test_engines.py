@@ -1,10 +1,6 @@
 """What goes into the network, what comes out timed, and how pairs are called."""
 
-import ctypes
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ from voxelmorph_monai import engines
 from voxelmorph_monai.engines import (
     TimedInferer,
     check_config,
-    keep_freed_memory,
     pair_paths,
     prepare_both_orders,
     prepare_pair,
@@ -148,29 +143,3 @@ def test_other_programs_are_not_looked_at(monkeypatch):
     monkeypatch.setattr("sys.argv", [str(Path("monai", "bundle", "__main__.py")), "run", "--lerning_rate", "1"])
     with pytest.raises(ValueError, match="lerning_rate"):
         check_config()
-
-
-FAULTS = """
-import resource, torch
-from voxelmorph_monai.engines import keep_freed_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 << 20, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults(), keep_freed_memory(), faults(), min(faults() for _ in range(9)))  # the system may take pages back
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
-def test_freed_memory_is_kept():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    before, taken, _, after = done.stdout.split()
-    assert taken == "True"
-    assert int(before) >= 32  # 64 MiB in pages of 4 KiB, or at the largest of 2 MiB
-    assert int(after) <= 4  # the same pages again; a few are for small objects
-
-
-def test_other_c_libraries_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    assert not keep_freed_memory()

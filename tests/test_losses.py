@@ -8,6 +8,7 @@ from scipy.interpolate import BSpline
 from scipy.ndimage import shift, uniform_filter
 from torch.testing import assert_close
 
+from voxelmorph_monai import losses
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.losses import (
     BendingEnergyLoss,
@@ -201,6 +202,20 @@ def test_lncc_gives_each_input_its_gradient_alone():
     (3 * LNCCLoss(3)(a, alone_b)).backward()
     assert_close(alone_a.grad, 2 * both[0])
     assert_close(alone_b.grad, 3 * both[1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("slab", [1, 40, 70])  # voxels: ranges of one, and of uneven numbers of them
+def test_lncc_does_not_depend_on_the_slabs(size, slab, monkeypatch):
+    whole, cut, box = [rand(2, 2, *size, requires_grad=True) for _ in range(2)], [], losses.box_sum
+    value = LNCCLoss(5)(*whole)
+    expected = torch.autograd.grad(value, whole)
+    monkeypatch.setattr(losses, "box_sum", lambda image, window: cut.append(image.shape[2]) or box(image, window))
+    monkeypatch.setattr(losses, "_SLAB", slab)
+    assert_close(LNCCLoss(5)(*whole), value)
+    assert max(cut) < size[0] + 4  # voxels with the margins of a window
+    for found, right in zip(torch.autograd.grad(LNCCLoss(5)(*whole), whole), expected, strict=True):
+        assert_close(found, right)
 
 
 def test_lncc_saves_one_map_for_the_backward_pass():

@@ -419,6 +419,35 @@ def test_bfloat16_is_close_and_its_fields_float32(preset, monkeypatch):
     assert found["ddf"].unique().numel() > 0.9 * found["ddf"].numel()
 
 
+@pytest.mark.parametrize("size", [(7, 5, 4), (17, 4, 5), (33, 6)])  # one slab of 7 voxels; of 8 and 9; of 8, 8, 8, 9
+def test_heads_convolve_bfloat16_in_float32(size):
+    features = torch.randn(2, 5, *size).bfloat16().requires_grad_()
+    weight, bias = torch.randn(3, 5, *[3] * len(size), requires_grad=True), torch.randn(3, requires_grad=True)
+    found = networks._convolve_exactly(features, weight, bias)
+    direction = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, (features, weight, bias), direction)
+    exact = [x.detach().double().requires_grad_() for x in (features, weight, bias)]
+    expected = (F.conv2d if len(size) == 2 else F.conv3d)(*exact, padding=1)
+    assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)  # bfloat16 would be off by 4e-3
+    *others, of_features = reversed(torch.autograd.grad(expected, exact, direction.double()))
+    assert_close(gradients[0], of_features.bfloat16(), rtol=2**-7, atol=1e-4)  # it has the type of the features
+    for one, right in zip(reversed(gradients[1:]), others, strict=True):
+        assert_close(one.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_bfloat16_is_pooled_and_kept_in_bfloat16(dims):
+    x = torch.randn(1, 4, *[8] * dims).bfloat16().requires_grad_()
+    saved = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.dtype) or tensor, lambda x: x),
+    ):
+        found = networks._max_pool(x)
+    assert_close(found, (F.max_pool2d if dims == 2 else F.max_pool3d)(x, 2), rtol=0, atol=0)
+    assert torch.float32 not in saved
+
+
 @pytest.mark.parametrize(("size", "expected"), [((33, 50), True), ((32, 50), False), ((66, 66), True)])
 def test_bfloat16_only_where_its_gradient_is_right(size, expected, monkeypatch):
     monkeypatch.setattr(networks, "has_fast_bfloat16", lambda device: True)

@@ -1,15 +1,17 @@
 """Real processes, which import nothing heavy: what they are called for is in this module."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from voxelmorph_monai.processes import Processes, attempt, failures
+from voxelmorph_monai.processes import Processes, attempt, failures, keep_freed_memory
 
 DEADLINE = 60  # seconds, for what takes one on an idle machine
 
@@ -165,3 +167,29 @@ def test_a_reason_is_one_line() -> None:
     assert attempt(print, []) is None
     with pytest.raises(KeyboardInterrupt):
         attempt(fail, [KeyboardInterrupt()])
+
+
+FAULTS = """
+import resource, torch
+from voxelmorph_monai.processes import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), keep_freed_memory(), faults(), min(faults() for _ in range(9)))  # the system may take pages back
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, taken, _, after = done.stdout.split()
+    assert taken == "True"
+    assert int(before) >= 32  # 64 MiB in pages of 4 KiB, or at the largest of 2 MiB
+    assert int(after) <= 4  # the same pages again; a few are for small objects
+
+
+def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not keep_freed_memory()

@@ -596,6 +596,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 success, 1 some of the work failed, 2 wrong input, 130 interrupted.
     """
     args = _parser().parse_args(argv)
+    if argv is None:
+        from voxelmorph_monai.processes import keep_freed_memory
+
+        keep_freed_memory()
     try:
         return _COMMANDS[args.command].run(args)
     except (ValueError, TypeError, OSError, MemoryError) as error:

@@ -1,6 +1,5 @@
 """What MONAI's engines and bundles lack to train and evaluate on pairs of images."""
 
-import ctypes
 import inspect
 import json
 import re
@@ -21,26 +20,10 @@ from torch import Tensor
 __all__ = [
     "TimedInferer",
     "check_config",
-    "keep_freed_memory",
     "pair_paths",
     "prepare_both_orders",
     "prepare_pair",
 ]
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees for its next tensors, to train faster on a CPU.
-
-    glibc gives large blocks back to the system at once, so that each training step gets its tensors as new pages, which
-    the system fills with zeros first: a fifth of the CPU time of a step of ``dense``. Kept, they leave the process at
-    its peak until it ends, and the peak 4 to 17 % higher, as blocks of different sizes do not fit each other's gaps.
-
-    Returns:
-        Whether the C library took it: glibc does, others have no such setting and stay as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # (what, value) of glibc's malloc.h: M_MMAP_MAX, no block is a mapping of its own; M_TRIM_THRESHOLD, never shrink
-    return mallopt is not None and all([mallopt(-4, 0), mallopt(-1, -1)])
 
 
 def prepare_pair(

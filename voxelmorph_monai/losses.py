@@ -7,7 +7,7 @@ All compute in float32 or wider, also under autocast, and give plain tensors for
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -101,60 +101,79 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     return image
 
 
-def _pad(image: Tensor, margin: int) -> Tensor:
-    return F.pad(image, [margin] * (2 * (image.ndim - 2)))
+_SLAB = 1 << 21  # voxels
+
+
+def _slabs(image: Tensor) -> list[tuple[int, int]]:
+    """Cut the first spatial axis of ``image`` into ranges whose intermediate maps stay in a processor's cache."""
+    n = image.shape[2]
+    # LNCC at 160 x 192 x 224 in a fifth less CPU time, and 0.4 GiB instead of 0.9; a GPU prefers fewer, larger steps.
+    number = min(-(-image.numel() // _SLAB), n) if image.device.type == "cpu" else 1
+    ends = [n * k // number for k in range(number + 1)]
+    return list(pairwise(ends))
 
 
 class _LocalMoments(NamedTuple):
-    image: Tensor  # padded and centred
-    total: Tensor  # its sum over each window
+    total: Tensor  # sum over each window
     variance: Tensor  # n times the variance of each window, not below its floor
     free: Tensor  # where the floor does not hold it
 
 
 def _local_moments(image: Tensor, window: int) -> _LocalMoments:
-    # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
-    # the image have to move along, so pad first. As nothing changes, no gradient goes through the centre.
-    image = _pad(image, window // 2) - image.mean(tuple(range(2, image.ndim)), keepdim=True)
     total, squares = box_sum(image, window), box_sum(image * image, window)
-    variance = squares - total * total / window ** (image.ndim - 2)
+    variance = torch.addcmul(squares, total, total, value=-1 / window ** (image.ndim - 2))
     # What rounding alone can make of a flat window is no contrast: the largest error found, over
     # windows of 3 to 15 voxels a side and many offsets, is 4.2 eps.
-    floor = (32 * torch.finfo(image.dtype).eps * squares).clamp_min(1e-5)
-    return _LocalMoments(image, total, torch.maximum(variance, floor), variance > floor)
+    floor = squares.mul_(32 * torch.finfo(image.dtype).eps).clamp_min_(1e-5)
+    free = variance > floor
+    return _LocalMoments(total, torch.maximum(variance, floor, out=variance), free)
 
 
 class _MeanLNCC(torch.autograd.Function):
     r"""Mean squared local correlation, its gradient worked out on the way: one saved map for each input.
 
     With sums :math:`S` over the :math:`n` voxels of a window, :math:`c = S_{ab} - S_a S_b / n` and
-    :math:`v_a = S_{aa} - S_a^2 / n`, a window counts :math:`c^2 / (v_a v_b)`. Let :math:`p` and :math:`q` be its
-    derivatives by :math:`c` and :math:`v_a`. The derivative by a voxel of :math:`a` is then
-    :math:`b \sum p + 2 a \sum q - \frac{1}{n} \sum (p S_b + 2 q S_a)`, summed over the windows around the voxel.
+    :math:`v_a = S_{aa} - S_a^2 / n`, a window counts :math:`c^2 / (v_a v_b)`. Let :math:`2 p` and :math:`-q` be its
+    derivatives by :math:`c` and :math:`v_a`: :math:`p = c / (v_a v_b)` and :math:`q = p c / v_a`. The derivative by a
+    voxel of :math:`a` is then :math:`2 [b \sum p - a \sum q - \frac{1}{n} \sum (p S_b - q S_a)]`, summed over the
+    windows around the voxel.
     """
 
     @staticmethod
     def forward(ctx: Any, warped: Tensor, fixed: Tensor, window: int) -> Tensor:
-        n, margin = window ** (warped.ndim - 2), window // 2
-        moments = _local_moments(warped, window), _local_moments(fixed, window)
-        a, b = moments
-        cross = box_sum(a.image * b.image, window) - a.total * b.total / n
-        p = 2 * cross / (a.variance * b.variance)
-        cc = p * cross / 2
-        p = p / cc.numel()
-
-        def around(values: Tensor) -> Tensor:
-            return box_sum(_pad(values, margin), window)
-
+        n, margin, reach = window ** (warped.ndim - 2), window // 2, window - 1
+        # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
+        # the images have to move along, so pad first. As nothing changes, no gradient goes through the centre.
+        padding = [margin] * (2 * (warped.ndim - 2))
+        images = [F.pad(x, padding) - x.mean(tuple(range(2, x.ndim)), keepdim=True) for x in (warped, fixed)]
+        needed = [i for i in range(2) if ctx.needs_input_grad[i]]
+        # Of each window, with zeros around: p; for each image that needs them q, and p S_b - q S_a.
+        maps = [torch.zeros_like(images[0]) for _ in range(1 + 2 * len(needed))]
+        core: tuple[Any, ...] = (..., *[slice(margin, -margin)] * (warped.ndim - 2))
+        sums = []
+        for start, stop in _slabs(warped):
+            near = [x[:, :, start : stop + reach] for x in images]
+            moments = [_local_moments(x, window) for x in near]
+            (a_total, a_variance, _), (b_total, b_variance, _) = moments
+            cross = box_sum(near[0] * near[1], window).addcmul_(a_total, b_total, value=-1 / n)
+            p, *others = (x[:, :, start : stop + reach][core] for x in maps)
+            torch.div(cross, a_variance * b_variance, out=p)
+            cc = cross.mul_(p)
+            for i, q, of_means in zip(needed, others[::2], others[1::2], strict=True):
+                torch.div(cc, moments[i].variance, out=q).mul_(moments[i].free)
+                torch.mul(p, moments[1 - i].total, out=of_means).addcmul_(q, moments[i].total, value=-1)
+            sums.append(cc.clamp_max_(1).sum())  # only rounding gets past 1
         gradients: list[Tensor | None] = [None, None]
-        for i, needed in enumerate(ctx.needs_input_grad[:2]):
-            if needed:
-                a, b = moments[i], moments[1 - i]
-                q = torch.where(a.free, p * cross / a.variance, 0) / -2
-                of_means = around(p * b.total + 2 * q * a.total) / n
-                gradients[i] = _pad(b.image, -margin) * around(p) + 2 * _pad(a.image, -margin) * around(q) - of_means
+        for k, i in enumerate(needed):
+            gradients[i] = gradient = torch.empty_like(warped)
+            for start, stop in _slabs(warped):
+                near = [x[:, :, start : stop + reach] for x in (maps[0], *maps[2 * k + 1 : 2 * k + 3])]
+                p, q, of_means = (box_sum(x, window) for x in near)
+                a, b = (x[:, :, start : stop + reach][core] for x in (images[i], images[1 - i]))
+                slab = torch.mul(b, p, out=gradient[:, :, start:stop])
+                slab.addcmul_(a, q, value=-1).sub_(of_means, alpha=1 / n).mul_(2 / warped.numel())
         ctx.save_for_backward(*gradients)
-        return cc.clamp_max(1).mean()  # only rounding gets past 1
+        return torch.stack(sums).sum() / warped.numel()
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: a process says how many threads its libraries may use before it loads them.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,10 +20,26 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-__all__ = ["Pool", "Processes", "attempt", "failures"]
+__all__ = ["Pool", "Processes", "attempt", "failures", "keep_freed_memory"]
 
 _ATTEMPTS = 2  # a process may have been the victim of another one's hunger for memory
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees for its next tensors, to work faster on a CPU.
+
+    glibc gives large blocks back to the system at once, so that each step gets its tensors as new pages, which
+    the system fills with zeros first: a fifth of the CPU time of a step of ``dense``, and of a refinement. Kept, they
+    leave the process at its peak until it ends, and the peak 4 to 17 % higher, as blocks of different sizes do not fit
+    each other's gaps.
+
+    Returns:
+        Whether the C library took it: glibc does, others have no such setting and stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # (what, value) of glibc's malloc.h: M_MMAP_MAX, no block is a mapping of its own; M_TRIM_THRESHOLD, never shrink
+    return mallopt is not None and all([mallopt(-4, 0), mallopt(-1, -1)])
 
 
 class Pool(Protocol):
@@ -78,6 +95,7 @@ def _serve(connection: Connection) -> None:
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_follow_parent, daemon=True).start()
+    keep_freed_memory()
     while True:
         try:
             function, args = connection.recv()

@@ -36,6 +36,7 @@ from voxelmorph_monai import refinement
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.data import load_scans
 from voxelmorph_monai.metrics import dice, folding, hausdorff95, inverse_consistency, log_jacobian_sd
+from voxelmorph_monai.processes import keep_freed_memory
 from voxelmorph_monai.registration import load_network
 from voxelmorph_monai.transforms import LoadScand, MergeLabelsd
 
@@ -70,6 +71,7 @@ def affine(pair: Pair, args: argparse.Namespace) -> Found:
 
 def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", similarity: str = "") -> Found:
     """One pass of the network, or from zero; with a budget (``30 s`` or ``converged``), refined."""
+    keep_freed_memory()  # as vxm does
     network = load_network(args.weights, args.preset) if start == "one pass" else None
     begin = time.perf_counter(), time.process_time()
     ddf = inverse = None

@@ -30,11 +30,12 @@ from torch.utils.flop_counter import flop_registry
 
 from voxelmorph_monai.blocks import integrate, warp
 from voxelmorph_monai.data import PairDataset
-from voxelmorph_monai.engines import keep_freed_memory, prepare_pair
+from voxelmorph_monai.engines import prepare_pair
 from voxelmorph_monai.losses import GradientLoss, LNCCLoss, RegistrationLoss
 from voxelmorph_monai.metrics import dice, hausdorff95
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.preparation import mni152_tissue
+from voxelmorph_monai.processes import keep_freed_memory
 
 Size = tuple[int, ...]
 Answer = dict[str, Tensor]
