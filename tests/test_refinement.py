@@ -229,7 +229,7 @@ def test_inverse_is_the_flow_backwards_though_steep(size):
     velocity = 1.5 * noise(size, 3, len(size)) * _smooth(inside(size), 2)
     ddf, truth = integrate(velocity, 10), integrate(-velocity, 10)
     determinant = jacobian_determinant(ddf)
-    assert float(determinant.min()) < 0.3
+    assert float(determinant.min()) < 0.4
     assert float(determinant.max()) > 3
     found = _inverse(ddf)
     assert float(invert(ddf)[1]) > 1  # fixed points diverge on such a map
