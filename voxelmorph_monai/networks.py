@@ -98,7 +98,7 @@ class _ExactConvolution(torch.autograd.Function):
         ctx.save_for_backward(features, weight)
         out = weight.new_empty(features.shape[0], weight.shape[0], *features.shape[2:])
         ones = [1] * (features.ndim - 2)
-        for start, stop in _slabs(features.shape[2]):
+        for start, stop in _slabs(features):
             slab = _with_neighbours(features, start, stop).to(weight.dtype)
             out[:, :, start:stop] = torch.convolution(slab, weight, bias, ones, [0, *ones[1:]], ones, False, [0], 1)
         return out
@@ -109,7 +109,7 @@ class _ExactConvolution(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         of_features, of_weight = torch.empty_like(features), torch.zeros_like(weight)
         with torch.autocast(features.device.type, enabled=False):
-            for start, stop in _slabs(features.shape[2]):
+            for start, stop in _slabs(features):
                 slab = _with_neighbours(features, start, stop).to(weight.dtype)
                 # A transposed convolution of float32 would be torch's own, 50 times slower than oneDNN's gradient.
                 of_features[:, :, start:stop] = _convolution_backward(
@@ -129,9 +129,13 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *, padding: i
     return all_gradients[number]
 
 
-def _slabs(n: int) -> list[tuple[int, int]]:
-    """Cut ``n`` voxels into ranges of 8 or a few more: on fewer, oneDNN's float32 convolution is ten times slower."""
-    number = max(n // 8, 1)
+def _slabs(x: Tensor) -> list[tuple[int, int]]:
+    """Cut the first spatial axis of ``x`` into ranges, as short as torch still hands to oneDNN.
+
+    It takes a convolution of float32 for small, and its own slow one, by the first four sizes.
+    """
+    n = x.shape[2]
+    number = max(n // max(8, 20480 // (x.shape[0] * x.shape[1] * x.shape[3]) + 1), 1)
     ends = [n * k // number for k in range(number + 1)]
     return list(pairwise(ends))
 

@@ -10,8 +10,7 @@ Alzheimer's & Dementia 2016). As :math:`m \circ \phi \circ (id + \delta)` is the
 and nothing has to be differentiated through interpolation or integration. It is smoothed, averaged over the steps and
 divided by its own running length, as Adam does (Kingma and Ba, ICLR 2015), but by one length for all components, so
 that a step does not depend on the axes. The displacement itself is smoothed a little after each step. All this happens
-on grids of a half, a quarter, ... of the resolution; at the end the images have their full one, and the field has half
-of it.
+from coarse to fine, whatever it starts from: first the images get their full resolution, then the field.
 """
 
 import math
@@ -529,8 +528,8 @@ def refine(
     Args:
         moving: intensities; both images are aligned but for what is local.
         fixed: the same.
-        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none, from coarse to fine. So it is,
-            too, if the images are less alike with it than without, as networks have it of images that are the same.
+        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none. It is left out if the images are
+            less alike with it than without, as networks have it of images that are the same.
         similarity: loss of two images, called with ``(warped, fixed)``; default: ``LNCCLoss(window=5)``.
         bidirectional: compare ``moving`` with the warped ``fixed`` too; about twice the time for a step.
         mask: where images are compared, not 0 inside, ``(1, 1, *spatial)`` on the fixed grid.
