@@ -121,8 +121,13 @@ def _dice_of(ddf: Tensor, moving: Tensor, fixed: Tensor) -> Tensor:
     return LabelDiceLoss(NUM_LABELS)(moving, fixed, ddf)
 
 
+def warp_monai(size: Size, device: str) -> Work:
+    """Prepare MONAI's warp."""
+    module = Warp(padding_mode="border")
+    return gradients(lambda ddf, x: module(x, ddf), lambda s: [field(s, 4.0), images(s)[:, :1]], size, device)
+
+
 LNCC_MONAI = monai.losses.LocalNormalizedCrossCorrelationLoss(3, kernel_size=9)
-WARP_MONAI = Warp(padding_mode="border")
 WORKS: dict[str, Callable[[Size, str], Work]] = {
     **{f"register {p}": partial(register, p) for p in ("wide", "dense", "diffeomorphic")},
     "register dense, float32": partial(register, "dense", amp=False),
@@ -132,11 +137,9 @@ WORKS: dict[str, Callable[[Size, str], Work]] = {
     "lncc": partial(gradients, LNCCLoss(), _pair),
     "lncc, MONAI": partial(gradients, LNCC_MONAI, _pair),
     "warp": partial(gradients, lambda ddf, image: warp(image, ddf), lambda s: [field(s, 4.0), images(s)[:, :1]]),
-    "warp, MONAI": partial(
-        gradients, lambda ddf, image: WARP_MONAI(image, ddf), lambda s: [field(s, 4.0), images(s)[:, :1]]
-    ),
+    "warp, MONAI": warp_monai,
     "integrate": partial(gradients, integrate, lambda s: [field(s, 4.0)]),
-    "integrate, MONAI": partial(gradients, DVF2DDF(padding_mode="border"), lambda s: [field(s, 4.0)]),
+    "integrate, MONAI": lambda s, d: gradients(DVF2DDF(padding_mode="border"), lambda s: [field(s, 4.0)], s, d),
     "Dice loss": partial(gradients, _dice_of, lambda s: [field(s, 4.0), blocks(s, 1), blocks(s, 2)]),
     "dice": partial(labels, lambda a, b: dice(a, b, NUM_LABELS)),
     "dice, MONAI": partial(labels, lambda a, b: compute_dice(a, b, include_background=False, num_classes=36)),
