@@ -42,6 +42,7 @@ TESTS = {
     ],
     "evaluation": ["tests/test_evaluation.py"],
     "comparison": ["tests/test_comparison.py"],
+    "refinement": ["tests/test_refinement.py", "-k", "not budget and not takes_the_place and not other_contrasts"],
 }
 # Imported once, before processes are forked: the package, for what it imports (ITK loads its parts when they are first
 # used, which takes seconds), and what its tests import.
@@ -280,6 +281,21 @@ COMPARISON = [
     ("reference, *_ = columns.values()", "*_, reference = columns.values()", "the last run is the reference"),
 ]
 
+REFINEMENT = [
+    ("field * (1 - 2 * weight)", "field * (1 - weight)", "smoothing: sums grow"),
+    ("sigma**2 / (2 * max(passes, 1))", "sigma**2 / max(passes, 1)", "smoothing: twice the variance"),
+    ("for axis in [*range(2, field.ndim)] * passes", "for axis in [2] * passes", "smoothing: of one axis"),
+    ("ddf = ddf * 2\n", "ddf = ddf * 1\n", "unit: vectors keep their length on a finer grid"),
+    ("slope.narrow(d + 2, 1, n)).sum(1)", "slope.narrow(d + 2, 1, n))[:, 0]", "gradient: of the first channel"),
+    ("2 ** (doublings * (1 + force.shape[1]))", "2**doublings", "gradient: of one voxel of the image alone"),
+    ("force -= _gradient(", "force += _gradient(", "sign: the fixed image moves along"),
+    ("* jacobian_determinant(ddf).clamp_min_(0)", "", "gradient: volumes change nothing"),
+    ("error * (-0.5 / ", "error * (0.5 / ", "sign: away from the inverse"),
+    ("inverse = _double(inverse)", "inverse = _double(inverse) / 2", "unit: the inverse of a coarser grid"),
+    ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
+    ("leaf * mask, fixed * mask", "leaf, fixed", "mask: forgotten"),
+    ("ddf = _smooth(compose(ddf, direction(", "ddf = _smooth(compose(ddf, -direction(", "sign: uphill"),
+]
 MUTANTS = [
     Mutant(module, *row)
     for module, rows in {
@@ -292,6 +308,7 @@ MUTANTS = [
         "datasets": DATASETS,
         "evaluation": EVALUATION,
         "comparison": COMPARISON,
+        "refinement": REFINEMENT,
     }.items()
     for row in rows
 ]

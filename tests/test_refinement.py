@@ -135,17 +135,23 @@ def test_bidirectional_refinement_aligns_too(size):
 
 @sizes
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_force_is_the_gradient_by_a_step(size, bidirectional):
+@pytest.mark.parametrize("doublings", [0, 1])
+def test_force_is_the_gradient_by_a_step(size, bidirectional, doublings):
     """Against autograd through warps: of the moving image by a step after the map, and back by its inverse."""
     size = tuple(n // 2 * 2 + 1 for n in size)
     moving, fixed = (_smooth(noise(size, 3, seed=seed) * inside(size), 2) for seed in (1, 2))
-    ddf = integrate(noise(size, 6, len(size), seed=3) * _smooth(inside(size), 3))
-    inverse = integrate(-noise(size, 6, len(size), seed=3) * _smooth(inside(size), 3)) if bidirectional else None
-    _, force = _Objective(MSELoss(), bidirectional, 0, 0).force(_Pair(moving, fixed, None, None, None), ddf, inverse, 0)
+    velocity = 3 * noise(size, 6, len(size), seed=3) * _smooth(inside(size), 3)
+    ddf, inverse = integrate(velocity), integrate(-velocity) if bidirectional else None
+    if doublings:
+        ddf, inverse = (None if field is None else _halve(field) / 2 for field in (ddf, inverse))
+    pair = _Pair(moving, fixed, None, None, None)
+    _, force = _Objective(MSELoss(), bidirectional, 0, 0).force(pair, ddf, inverse, doublings)
     step = torch.zeros_like(ddf).requires_grad_()
-    loss = MSELoss()(warp(moving, compose(ddf, step)), fixed)
+    fine = [_double(field) if doublings else field for field in (ddf, step)]
+    loss = MSELoss()(warp(moving, compose(*fine)), fixed)
     if inverse is not None:
-        loss = (loss + MSELoss()(warp(fixed, compose(-step, inverse)), moving)) / 2
+        back = compose(-fine[1], _double(inverse) if doublings else inverse)
+        loss = (loss + MSELoss()(warp(fixed, back), moving)) / 2
     (expected,) = torch.autograd.grad(loss, step)
     # interpolation has one-sided slopes where the differences are central: alike, not equal
     cosine = torch.nn.functional.cosine_similarity(force.flatten(), expected.flatten(), dim=0)
