@@ -119,7 +119,8 @@ def monai_network(channels: tuple[int, ...]) -> monai.networks.nets.VoxelMorph:
 
 
 def register(preset: str, size: Size, *, amp: bool = True, **changes: object) -> Work:
-    """Prepare a pass of our network without a gradient."""
+    """Prepare a pass of our network without a gradient, as ``vxm`` and the bundle do it."""
+    keep_freed_memory()
     registration = Registration(our_network(preset, **changes), amp=amp).eval()
     pair = images(size)
 
