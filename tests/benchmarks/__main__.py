@@ -380,12 +380,15 @@ def main() -> int:
     """Print the table, and give the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small images")
+    parser.add_argument(
+        "--seconds", type=float, default=FULL.seconds, help="no repeated turn begins that would end later (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
     if options.output:
         around(options.output)  # a page without marks is refused at once
     run = Run(
-        QUICK if options.quick else FULL,
+        QUICK if options.quick else FULL._replace(seconds=options.seconds),
         show=partial(put, page=options.output) if options.output else lambda block: None,
     )
     run.all()

@@ -1,6 +1,6 @@
 """Time the paths of this package on a GPU: training steps, passes, operators, beside MONAI's.
 
-    python -m tests.benchmarks.gpu                 # a minute or two; prints the table of docs/performance.md
+    python -m tests.benchmarks.gpu                 # a minute or two; prints a table
     python -m tests.benchmarks.gpu --device cpu --size 32 32 48   # does it run?
 
 Times are medians of steps between two events of the device, memory is the peak of PyTorch's allocator. Before anything
@@ -20,69 +20,21 @@ from monai.metrics import compute_dice
 from monai.networks.blocks import DVF2DDF, Warp
 from torch import Tensor, nn
 
-from tests.benchmarks.speed import MONAI_DENSE, NUM_LABELS, field, images, monai_network, our_network
+from tests.benchmarks.speed import (
+    MONAI_DENSE,
+    NUM_LABELS,
+    Answer,
+    Size,
+    Work,
+    field,
+    images,
+    register,
+    train,
+    train_monai,
+)
 from voxelmorph_monai.blocks import integrate, warp
-from voxelmorph_monai.losses import GradientLoss, LabelDiceLoss, LNCCLoss, RegistrationLoss
+from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss
 from voxelmorph_monai.metrics import dice, hausdorff95
-from voxelmorph_monai.networks import Registration
-
-Size = tuple[int, ...]
-Answer = dict[str, Tensor]
-Work = Callable[[], Answer]
-
-
-def register(preset: str, size: Size, device: str, *, amp: bool = True) -> Work:
-    """Prepare a pass of our network."""
-    registration = Registration(our_network(preset), amp=amp).to(device).eval()
-    pair = images(size).to(device)
-
-    def work() -> Answer:
-        with torch.no_grad():
-            return {"ddf": registration(pair)["ddf"]}
-
-    return work
-
-
-def step(network: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]]) -> Work:
-    """Prepare a step of training: ``forward`` gives the loss and the displacement."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-
-    def work() -> Answer:
-        optimizer.zero_grad()
-        value, ddf = forward()
-        value.backward()
-        optimizer.step()
-        return {"loss": value.detach()[None], "ddf": ddf.detach()}
-
-    return work
-
-
-def train(preset: str, size: Size, device: str, *, amp: bool = True) -> Work:
-    """Prepare a step of our training."""
-    registration = Registration(our_network(preset), amp=amp).to(device).train()
-    loss = RegistrationLoss(LNCCLoss(), GradientLoss())
-    pair = images(size).to(device)
-    target = dict(zip(("moving", "fixed"), pair.split(1, dim=1), strict=True))
-
-    def forward() -> tuple[Tensor, Tensor]:
-        found = registration(pair)
-        return torch.stack(list(loss.terms(found, target).values())).sum(), found["ddf"]
-
-    return step(registration, forward)
-
-
-def train_monai(size: Size, device: str) -> Work:
-    """Prepare a step of training with MONAI's network and losses."""
-    network = monai_network(MONAI_DENSE).to(device).train()
-    similarity = monai.losses.LocalNormalizedCrossCorrelationLoss(3, kernel_size=9).to(device)
-    smoothness = monai.losses.DiffusionLoss()
-    moving, fixed = images(size).to(device).split(1, dim=1)
-
-    def forward() -> tuple[Tensor, Tensor]:
-        warped, ddf = network(moving, fixed)
-        return similarity(warped, fixed) + smoothness(ddf), ddf
-
-    return step(network, forward)
 
 
 def gradients(function: Callable[..., Tensor], of: Callable[[Size], list[Tensor]], size: Size, device: str) -> Work:
@@ -133,7 +85,7 @@ WORKS: dict[str, Callable[[Size, str], Work]] = {
     "register dense, float32": partial(register, "dense", amp=False),
     **{f"train {p}": partial(train, p) for p in ("dense", "diffeomorphic", "wide")},
     "train dense, float32": partial(train, "dense", amp=False),
-    "train dense, MONAI": train_monai,
+    "train dense, MONAI": partial(train_monai, MONAI_DENSE),
     "lncc": partial(gradients, LNCCLoss(), _pair),
     "lncc, MONAI": partial(gradients, LNCC_MONAI, _pair),
     "warp": partial(gradients, lambda ddf, image: warp(image, ddf), lambda s: [field(s, 4.0), images(s)[:, :1]]),

@@ -118,11 +118,11 @@ def monai_network(channels: tuple[int, ...]) -> monai.networks.nets.VoxelMorph:
 # Contenders
 
 
-def register(preset: str, size: Size, *, amp: bool = True, **changes: object) -> Work:
+def register(preset: str, size: Size, device: str = "cpu", *, amp: bool = True, **changes: object) -> Work:
     """Prepare a pass of our network without a gradient, as ``vxm`` and the bundle do it."""
     keep_freed_memory()
-    registration = Registration(our_network(preset, **changes), amp=amp).eval()
-    pair = images(size)
+    registration = Registration(our_network(preset, **changes), amp=amp).to(device).eval()
+    pair = images(size).to(device)
 
     def work() -> Answer:
         with torch.no_grad():
@@ -157,13 +157,13 @@ def register_voxelmorph(size: Size) -> Work:
     return work
 
 
-def train(preset: str, size: Size) -> Work:
+def train(preset: str, size: Size, device: str = "cpu", *, amp: bool = True) -> Work:
     """Prepare a step of our training, as the bundle does it."""
     keep_freed_memory()
-    registration = Registration(our_network(preset)).train()
+    registration = Registration(our_network(preset), amp=amp).to(device).train()
     loss = RegistrationLoss(LNCCLoss(), GradientLoss())
     optimizer = torch.optim.Adam(registration.parameters(), lr=1e-4)
-    pair = images(size)
+    pair = images(size).to(device)
     target = dict(zip(("moving", "fixed"), pair.split(1, dim=1), strict=True))
 
     def work() -> Answer:
@@ -177,13 +177,13 @@ def train(preset: str, size: Size) -> Work:
     return work
 
 
-def train_monai(channels: tuple[int, ...], size: Size) -> Work:
+def train_monai(channels: tuple[int, ...], size: Size, device: str = "cpu") -> Work:
     """Prepare a step of training with MONAI's network and losses."""
-    network = monai_network(channels).train()
+    network = monai_network(channels).to(device).train()
     similarity = monai.losses.LocalNormalizedCrossCorrelationLoss(3, kernel_size=9)
     smoothness = monai.losses.DiffusionLoss()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    moving, fixed = images(size).split(1, dim=1)
+    moving, fixed = images(size).to(device).split(1, dim=1)
 
     def work() -> Answer:
         optimizer.zero_grad()
