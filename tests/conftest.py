@@ -9,6 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# The processes of pytest-xdist share the processors, and on a busy one threads wait long for each other. Libraries read
+# this when they are imported, in the processes that tests start, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(OMP_NUM_THREADS="1", ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS="1")
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -54,6 +59,28 @@ def brain(seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         labels[distance < 0.22] = number
     image = np.choose(labels, [0.0, 0.45, 0.9, 0.2, 0.3])
     return gaussian_filter(image, 0.6).clip(0, 1).astype(np.float32), labels
+
+
+# Modules whose tests share what takes long to make.
+TOGETHER = ("test_affine", "test_benchmarks", "test_wheel")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``pytest -n 2``: each of these modules, first, is one process's work; all other tests are handed out one by one.
+
+    Not by xdist's own marks and ``--dist loadgroup``: pytest-xdist 3.8 with pytest 9.2 overlooks the marks.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return path if Path(path).stem in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="module")

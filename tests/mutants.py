@@ -10,6 +10,7 @@ tests. Exits with 1 if one survives. A mutant whose text is gone, or stands ther
 follows the code.
 """
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -47,7 +48,7 @@ TESTS = {
 # Imported once, before processes are forked: the package, for what it imports (ITK loads its parts when they are first
 # used, which takes seconds), and what its tests import.
 LIBRARIES = [
-    *(f"{PACKAGE}.{module}" for module in ("cli", "comparison", "handlers", "transforms")),
+    *(f"{PACKAGE}.{module}" for module in ("cli", "comparison", "handlers", "preparation", "transforms")),
     *("ignite.handlers", "monai.bundle", "monai.engines", "monai.handlers", "monai.losses", "onnxruntime", "pytest"),
     *("scipy.interpolate", "scipy.spatial.distance", "SimpleITK", "surface_distance"),
 ]
@@ -326,6 +327,7 @@ def run_tests(folder: str, tests: list[str]) -> None:
     import pytest
 
     resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT))
+    gc.freeze()  # pytest ends with ten collections: of all that the libraries hold they outlast most mutants
     os.chdir(folder)
     # The copy, not what was imported before it and not an editable install, or all mutants would survive.
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:

@@ -358,7 +358,6 @@ def test_model_info_is_extended_and_no_version_is_replaced(bundle: Path, tmp_pat
         ),
         (lambda bundle: (bundle / "configs" / "inference.json").write_text("{}"), "must have the entry network_def"),
     ],
-    ids=str,
 )
 def test_a_bundle_that_is_not_whole_is_not_packed(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], match: str
