@@ -43,7 +43,14 @@ from voxelmorph_monai.transforms import LoadScand, MergeLabelsd
 PEERS = Path(__file__).with_name("peers.py")
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "bundles" / "brain_t1_registration" / "configs"
-NAMES = {"syn": "ANTs SyN", "syn_cc": "ANTs SyN, CC", "greedy": "Greedy, 100x50x10", "greedy_converged": "Greedy"}
+NAMES = {
+    "syn": "ANTs SyN",
+    "syn_cc": "ANTs SyN, CC",
+    "greedy": "Greedy, 100x50x10",
+    "greedy_converged": "Greedy",
+    "fireants": "FireANTs",
+    "convexadam": "ConvexAdam",
+}
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 
 
@@ -73,29 +80,43 @@ def affine(pair: Pair, args: argparse.Namespace) -> Found:
 def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", similarity: str = "") -> Found:
     """One pass of the network, or from zero; with a budget (``30 s`` or ``converged``), refined."""
     keep_freed_memory()  # as vxm does
-    network = load_network(args.weights, args.preset) if start == "one pass" else None
-    begin = time.perf_counter(), time.process_time()
-    ddf = inverse = None
-    if network is not None:
-        with torch.inference_mode():
-            found = network(torch.cat([pair.moving, pair.fixed], dim=1))
-        ddf, inverse = found["ddf"].clone(), found["inverse_ddf"].clone()
-    if budget:
-        seconds = None if budget == "converged" else float(budget.split()[0])
+    network = load_network(args.weights, args.preset, device=args.device) if start == "one pass" else None
+    moving, fixed = pair.moving.to(args.device), pair.fixed.to(args.device)
+    if args.device == "cpu":
         refinement.clock = time.process_time  # other work on the machine must not change what a budget brings
-        loss = refinement.SIMILARITIES[similarity or "lncc"]
-        ddf, inverse, _ = refinement.refine(pair.moving, pair.fixed, ddf=ddf, budget=seconds, similarity=loss)
-    assert ddf is not None
-    wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+    def register() -> tuple[Tensor, Tensor]:
+        ddf = inverse = None
+        if network is not None:
+            with torch.inference_mode():
+                found = network(torch.cat([moving, fixed], dim=1))
+            ddf, inverse = found["ddf"].clone(), found["inverse_ddf"].clone()
+        if budget:
+            seconds = None if budget == "converged" else float(budget.split()[0])
+            loss = refinement.SIMILARITIES[similarity or "lncc"]
+            ddf, inverse, _ = refinement.refine(moving, fixed, ddf=ddf, budget=seconds, similarity=loss)
+        assert ddf is not None
+        assert inverse is not None
+        return ddf.cpu(), inverse.cpu()  # a GPU has ended when they have come
+
+    if args.device != "cpu":
+        register()  # the first work on a GPU loads its programs
+        torch.cuda.reset_peak_memory_stats()
+    wall, cpu = time.perf_counter(), time.process_time()
+    ddf, inverse = register()
+    cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Found(ddf, inverse, {"seconds": wall, "cpu_seconds": cpu, "peak_mib": peak})
+    if args.device != "cpu":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return Found(ddf, inverse, {**cost, "peak_mib": peak})
 
 
 def peer(pair: Pair, args: argparse.Namespace, name: str) -> Found:
     """Another program, in an environment of its own."""
     with TemporaryDirectory() as folder:
         output = f"{folder}/ddf.npy"
-        words = [args.peers_python, str(PEERS), name, *pair.paths, output, "--threads", str(args.threads)]
+        options = ["--threads", str(args.threads), "--device", args.device]
+        words = [args.peers_python, str(PEERS), name, *pair.paths, output, *options]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         return Found(torch.from_numpy(np.load(output))[None], None, json.loads(done.stdout.splitlines()[-1]))
 
@@ -246,6 +267,7 @@ def main() -> None:
     parser.add_argument("--preset", default="wide")
     parser.add_argument("--peers-python", default=sys.executable, help="python of the peers' environment")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of ours, and of peers that know others (%(default)s)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "accuracy.csv", help="rows (%(default)s)")
     parser.add_argument("--report", action="store_true", help="do not measure, write the page")
     parser.add_argument("--reference", default="affine", help="method that differences are taken to (%(default)s)")

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/peers.py greedy moving.nii.gz fixed.nii.gz ddf.npy --threads 1
 
-It runs in an environment of its own, without torch: ``pip install nibabel picsl-greedy antspyx``. Each call is one
-process, so that the peak memory is that of one registration.
+It runs in an environment of its own: ``pip install nibabel picsl-greedy antspyx``, and for the last two peers, the only
+ones that need torch, ``fireants convexAdam``. Each call is one process, so that the peak memory is that of one
+registration; it is that of the host, on a GPU too.
 """
 
 import argparse
@@ -11,14 +12,28 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
+Found = tuple[NDArray[np.float32], dict[str, float]]
+
+
+def _measured(register: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """What ``register`` gives; wall and processor seconds of the call, and peak MiB so far."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = register()
+    return found, {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def _voxels(warp: Path, fixed: str) -> NDArray[np.float32]:
@@ -28,64 +43,118 @@ def _voxels(warp: Path, fixed: str) -> NDArray[np.float32]:
     return np.moveaxis(vectors @ np.linalg.inv(matrix).T, -1, 0).astype(np.float32)
 
 
-def greedy(moving: str, fixed: str, folder: Path, threads: int, iterations: str = "100x50x10") -> Path:
+def greedy(moving: str, fixed: str, threads: int, device: str, iterations: str = "100x50x10") -> Found:
     """Greedy (Yushkevich et al., 2016): NCC over 5 voxels a side, its defaults otherwise."""
     try:
         from picsl_greedy import Greedy3D  # optional: a peer
     except ImportError as error:
         raise ImportError("greedy needs picsl-greedy: pip install picsl-greedy.") from error
-    warp = folder / "warp.nii.gz"
-    Greedy3D().execute(f"-d 3 -m NCC 2x2x2 -i {fixed} {moving} -o {warp} -n {iterations} -threads {threads}")
-    return warp
+    with TemporaryDirectory() as folder:
+        warp = Path(folder) / "warp.nii.gz"
+        words = f"-d 3 -m NCC 2x2x2 -i {fixed} {moving} -o {warp} -n {iterations} -threads {threads}"
+        _, cost = _measured(lambda: Greedy3D().execute(words))
+        return _voxels(warp, fixed), cost
 
 
-def greedy_converged(moving: str, fixed: str, folder: Path, threads: int) -> Path:
+def greedy_converged(moving: str, fixed: str, threads: int, device: str) -> Found:
     """Greedy with five times the steps at full resolution."""
-    return greedy(moving, fixed, folder, threads, "100x100x50")
+    return greedy(moving, fixed, threads, device, "100x100x50")
 
 
-def _ants(moving: str, fixed: str, folder: Path, threads: int, kind: str, **options: Any) -> Path:
+def _ants(moving: str, fixed: str, threads: int, kind: str, **options: Any) -> Found:
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(threads)  # before ITK loads
     try:
         import ants  # optional: a peer
     except ImportError as error:
         raise ImportError("ants needs ANTsPy: pip install antspyx.") from error
-    images = ants.image_read(fixed), ants.image_read(moving)
-    found = ants.registration(*images, type_of_transform=kind, outprefix=f"{folder}/", **options)
-    return Path(ants.apply_transforms(*images, found["fwdtransforms"], compose=f"{folder}/whole"))
+    with TemporaryDirectory() as folder:
+
+        def register() -> Path:
+            images = ants.image_read(fixed), ants.image_read(moving)
+            found = ants.registration(*images, type_of_transform=kind, outprefix=f"{folder}/", **options)
+            return Path(ants.apply_transforms(*images, found["fwdtransforms"], compose=f"{folder}/whole"))
+
+        warp, cost = _measured(register)
+        return _voxels(warp, fixed), cost
 
 
-def syn(moving: str, fixed: str, folder: Path, threads: int) -> Path:
+def syn(moving: str, fixed: str, threads: int, device: str) -> Found:
     """ANTsPy's default, affine transform included (Avants et al., Medical Image Analysis 2008)."""
-    return _ants(moving, fixed, folder, threads, "SyN")
+    return _ants(moving, fixed, threads, "SyN")
 
 
-def syn_cc(moving: str, fixed: str, folder: Path, threads: int) -> Path:
+def syn_cc(moving: str, fixed: str, threads: int, device: str) -> Found:
     """ANTs SyN with local cross-correlation, to the finest resolution."""
-    return _ants(moving, fixed, folder, threads, "SyNCC", reg_iterations=(100, 70, 50, 20))
+    return _ants(moving, fixed, threads, "SyNCC", reg_iterations=(100, 70, 50, 20))
 
 
-PEERS: dict[str, Callable[[str, str, Path, int], Path]] = {
+def _warm(register: Callable[..., NDArray[np.float32]], device: str, few: Sequence[int], full: Sequence[int]) -> Found:
+    """Measure ``register(*full)``; on a GPU after ``register(*few)``, as the first call there loads its kernels."""
+    if device != "cpu":
+        register(*few)
+    return _measured(lambda: register(*full))
+
+
+def fireants(moving: str, fixed: str, threads: int, device: str) -> Found:
+    """FireANTs (Jena et al., 2024), greedy, from the identity, without its compiled operations.
+
+    Steps, window and sigmas are those of its own configuration for brains
+    (``fireants/scripts/template/configs/oasis_deformable.yaml``); the learning rate is that of its tutorial, as the
+    configuration's is lowered for templates.
+    """
+    try:
+        import torch
+        from fireants.io import BatchedImages, Image  # optional: a peer
+        from fireants.registration.greedy import GreedyRegistration
+    except ImportError as error:
+        raise ImportError("fireants needs FireANTs: pip install fireants.") from error
+    torch.set_num_threads(threads)
+    images = [BatchedImages([Image.load_file(path, device=device)]) for path in (fixed, moving)]
+
+    def register(*iterations: int) -> NDArray[np.float32]:
+        options = {"cc_kernel_size": 5, "smooth_grad_sigma": 1.0, "smooth_warp_sigma": 0.5, "optimizer_lr": 0.5}
+        registration = GreedyRegistration([4, 2, 1], iterations, *images, progress_bar=False, **options)
+        registration.optimize()
+        # (Z, Y, X, 3) in grid_sample's units, vectors x first; the copy to the host waits for the device
+        vectors = registration.get_warp_parameters(*images)["grid"].detach()[0].permute(3, 2, 1, 0).cpu().numpy()
+        return vectors * (np.array(vectors.shape[1:], np.float32).reshape(3, 1, 1, 1) - 1) / 2
+
+    return _warm(register, device, (2, 2, 2), (200, 100, 50))
+
+
+def convexadam(moving: str, fixed: str, threads: int, device: str) -> Found:
+    """ConvexAdam (Siebert et al., IEEE TMI 2024) on MIND features: its defaults, but single precision on a GPU too."""
+    try:
+        import torch
+        from convexAdam.convex_adam_MIND import convex_adam_pt  # optional: a peer
+    except ImportError as error:
+        raise ImportError("convexadam needs convexAdam: pip install convexAdam.") from error
+    torch.set_num_threads(threads)
+    images = [torch.from_numpy(nib.load(path).get_fdata(dtype=np.float32)) for path in (fixed, moving)]
+
+    def register(iterations: int) -> NDArray[np.float32]:
+        place = {"dtype": torch.float32, "device": torch.device(device)}
+        vectors = convex_adam_pt(*images, selected_niter=iterations, **place)  # (X, Y, Z, 3) in voxels, on the host
+        return np.moveaxis(vectors, -1, 0).astype(np.float32)
+
+    return _warm(register, device, (2,), (80,))
+
+
+PEERS: dict[str, Callable[[str, str, int, str], Found]] = {
     "greedy": greedy,
     "greedy_converged": greedy_converged,
     "syn": syn,
     "syn_cc": syn_cc,
+    "fireants": fireants,
+    "convexadam": convexadam,
 }
 
 
-def displacement(peer: str, moving: str, fixed: str, threads: int = 1) -> tuple[NDArray[np.float32], dict[str, float]]:
+def displacement(peer: str, moving: str, fixed: str, threads: int = 1, device: str = "cpu") -> Found:
     """Displacement ``(3, X, Y, Z)`` in voxels of the fixed grid; wall and processor seconds and peak MiB so far."""
     if peer not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, got '{peer}'.")
-    with TemporaryDirectory() as folder:
-        wall, cpu = time.perf_counter(), time.process_time()
-        warp = PEERS[peer](moving, fixed, Path(folder), threads)
-        cost = {
-            "seconds": time.perf_counter() - wall,
-            "cpu_seconds": time.process_time() - cpu,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
-        return _voxels(warp, fixed), cost
+    return PEERS[peer](moving, fixed, threads, device)
 
 
 def main() -> None:
@@ -96,8 +165,9 @@ def main() -> None:
     parser.add_argument("fixed")
     parser.add_argument("output", type=Path, help="NumPy file of the displacement, (3, X, Y, Z) in voxels")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of fireants and convexadam; the others know the CPU alone")
     args = parser.parse_args()
-    ddf, cost = displacement(args.peer, args.moving, args.fixed, args.threads)
+    ddf, cost = displacement(args.peer, args.moving, args.fixed, args.threads, args.device)
     np.save(args.output, ddf)
     print(json.dumps({name: round(value, 1) for name, value in cost.items()}))
 
