@@ -3,7 +3,8 @@
     python tests/mutants.py           # all, 2 at a time: in minutes
     python tests/mutants.py blocks    # those of one module
 
-Broken are the geometry, the losses, and what makes a protocol: from who is paired with whom to what a mean is over.
+Broken are the geometry, the networks, the losses, the images made from label maps, and what makes a protocol: from who
+is paired with whom to what a mean is over.
 Each mutant is put into a copy of the package in a temporary folder, where the tests of its module have to fail. They
 run in processes that are forked from one that has imported all libraries, so that a mutant costs little more than its
 tests. Exits with 1 if one survives. A mutant whose text is gone, or stands there twice, stops the run: the table
@@ -44,6 +45,13 @@ TESTS = {
     "evaluation": ["tests/test_evaluation.py"],
     "comparison": ["tests/test_comparison.py"],
     "refinement": ["tests/test_refinement.py", "-k", "not budget and not takes_the_place and not other_contrasts"],
+    "networks": [
+        "tests/test_networks.py",
+        "-k",
+        "(keras or any_size or level or border or smoothed or pass or sample or bidirectional) and not size1 "
+        "or heads_convolve or surrounds or pooled or (one_more and vm1)",
+    ],
+    "synthesis": ["tests/test_synthesis.py"],
 }
 # Imported once, before processes are forked: the package, for what it imports (ITK loads its parts when they are first
 # used, which takes seconds), and what its tests import.
@@ -65,6 +73,9 @@ BLOCKS = [
     ("else field.float()", "else field", "precision: coordinates in the field's own bfloat16"),
     ("ddf = _exact(ddf)\n    dtype", "ddf = -_exact(ddf)\n    dtype", "sign: warp pushes instead of pulling"),
     ("range(ddf.shape[1] - 1, -1, -1)", "range(ddf.shape[1])", "axis order: grid_sample counts from the last"),
+    ("sigma**2 / (2 * max(", "sigma / (2 * max(", "unit: sigma for a variance"),
+    ("wide.narrow(axis, end, 1)", "wide.narrow(axis, 0, 1)", "padding: one border gets what is of both"),
+    ("for _ in range(passes)", "for _ in range(1)", "count: wide ones stay narrow"),
     ("2.0 / max(ddf.shape[axis + 2] - 1, 1)", "2.0 / ddf.shape[axis + 2]", "unit: voxels counted as without corners"),
     ('"bilinear", padding_mode: str = "border"', '"bilinear", padding_mode: str = "zeros"', "padding: images end"),
     ('7, padding_mode: str = "border"', '7, padding_mode: str = "zeros"', "padding: fields end at the border"),
@@ -283,9 +294,6 @@ COMPARISON = [
 ]
 
 REFINEMENT = [
-    ("field * (1 - 2 * weight)", "field * (1 - weight)", "smoothing: sums grow"),
-    ("sigma**2 / (2 * max(passes, 1))", "sigma**2 / max(passes, 1)", "smoothing: twice the variance"),
-    ("for axis in [*range(2, field.ndim)] * passes", "for axis in [2] * passes", "smoothing: of one axis"),
     ("ddf = ddf * 2\n", "ddf = ddf * 1\n", "unit: vectors keep their length on a finer grid"),
     ("slope.narrow(d + 2, 1, n)).sum(1)", "slope.narrow(d + 2, 1, n))[:, 0]", "gradient: of the first channel"),
     ("2 ** (doublings * (1 + force.shape[1]))", "2**doublings", "gradient: of one voxel of the image alone"),
@@ -295,7 +303,54 @@ REFINEMENT = [
     ("inverse = _double(inverse)", "inverse = _double(inverse) / 2", "unit: the inverse of a coarser grid"),
     ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
     ("leaf * mask, fixed * mask", "leaf, fixed", "mask: forgotten"),
-    ("ddf = _smooth(compose(ddf, direction(", "ddf = _smooth(compose(ddf, -direction(", "sign: uphill"),
+    ("ddf = smooth(compose(ddf, direction(", "ddf = smooth(compose(ddf, -direction(", "sign: uphill"),
+]
+
+NETWORKS = [
+    ("[0, 1] * spatial_dims if", "[1, 0] * spatial_dims if", "padding: a stride of 2 pads before, not after"),
+    ("F.leaky_relu(x, 0.2", "F.leaky_relu(x, 0.01", "slope: torch's default"),
+    ("wide = weight[:, : x.shape[1]]", "wide = weight[:, -x.shape[1] :]", "order: the skip comes first"),
+    ("[c, b + c, a + b, a], dim", "[a, a + b, b + c, c], dim", "order: a transposed convolution mirrors its weights"),
+    ("of_weight += _conv", "of_weight = _conv", "slabs: the weights' gradient of the last one alone"),
+    (".flatten(2).sum((0, 2)) if", ".flatten(2).mean((0, 2)) if", "reduction: the bias's gradient is a mean"),
+    ("int(start == 0), int(stop == x.shape[2])", "int(stop == x.shape[2]), int(start == 0)", "padding: the other side"),
+    (
+        "enabled=False):\n            return F.max_pool3d",
+        "enabled=False):\n            return F.avg_pool3d",
+        "mean for maximum",
+    ),
+    ("with torch.autocast(features.device.type, enabled=False):  #", "if True:  #", "precision: fields in bfloat16"),
+    ("padding += [0, n]", "padding += [n // 2, n - n // 2]", "padding: on both sides, but cut on one"),
+    ("self.block * F.interpolate(", "F.interpolate(", "unit: voxels of the grid of blocks"),
+    ("field * 2.0**levels", "field * 2.0", "unit: doubled whatever the level"),
+    ("self.num_steps, self.padding_mode)", "self.num_steps)", "padding: not what was asked for"),
+    ("smooth(mean, self.smoothing)", "smooth(mean, self.smoothing**2)", "unit: variance for deviation"),
+    ("compose(ddf, step)", "compose(step, ddf)", "order: of the passes"),
+    ("compose(back, inverse_ddf)", "compose(inverse_ddf, back)", "order: of the passes, in the inverse"),
+    ("network.displacement(-field)", "-network.displacement(field)", "sign: a map's negative is not its inverse"),
+    ("and k == passes - 1)", "and k == 0)", "gradient: of the first pass"),
+    ("is not None and self.training:", "is not None:", "sampled in use, too"),
+    ("torch.exp(0.5 * log_variance)", "torch.exp(log_variance)", "unit: variance for deviation"),
+    ("torch.ones_like(weight) * smoothness_weight", "weight", "the weight that was drawn is not shown"),
+]
+
+SYNTHESIS = [
+    ("            if flip:", '            if flip and role == "moving":', "mirrored: one of the two images"),
+    ('"moving_label": batch["fixed_label"]}', '"moving_label": batch["moving_label"]}', "labels of the other anatomy"),
+    (".round().to(torch.uint8)", ".to(torch.uint8)", "shares rounded down"),
+    ("255 - parts.sum(0, keepdim=True)", "0 * parts.sum(0, keepdim=True)", "background never fills most of a voxel"),
+    ("self.rotation * torch.pi / 180", "self.rotation", "unit: degrees for radians"),
+    ("angles - angles.T", "angles", "shears for rotations"),
+    ("(n - 1) / 2 for n in size]", "n / 2 for n in size]", "one off: the middle"),
+    ("(n - 1) / 2 for n in size]", "0 * n for n in size]", "turned about the corner"),
+    ("dvf = dvf * (2 / knots)", "pass", "unit: voxels of the coarse grid"),
+    ("self._spoil(image) * mask", "self._spoil(image * mask)", "noise where the skull was stripped"),
+    ("* mask, clean, label", "* mask, image, label", "judged on the image that is shown"),
+    ("means * brain, brain", "drawn * brain, brain", "judged on intensities that were drawn"),
+    ("shape = [len(like), *", "shape = [1, *", "one draw for the whole batch"),
+    ("+ self.intensity_sd * torch", "+ self.intensity_sd**2 * torch", "unit: variance for deviation"),
+    ("-self.gamma, self.gamma)", "0, self.gamma)", "gamma: darkens alone"),
+    ('["fixed"], prediction["inverse_ddf"]', '["fixed"], prediction["ddf"]', "the field of the other way"),
 ]
 MUTANTS = [
     Mutant(module, *row)
@@ -310,6 +365,8 @@ MUTANTS = [
         "evaluation": EVALUATION,
         "comparison": COMPARISON,
         "refinement": REFINEMENT,
+        "networks": NETWORKS,
+        "synthesis": SYNTHESIS,
     }.items()
     for row in rows
 ]

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import SimpleITK as sitk
 import torch
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import convolve1d, gaussian_filter, map_coordinates
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -31,6 +31,7 @@ from voxelmorph_monai.blocks import (
     jacobian_determinant,
     majority,
     resize,
+    smooth,
     warp,
     warp_labels,
 )
@@ -416,6 +417,33 @@ def test_resize_refuses_fields_of_other_spaces(shape: tuple[int, ...]) -> None:
         resize(torch.zeros(shape), list(shape[2:]))
 
 
+# smooth
+
+
+@sizes
+@pytest.mark.parametrize(("sigma", "passes"), [(0.6, 1), (0.75, 2), (1.2, 3)])
+def test_smooth_convolves_along_each_axis(size: tuple[int, ...], sigma: float, passes: int) -> None:
+    image = torch.rand(1, 2, *size, dtype=torch.float64)
+    weight = sigma**2 / (2 * passes)
+    expected = image.numpy()
+    for axis in range(2, expected.ndim):
+        for _ in range(passes):
+            expected = convolve1d(expected, [weight, 1 - 2 * weight, weight], axis, mode="nearest")
+    same(smooth(image, sigma), torch.from_numpy(expected))
+    same(smooth(image, 0.0), image, atol=0)
+
+
+def test_smooth_has_the_width_of_its_gaussian() -> None:
+    pulse = torch.zeros(1, 1, 41, 43, dtype=torch.float64)
+    pulse[..., 20, 21] = 1
+    found = smooth(pulse, 1.5)[0, 0]
+    same(found.sum(), torch.tensor(1.0).double())
+    same((found.sum(1) * (torch.arange(41) - 20.0).square()).sum(), torch.tensor(1.5**2).double())
+    gaussian = torch.from_numpy(gaussian_filter(pulse[0, 0].numpy(), 1.5))
+    assert (found - gaussian).abs().max() < 0.05 * gaussian.max()  # a binomial of 10 steps: its peak is 1 / 40 lower
+    same(smooth(pulse[..., 20:21, 21:22], 0.6), pulse[..., 20:21, 21:22])  # one voxel, whose border is itself
+
+
 # jacobian_determinant
 
 
@@ -671,6 +699,7 @@ CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     (integrate, ["dvf"], {"num_steps": 3, "padding_mode": "zeros"}),
     (invert, ["small"], {"max_iterations": 4, "tolerance": 0.0}),  # a fixed number of passes, whoever shares the batch
     (resize, ["ddf", "size"], {}),
+    (smooth, ["image"], {"sigma": 1.2}),
     (jacobian_determinant, ["ddf"], {}),
     (jacobian_determinant, ["ddf"], {"scheme": "forward"}),
     (corners, ["ddf"], {}),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import VoxelMorphUNet
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import convolve1d, gaussian_filter, map_coordinates
 from torch import nn
 from torch.testing import assert_close
 
@@ -167,6 +167,7 @@ def test_dense_is_the_network_of_monai():
 @presets
 @sizes
 def test_any_size_is_padded_with_its_border_and_cut(preset, size):
+    torch.manual_seed(0)  # of the weights, on which the displacement depends
     network, pair = trained(preset, len(size)), random_pair(size)
     padded = np.pad(pair, [(0, 0), (0, 0), *[(0, -n % 16) for n in size]], mode="edge")
     with torch.no_grad():
@@ -191,6 +192,32 @@ def test_field_is_the_integrated_velocity(preset, level, size):
         assert_close(log_variance, network.log_variance(features), **EXACT)
     steps = 7 if level else 0
     assert_close(network(pair), resize(integrate(resize(head, grid), steps), list(size)), **EXACT)
+
+
+@pytest.mark.parametrize("doubles", [False, True])
+@sizes
+def test_vectors_grow_by_2_a_level_or_by_the_ratio_of_lengths(size, doubles):
+    network = VoxelMorph("dense", len(size), num_steps=0, integration_level=2, doubles=doubles).double()
+    size = [-(-n // 16) * 16 for n in size]
+    lengths = [4.0 if doubles else (n - 1) / (n // 4 - 1) for n in size]
+    found = network.displacement(torch.ones(1, len(size), *(n // 4 for n in size), dtype=torch.float64))
+    for component, length in zip(found[0], lengths, strict=True):
+        assert_close(component, torch.full_like(component, length), **EXACT)
+    nn.init.ones_(network.flow.bias)  # and smaller from the features' full grid to that of integration
+    nn.init.zeros_(network.flow.weight)
+    mean, _ = network.fields(torch.zeros(1, network.unet.out_channels, *size, dtype=torch.float64))
+    for component, length in zip(mean[0], lengths, strict=True):
+        assert_close(component, torch.full_like(component, 1 / length), **EXACT)
+
+
+@pytest.mark.parametrize(("padding_mode", "last"), [("border", 2.0), ("zeros", 1.0)])
+def test_a_velocity_goes_on_or_ends_at_the_border(padding_mode, last):
+    network = VoxelMorph("dense", 2, num_steps=1, integration_level=0, padding_mode=padding_mode).double()
+    velocity = torch.zeros(1, 2, 16, 16, dtype=torch.float64)
+    velocity[:, 0] = 2.0  # half of it, and half of it again where that ends
+    expected = velocity.clone()
+    expected[:, 0, -1] = last
+    assert_close(network.displacement(velocity), expected, **EXACT)
 
 
 def test_changes_replace_fields_of_the_preset():
@@ -322,7 +349,18 @@ def test_a_second_pass_sees_the_image_that_the_first_one_warped(size, input_leve
     assert not torch.equal(found["ddf"], once(pair))
 
 
+@sizes
+def test_a_velocity_is_smoothed(size):
+    rough, smooth = (trained("dense", len(size), flow=0.2, smoothing=sigma) for sigma in (0, 0.6))
+    features = rough.features(rough.coarse(random_pair(size, batch=1)))
+    expected = rough.fields(features)[0].numpy(force=True)
+    for axis in range(2, expected.ndim):
+        expected = convolve1d(expected, [0.18, 0.64, 0.18], axis, mode="nearest")  # variance 0.36
+    assert_close(smooth.fields(features)[0].numpy(force=True), expected, **EXACT)
+
+
 def test_the_inverse_of_several_passes_undoes_them():
+    torch.manual_seed(0)  # of the weights, on which the displacement depends
     network = trained("wide", 2, flow=0.01, passes=3)
     pair = F.avg_pool2d(random_pair((70, 84), batch=1), 5, 1, 2)  # as smooth as scans, and their displacements
     found = Registration(network, bidirectional=True, amp=False).eval()(pair)
@@ -331,6 +369,23 @@ def test_the_inverse_of_several_passes_undoes_them():
     assert (
         compose(found["ddf"], found["inverse_ddf"])[inner].abs().max() < 0.1
     )  # interpolation on a quarter of the grid
+
+
+def test_the_inverse_undoes_the_last_pass_first(monkeypatch):
+    network = VoxelMorph("dense", 2, integration_level=0, passes=2).double()
+    x = torch.from_numpy(np.indices((48, 48)) - 23.5)[None]
+    turn, shift = 0.3 * torch.stack([-x[:, 1], x[:, 0]], dim=1), torch.tensor([[[[4.0]], [[1.0]]]]).expand_as(x)
+    velocities = iter([turn, shift.double()])
+    monkeypatch.setattr(network, "fields", lambda features: (next(velocities), None))
+    found = Registration(network, bidirectional=True, amp=False).eval()(random_pair((48, 48), batch=1))
+    rotation = torch.tensor([[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]])  # 0.3 rad by the velocity turn
+    expected = {
+        "ddf": torch.einsum("ij,bj...->bi...", rotation, x + shift) - x,
+        "inverse_ddf": torch.einsum("ji,bj...->bi...", rotation, x) - shift - x,
+    }
+    inner = (..., slice(12, -12), slice(12, -12))  # what the border does not reach
+    for key, field in expected.items():  # 128 steps along chords end 0.3^2 / 256 outside the circle
+        assert_close(found[key][inner], field[inner], rtol=0, atol=0.01)
 
 
 def test_training_goes_through_the_last_of_a_random_number_of_passes(monkeypatch):
@@ -419,9 +474,11 @@ def test_bfloat16_is_close_and_its_fields_float32(preset, monkeypatch):
     assert found["ddf"].unique().numel() > 0.9 * found["ddf"].numel()
 
 
-@pytest.mark.parametrize("size", [(7, 5, 4), (17, 4, 5), (33, 6)])  # one slab of 7 voxels; of 8 and 9; of 8, 8, 8, 9
-def test_heads_convolve_bfloat16_in_float32(size):
+@pytest.mark.parametrize(("size", "slabs"), [((7, 5, 4), [7]), ((19, 256, 3), [9, 10]), ((33, 256), [11, 11, 11])])
+def test_heads_convolve_bfloat16_in_float32(size, slabs):
+    torch.manual_seed(0)
     features = torch.randn(2, 5, *size).bfloat16().requires_grad_()
+    assert [stop - start for start, stop in networks._slabs(features)] == slabs
     weight, bias = torch.randn(3, 5, *[3] * len(size), requires_grad=True), torch.randn(3, requires_grad=True)
     found = networks._convolve_exactly(features, weight, bias)
     direction = torch.randn_like(found)
@@ -432,7 +489,18 @@ def test_heads_convolve_bfloat16_in_float32(size):
     *others, of_features = reversed(torch.autograd.grad(expected, exact, direction.double()))
     assert_close(gradients[0], of_features.bfloat16(), rtol=2**-7, atol=1e-4)  # it has the type of the features
     for one, right in zip(reversed(gradients[1:]), others, strict=True):
-        assert_close(one.double(), right, rtol=1e-4, atol=1e-4)
+        assert_close(one.double(), right, rtol=1e-4, atol=1e-3)  # sums of up to 29,184 products of about 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fields_are_those_of_float32_whatever_autocast_surrounds_them(dtype):
+    network, pair = trained("diffeomorphic", 2).float(), random_pair((32, 48), dtype=torch.float32)
+    with torch.no_grad():
+        features = network.features(network.coarse(pair)).to(dtype)
+        expected = network.fields(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network.fields(features)
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -569,6 +637,11 @@ def test_overfits_one_pair(preset):
         ),
         ({"preset": "dense", "passes": 0}, r"passes must be at least 1, and 1 for probabilistic, got 0\."),
         ({"preset": "diffeomorphic", "passes": 2}, r"passes must be at least 1, and 1 for probabilistic, got 2\."),
+        ({"preset": "dense", "smoothing": -1}, r"smoothing must be at least 0, and 0 for probabilistic, got -1\."),
+        (
+            {"preset": "diffeomorphic", "smoothing": 1},
+            r"smoothing must be at least 0, and 0 for probabilistic, got 1\.",
+        ),
         (
             {"preset": "diffeomorphic", "integration_level": 0},
             r"where the decoder stops, at level 1, got integration_level 0\.",

@@ -64,8 +64,8 @@ def test_the_label_is_what_fills_most_of_a_voxel() -> None:
     row = torch.tensor([[2, 2, 41], [2, 41, 41], [0, 0, 43], [0, 0, 4]])  # shares in blocks of 2 x 1: halves tie
     scan = AnatomyD(STRUCTURES, factor=1)({"label": row[None]})
     assert scan["label"][0].tolist() == [[1, 1, 2], [1, 2, 2], [0, 0, 3], [0, 0, 3]]
-    blocks = torch.tensor([[2, 2, 4, 0], [2, 41, 43, 4]])
-    assert AnatomyD(STRUCTURES, factor=2)({"label": blocks[None]})["label"][0].tolist() == [[1, 3]]
+    blocks = torch.tensor([[2, 2, 4, 0, 41, 3], [2, 41, 43, 4, 3, 3]])
+    assert AnatomyD(STRUCTURES, factor=2)({"label": blocks[None]})["label"][0].tolist() == [[1, 3, 0]]
 
 
 @pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
@@ -133,6 +133,21 @@ def test_an_affine_change_is_one(size: tuple[int, ...]) -> None:
     assert 1e-3 < (stretched.mean() - 1).abs() < np.exp(0.1 * len(size)) - 1
 
 
+@pytest.mark.parametrize("size", [(25, 31, 21), (33, 27)])
+def test_turns_are_about_the_middle_and_as_large_as_asked(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dims, angles = len(size), []
+    for _ in range(20):
+        ddf = Synthesis(deformation=0.0, rotation=20.0, scaling=0.0, shift=0.0)._deform(torch.zeros(1, 1, *size))[0]
+        torch.testing.assert_close(ddf[(slice(None), *(n // 2 for n in size))], torch.zeros(dims), rtol=0, atol=1e-5)
+        corner = ddf[(slice(None), *[slice(2)] * dims)]
+        slopes = [corner.diff(dim=axis + 1).flatten(1)[:, 0] for axis in range(dims)]
+        matrix = (torch.eye(dims) + torch.stack(slopes, dim=1)).double()
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(dims).double(), rtol=0, atol=1e-5)
+        angles.append(np.rad2deg(np.arccos((float(matrix.trace()) - dims + 2) / 2)))
+    assert 15 < max(angles) < 20 * (dims * (dims - 1) / 2) ** 0.5  # about one axis, or about each of three
+
+
 def test_a_deformation_does_not_fold() -> None:
     torch.manual_seed(0)
     ddf = Synthesis(deformation=2.0)._deform(torch.zeros(3, 1, 40, 36, 32))
@@ -145,6 +160,8 @@ def test_the_strength_is_that_asked_for() -> None:
     options = {**STILL, **CLEAN, "noise": 0.2}
     images = [Synthesis(t1_probability=1.0, **options)(batch((24, 24, 24)))[0] for _ in range(20)]
     still = Synthesis(t1_probability=1.0, **STILL, **CLEAN)(batch((24, 24, 24)))[0]
+    outside = torch.stack(images)[:, :, :, paint(head((24, 24, 24)))[0] == 0]
+    assert outside.max() < 1e-5  # none where the skull was stripped, but for the rounding of the mask's warp
     white = batch((24, 24, 24))["moving_label"] == 1
     spread = torch.stack([(image[:, :1] - still[:, :1])[white].std() for image in images])
     assert spread.max() < 0.25  # 0.2, enlarged where the brightest voxel is darker than 1
@@ -163,6 +180,50 @@ def test_contrast_is_that_of_t1_or_any(probability: float, ordered: bool) -> Non
             order.append(bool(image[labels == 1].mean() > image[labels == 3].mean()))  # white matter and ventricles
     assert all(order) == ordered
     assert any(order)
+
+
+def test_the_clean_picture_is_that_of_t1_whatever_is_shown() -> None:
+    torch.manual_seed(0)
+    options = {**STILL, **CLEAN, "intensity_sd": 0.1}
+    shown, clean = zip(*(Synthesis(t1_probability=p, **options)(batch((20, 24, 18))) for p in (0.0, 1.0)), strict=True)
+    assert not torch.equal(*shown)
+    _, undisturbed = Synthesis(t1_probability=1.0, **STILL, **CLEAN)(batch((20, 24, 18)))
+    for target in clean:
+        torch.testing.assert_close(target, undisturbed, rtol=0, atol=1e-5)
+
+
+def test_tissues_vary_as_asked() -> None:
+    torch.manual_seed(0)
+    many = batch((16, 18, 14), count=60)
+    pair, _ = Synthesis(t1_probability=1.0, **STILL, **{**CLEAN, "intensity_sd": 0.05})(many)
+    cortex = pair[:, 0, (head((16, 18, 14)) == 3)[0]]
+    torch.testing.assert_close(cortex.amin(1), cortex.amax(1), rtol=0, atol=1e-5)  # a tissue looks alike everywhere
+    white, grey = FREESURFER["cerebral white matter"].intensity, FREESURFER["cerebral cortex"].intensity
+    expected = 0.05 / white * (1 + (grey / white) ** 2) ** 0.5  # of cortex / white matter, which is brightest
+    assert float(cortex[:, 0].std()) == pytest.approx(expected, rel=4 / (2 * 60) ** 0.5)  # 4 standard errors
+
+
+def test_gamma_is_drawn_for_each_image() -> None:
+    torch.manual_seed(0)
+    many = batch((16, 18, 14), count=20)
+    still, _ = Synthesis(t1_probability=1.0, **STILL, **CLEAN)(many)
+    pair, _ = Synthesis(t1_probability=1.0, **STILL, **{**CLEAN, "gamma": 0.35})(many)
+    exponents = (pair.log() / still.log())[:, :, head((16, 18, 14))[0] == 3]
+    torch.testing.assert_close(exponents.amin(2), exponents.amax(2), rtol=1e-4, atol=0)
+    found = exponents.amin(2).log()
+    assert found.unique().numel() == found.numel()
+    assert -0.36 < found.min() < -0.25
+    assert 0.25 < found.max() < 0.36
+
+
+@pytest.mark.parametrize(("probability", "same"), [(0.0, False), (1.0, True)])
+def test_pairs_are_of_one_anatomy_as_often_as_asked(probability: float, same: bool) -> None:
+    other = AnatomyD(STRUCTURES)({"label": head((20, 24, 16)).flip(1)})
+    pair = {**batch((20, 24, 16)), "moving": other["image"][None], "moving_label": other["label"][None]}
+    _, target = Synthesis(**STILL, **CLEAN, t1_probability=1.0, same_probability=probability)(pair)
+    assert torch.equal(target["moving_label"], target["fixed_label"]) == same
+    assert torch.equal(target["moving"], target["fixed"]) == same
+    assert torch.equal(target["fixed_label"], pair["fixed_label"])
 
 
 def test_both_images_are_mirrored_or_none() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from voxelmorph_monai.blocks import compose, integrate, resize, warp
+from voxelmorph_monai.blocks import compose, integrate, resize, smooth, warp
 
 __all__ = ["PRESETS", "Architecture", "Registration", "UNet", "VoxelMorph", "has_fast_bfloat16", "load_weights"]
 
@@ -36,6 +36,7 @@ class Architecture(NamedTuple):
     input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
     doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
     passes: int = 1  # each pass after the first sees the moving image as warped so far; the maps are composed
+    smoothing: float = 0.0  # sigma of the Gaussian that smooths the velocity, in voxels of its grid
     padding_mode: str = "border"  # of a velocity beyond its grid; "zeros" as in the authors' PyTorch code
 
     @property
@@ -58,8 +59,16 @@ PRESETS: dict[str, Architecture] = {
     "diffeomorphic": Architecture(probabilistic=True),
     # The same to the last digit of the authors' Keras code, for their weights (weights.import_weights).
     "miccai2018": Architecture(probabilistic=True, doubles=True),
-    # The shipped one: as diffeomorphic on images of half the resolution, wider where voxels are few, and twice.
-    "wide": Architecture((16, 32, 64, 96), ((96,), (64,), (64,), (32, 32)), num_steps=5, input_level=1, passes=2),
+    # The shipped one: sees images of half the resolution, three times; wider where voxels are few; a smooth velocity.
+    "wide": Architecture(
+        (16, 32, 64, 96),
+        ((96,), (64,), (64,), (32, 32), (16, 16)),
+        num_steps=5,
+        integration_level=0,
+        input_level=1,
+        passes=3,
+        smoothing=1.5,
+    ),
 }
 
 
@@ -267,6 +276,8 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{architecture.padding_mode}'.")
     if not 0 <= architecture.integration_level <= levels:
         raise ValueError(f"integration_level must be 0 to {levels}, got {architecture.integration_level}.")
+    if architecture.smoothing < 0 or (architecture.smoothing > 0 and architecture.probabilistic):  # samples are rough
+        raise ValueError(f"smoothing must be at least 0, and 0 for probabilistic, got {architecture.smoothing}.")
     if architecture.passes < 1 or (architecture.passes > 1 and architecture.probabilistic):
         raise ValueError(f"passes must be at least 1, and 1 for probabilistic, got {architecture.passes}.")
     if architecture.probabilistic and architecture.num_steps == 0:
@@ -331,6 +342,7 @@ class VoxelMorph(nn.Module):
         self.block = 2**architecture.input_level
         self.doubles = architecture.doubles
         self.passes = architecture.passes
+        self.smoothing = architecture.smoothing
         self.padding_mode = architecture.padding_mode
         self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
         self.amortised = smoothness_weight is not None
@@ -401,6 +413,8 @@ class VoxelMorph(nn.Module):
         size = [(n << self.feature_level) >> self.integration_level for n in features.shape[2:]]
         flow = _convolve_exactly(features, self.flow.weight, self.flow.bias).contiguous()
         mean = self._resize(flow, size, self.feature_level - self.integration_level)
+        if self.smoothing > 0:
+            mean = smooth(mean, self.smoothing)
         if self.log_variance is not None:
             return mean, _convolve_exactly(features, self.log_variance.weight, self.log_variance.bias).contiguous()
         return mean, None

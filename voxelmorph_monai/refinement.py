@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, warp
+from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, smooth, warp
 from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
@@ -97,25 +97,6 @@ def _box(moving: Tensor, fixed: Tensor, multiple: int) -> tuple[list[int], list[
         start.append(low)
         size.append(-(-(high - low) // multiple) * multiple + 1)
     return start, size
-
-
-def _smooth(field: Tensor, sigma: float) -> Tensor:
-    """Convolve with what stands for a Gaussian of ``sigma`` voxels, the border value beyond the border.
-
-    [w, 1 - 2 w, w] of the same variance along each axis, again and again where ``sigma`` is wide: a sixth of the time
-    of a sampled Gaussian.
-    """
-    passes = math.ceil(2 * sigma**2)
-    weight = sigma**2 / (2 * max(passes, 1))
-    for axis in [*range(2, field.ndim)] * passes:
-        n = field.shape[axis]
-        wide = field * (1 - 2 * weight)
-        wide.narrow(axis, 1, n - 1).add_(field.narrow(axis, 0, n - 1), alpha=weight)
-        wide.narrow(axis, 0, n - 1).add_(field.narrow(axis, 1, n - 1), alpha=weight)
-        for end in (0, n - 1):
-            wide.narrow(axis, end, 1).add_(field.narrow(axis, end, 1), alpha=weight)
-        field = wide
-    return field
 
 
 def _squares(field: Tensor) -> Tensor:
@@ -423,7 +404,7 @@ def _descend(
         yield loss, best
         if course.ends():
             return
-        ddf = _smooth(compose(ddf, direction(_smooth(force, sigmas[0])) * _STEP), sigmas[1])
+        ddf = smooth(compose(ddf, direction(smooth(force, sigmas[0])) * _STEP), sigmas[1])
         if inverse is not None:  # from that of the step before, two passes come close enough
             inverse = -warp(ddf, -warp(ddf, inverse))
 

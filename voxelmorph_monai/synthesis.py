@@ -170,6 +170,8 @@ class Synthesis:
         tissues: what the shares are of.
         t1_probability: of a pair in which both images are T1-like; else each tissue gets any intensity, in each image
             its own.
+        same_probability: of pairs of one and the same anatomy, so that a network learns to leave people alone who are
+            scanned twice.
         intensity_sd: by which T1-like intensities vary around those of ``tissues``.
         skull_probability: of an image that keeps what is not brain.
         rim: largest number of voxels around the brain that the skull stripping leaves.
@@ -191,6 +193,7 @@ class Synthesis:
         self,
         tissues: Mapping[str, Tissue] = FREESURFER,
         t1_probability: float = 0.8,
+        same_probability: float = 0.0,
         intensity_sd: float = 0.05,
         skull_probability: float = 0.0,
         rim: int = 1,
@@ -221,6 +224,7 @@ class Synthesis:
         self.brain = torch.tensor([float(tissue.brain) for tissue in tissues.values()])
         self.fluid = list(tissues).index("cerebrospinal fluid")
         self.t1_probability = t1_probability
+        self.same_probability = same_probability
         self.intensity_sd = intensity_sd
         self.skull_probability = skull_probability
         self.rim = rim
@@ -247,6 +251,8 @@ class Synthesis:
         """Draw the images of ``batch``: ``moving``, ``fixed`` (shares), ``moving_label``, ``fixed_label``."""
         flip = bool(torch.rand(()) < self.flip_probability)
         t1 = bool(torch.rand(()) < self.t1_probability)
+        if bool(torch.rand(()) < self.same_probability):
+            batch = {**batch, "moving": batch["fixed"], "moving_label": batch["fixed_label"]}
         inputs, target = [], {}
         for role in ("moving", "fixed"):
             parts, label = (
