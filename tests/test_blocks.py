@@ -440,8 +440,15 @@ def test_smooth_has_the_width_of_its_gaussian() -> None:
     same(found.sum(), torch.tensor(1.0).double())
     same((found.sum(1) * (torch.arange(41) - 20.0).square()).sum(), torch.tensor(1.5**2).double())
     gaussian = torch.from_numpy(gaussian_filter(pulse[0, 0].numpy(), 1.5))
-    assert (found - gaussian).abs().max() < 0.05 * gaussian.max()  # a binomial of 10 steps: its peak is 1 / 40 lower
+    # a binomial of 10 steps: 1 / 40 lower at its peak, along each of two axes
+    assert (found - gaussian).abs().max() < 0.05 * gaussian.max()
     same(smooth(pulse[..., 20:21, 21:22], 0.6), pulse[..., 20:21, 21:22])  # one voxel, whose border is itself
+
+
+@pytest.mark.parametrize("sigma", [-1.0, float("nan"), float("inf")])
+def test_smooth_refuses_what_is_no_width(sigma: float) -> None:
+    with pytest.raises(ValueError, match=rf"sigma must be a number of voxels, at least 0, got {sigma}\."):
+        smooth(torch.zeros(1, 1, 4, 5), sigma)
 
 
 # jacobian_determinant

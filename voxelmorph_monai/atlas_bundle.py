@@ -27,7 +27,7 @@ __all__ = ["TISSUES", "make_atlas_bundle", "segmentation_network"]
 TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
 """Names of the labels of :func:`~voxelmorph_monai.preparation.mni152_tissue`."""
 
-_VERSION = "0.1.0"
+_VERSION = "0.2.0"
 _NILEARN = "0.14.1"  # tested with, as are the packages that the other bundle lists
 _CITATION = (
     "Wang, H., Suh, J. W., Das, S. R., Pluta, J. B., Craige, C., Yushkevich, P. A. Multi-Atlas Segmentation with Joint "

@@ -260,11 +260,13 @@ def smooth(field: Tensor, sigma: float) -> Tensor:
     r"""Convolve ``field`` ``(B, C, *spatial)`` with what stands for a Gaussian of ``sigma`` voxels.
 
     :math:`[w, 1 - 2 w, w]` of the same variance along each axis, :math:`\lceil 2 \sigma^2 \rceil` times: a sixth of the
-    time of a sampled Gaussian. Beyond the border stands the border value.
+    time of a sampled Gaussian. Beyond the border stands the border value. A ``sigma`` of 0 gives ``field`` itself.
 
     >>> smooth(torch.tensor([[[[0.0, 0.0, 8.0, 0.0, 0.0]]]]), sigma=1.0)
     tensor([[[[0.5000, 2.0000, 3.0000, 2.0000, 0.5000]]]])
     """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be a number of voxels, at least 0, got {sigma}.")
     field = _exact(field)
     passes = math.ceil(2 * sigma**2)
     weight = sigma**2 / (2 * max(passes, 1))

@@ -5,6 +5,7 @@ channels first, and one tensor out, the displacement field in voxels. :class:`Re
 evaluation and names everything that losses and metrics need.
 """
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,7 +37,7 @@ class Architecture(NamedTuple):
     input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
     doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
     passes: int = 1  # each pass after the first sees the moving image as warped so far; the maps are composed
-    smoothing: float = 0.0  # sigma of the Gaussian that smooths the velocity, in voxels of its grid
+    smoothing: float = 0.0  # sigma of the Gaussian that smooths the velocity (or displacement), voxels of its grid
     padding_mode: str = "border"  # of a velocity beyond its grid; "zeros" as in the authors' PyTorch code
 
     @property
@@ -276,8 +277,9 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{architecture.padding_mode}'.")
     if not 0 <= architecture.integration_level <= levels:
         raise ValueError(f"integration_level must be 0 to {levels}, got {architecture.integration_level}.")
-    if architecture.smoothing < 0 or (architecture.smoothing > 0 and architecture.probabilistic):  # samples are rough
-        raise ValueError(f"smoothing must be at least 0, and 0 for probabilistic, got {architecture.smoothing}.")
+    sigma = architecture.smoothing
+    if not isinstance(sigma, int | float) or not 0 <= sigma < math.inf or (sigma and architecture.probabilistic):
+        raise ValueError(f"smoothing must be a number of voxels, and 0 for probabilistic networks, got {sigma!r}.")
     if architecture.passes < 1 or (architecture.passes > 1 and architecture.probabilistic):
         raise ValueError(f"passes must be at least 1, and 1 for probabilistic, got {architecture.passes}.")
     if architecture.probabilistic and architecture.num_steps == 0:
@@ -334,6 +336,7 @@ class VoxelMorph(nn.Module):
         changes = {name: value for name, value in changes.items() if value is not None}
         architecture = PRESETS[preset]._replace(**changes)  # type: ignore[arg-type] # checked by name above
         _check_architecture(architecture, spatial_dims)
+        self.architecture = architecture
         self.in_channels = in_channels
         self.spatial_dims = spatial_dims
         self.num_steps = architecture.num_steps
@@ -342,7 +345,7 @@ class VoxelMorph(nn.Module):
         self.block = 2**architecture.input_level
         self.doubles = architecture.doubles
         self.passes = architecture.passes
-        self.smoothing = architecture.smoothing
+        self.smoothing = float(architecture.smoothing)
         self.padding_mode = architecture.padding_mode
         self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
         self.amortised = smoothness_weight is not None
@@ -400,7 +403,7 @@ class VoxelMorph(nn.Module):
         """Mean and log-variance of the velocity (``num_steps=0``: the displacement), on the grid of integration.
 
         Both are ``(B, D, *padded / 2**(input_level + integration_level))``, of the weights' type (float32); the mean in
-        voxels of that grid, the log-variance None unless the network is probabilistic.
+        voxels of that grid, already smoothed; the log-variance None unless the network is probabilistic.
         """
         if torch.jit.is_scripting():  # scripts run without autocast
             mean, log_variance = self._fields(features)

@@ -168,10 +168,10 @@ class Synthesis:
 
     Args:
         tissues: what the shares are of.
-        t1_probability: of a pair in which both images are T1-like; else each tissue gets any intensity, in each image
-            its own.
-        same_probability: of pairs of one and the same anatomy, so that a network learns to leave people alone who are
-            scanned twice.
+        t1_probability: of a batch of pairs in which both images are T1-like; else each tissue gets any intensity, in
+            each image its own.
+        same_probability: of a batch of pairs of one and the same anatomy, so that a network learns to leave people
+            alone who are scanned twice.
         intensity_sd: by which T1-like intensities vary around those of ``tissues``.
         skull_probability: of an image that keeps what is not brain.
         rim: largest number of voxels around the brain that the skull stripping leaves.

@@ -101,13 +101,13 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", sim
 
     if args.device != "cpu":
         register()  # the first work on a GPU loads its programs
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(args.device)
     wall, cpu = time.perf_counter(), time.process_time()
     ddf, inverse = register()
     cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.device != "cpu":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+        peak = torch.cuda.max_memory_allocated(args.device) / 2**20
     return Found(ddf, inverse, {**cost, "peak_mib": peak})
 
 
@@ -267,12 +267,14 @@ def main() -> None:
     parser.add_argument("--preset", default="wide")
     parser.add_argument("--peers-python", default=sys.executable, help="python of the peers' environment")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="of ours, and of peers that know others (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: of ours, and of peers that know it (%(default)s)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "accuracy.csv", help="rows (%(default)s)")
     parser.add_argument("--report", action="store_true", help="do not measure, write the page")
     parser.add_argument("--reference", default="affine", help="method that differences are taken to (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md", help="page with the marks")
     args = parser.parse_args()
+    if args.device != "cpu" and args.csv == parser.get_default("csv"):
+        parser.error(f"--device {args.device} needs a --csv of its own: rows do not tell where they were measured.")
     (report if args.report else run)(args)
 
 
