@@ -648,6 +648,14 @@ def test_two_processes_measure_what_one_does(
     )
 
 
+def test_a_training_goes_on_with_its_own_architecture_alone(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    train(prepared, tmp_path)
+    changed = {"dataset_dir": str(prepared), "output_dir": str(tmp_path), "num_labels": 4, "network_def#smoothing": 0.5}
+    other = {key: str(VoxelMorph(smoothing=sigma).architecture) for key, sigma in (("was", 1.5), ("now", 0.5))}
+    message = f"settings {{'architecture': \"{other['was']}\"}}, now {{'architecture': \"{other['now']}\"}}"
+    _fails(message, ["train.json"], **changed, learning_rate=1e-3, pairs_per_epoch=2, max_epochs=2)
+
+
 def test_a_second_evaluation_is_refused_before_the_work(bundle: Path, prepared: Path, tmp_path: Path) -> None:
     options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path), "num_labels": 4, "weights": "models/model.pt"}
     (tmp_path / "evaluation").mkdir()
@@ -662,6 +670,7 @@ def test_a_second_evaluation_is_refused_before_the_work(bundle: Path, prepared: 
     assert done.parser.get_parsed_content("validate#postprocessing").transforms[-1].mode == "linear"
     settings = json.loads((tmp_path / "evaluation" / "summary.json").read_text())["settings"]
     assert (settings["preset"], settings["label_mode"]) == ("vm2", "linear")
+    assert settings["architecture"] == str(VoxelMorph("vm2").architecture)
 
 
 def _fails(match: str, files: Sequence[str], kind: str = "train", **options: object) -> None:

@@ -366,8 +366,8 @@ def test_the_inverse_of_several_passes_undoes_them():
     found = Registration(network, bidirectional=True, amp=False).eval()(pair)
     inner = (..., slice(12, -12), slice(12, -12))
     assert found["ddf"].abs().max() > 1
-    # interpolation on a half of the grid
-    assert compose(found["ddf"], found["inverse_ddf"])[inner].abs().max() < 0.1
+    # 0.004 of a displacement above 1: fields are interpolated on half of the grid
+    assert compose(found["ddf"], found["inverse_ddf"])[inner].abs().max() < 0.02
 
 
 def test_the_inverse_undoes_the_last_pass_first(monkeypatch):

@@ -168,8 +168,13 @@ class Resume:
             return
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            if state["settings"] != self.settings:
-                raise ValueError(f"settings {state['settings']}, now {self.settings}")
+            saved, ours = state["settings"], self.settings
+            was, now = (
+                {key: value for key, value in one.items() if (key, value) not in other.items()}
+                for one, other in ((saved, ours), (ours, saved))
+            )
+            if was or now:
+                raise ValueError(f"settings {was}, now {now}")
             for name, stateful in self.objects.items():
                 stateful.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:

@@ -336,7 +336,7 @@ class VoxelMorph(nn.Module):
         changes = {name: value for name, value in changes.items() if value is not None}
         architecture = PRESETS[preset]._replace(**changes)  # type: ignore[arg-type] # checked by name above
         _check_architecture(architecture, spatial_dims)
-        self.architecture = architecture
+        self.architecture = architecture  # for those who record it: a script reads none but plain attributes
         self.in_channels = in_channels
         self.spatial_dims = spatial_dims
         self.num_steps = architecture.num_steps

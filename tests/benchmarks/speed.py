@@ -120,7 +120,6 @@ def monai_network(channels: tuple[int, ...]) -> monai.networks.nets.VoxelMorph:
 
 def register(preset: str, size: Size, device: str = "cpu", *, amp: bool = True, **changes: object) -> Work:
     """Prepare a pass of our network without a gradient, as ``vxm`` and the bundle do it."""
-    keep_freed_memory()
     registration = Registration(our_network(preset, **changes), amp=amp).to(device).eval()
     pair = images(size).to(device)
 
@@ -159,7 +158,6 @@ def register_voxelmorph(size: Size) -> Work:
 
 def train(preset: str, size: Size, device: str = "cpu", *, amp: bool = True) -> Work:
     """Prepare a step of our training, as the bundle does it."""
-    keep_freed_memory()
     registration = Registration(our_network(preset), amp=amp).to(device).train()
     loss = RegistrationLoss(LNCCLoss(), GradientLoss())
     optimizer = torch.optim.Adam(registration.parameters(), lr=1e-4)
@@ -287,17 +285,17 @@ def _monai_lncc(size: Size, dtype: torch.dtype = torch.float32) -> Work:
 
 
 CONTENDERS: dict[str, Callable[[Size], Work]] = {
-    "register dense": partial(register, "dense"),
-    "register dense, full resolution": partial(register, "dense", integration_level=0),
-    "register dense, float32": partial(register, "dense", amp=False),
+    "register dense": _kept(partial(register, "dense")),
+    "register dense, full resolution": _kept(partial(register, "dense", integration_level=0)),
+    "register dense, float32": _kept(partial(register, "dense", amp=False)),
     "register dense, MONAI": partial(register_monai, MONAI_DENSE),
-    "register diffeomorphic": partial(register, "diffeomorphic"),
-    "register diffeomorphic, float32": partial(register, "diffeomorphic", amp=False),
+    "register diffeomorphic": _kept(partial(register, "diffeomorphic")),
+    "register diffeomorphic, float32": _kept(partial(register, "diffeomorphic", amp=False)),
     "register, MONAI": partial(register_monai, MONAI_DEFAULT),
     "register, voxelmorph": register_voxelmorph,
-    "train dense": partial(train, "dense"),
+    "train dense": _kept(partial(train, "dense")),
     "train dense, MONAI": partial(train_monai, MONAI_DENSE),
-    "train diffeomorphic": partial(train, "diffeomorphic"),
+    "train diffeomorphic": _kept(partial(train, "diffeomorphic")),
     "lncc": _kept(partial(lncc, LNCCLoss(), torch.float32)),
     "lncc, MONAI": _monai_lncc,
     "lncc, MONAI in float64": partial(_monai_lncc, dtype=torch.float64),
