@@ -20,13 +20,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "voxelmorph_monai"
 AT_A_TIME = 2
+ONE_READER = Lock()
 TIME_LIMIT = 120  # seconds of CPU time; a mutant may loop for ever, which a test run notices too
 
 # What the tests of a module are, where it is not all of its test file: the words of pytest.
@@ -412,8 +415,12 @@ def failure(mutant: Mutant) -> str | None:
         target = copy / PACKAGE / f"{mutant.module}.py"
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.text, mutant.replacement), encoding="utf-8")
         process = multiprocessing.Process(target=run_tests, args=(folder, TESTS[mutant.module]))
-        process.start()
-        process.join()
+        # start() also asks how the processes of other threads ended; a status is read by one of two, the other gets 255
+        with ONE_READER:
+            process.start()
+        wait([process.sentinel])
+        with ONE_READER:
+            process.join()
         printed = (copy / "output").read_text()[-4000:]
         # pytest's codes for passed and failed, and the signal for too much CPU time; a syntax error proves nothing
         if process.exitcode not in (0, 1, -signal.SIGXCPU, -signal.SIGKILL):
