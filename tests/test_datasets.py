@@ -142,6 +142,34 @@ def test_table_of_scans(tmp_path):
     assert sorted(item["image"] for items in drawn.values() for item in seeds(items)) == [0, 1, 2, 3, 4, 5]
 
 
+def rows_with_sections(folder, **sections):
+    """A row for each scan, as many in each section as are asked for; "none" has none."""
+    names = [name for name, count in sections.items() for _ in range(count)]
+    images_and_labels(folder, count=len(names))
+    return [{"image": f"images/{n}.nii.gz", "section": "" if name == "none" else name} for n, name in enumerate(names)]
+
+
+def test_sections_are_given_to_all_scans_or_to_none(tmp_path):
+    rows = rows_with_sections(tmp_path, training=2, none=4, test=2)
+    path = table(tmp_path / "scans.csv", rows)
+    with pytest.raises(
+        ValueError,
+        match=r"^scans must all have a section or, .*, none \(.*with folds\), got 4 without one beside 2 in training, "
+        r"2 in test\.$",
+    ):
+        write_datalist("csv", path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = read("csv", path, tmp_path / "folds", folds=4)
+    assert {name: len(items) for name, items in found.items()} == {"training": 4, "validation": 2, "test": 2}
+
+
+def test_an_atlas_stands_beside_scans_that_are_split(tmp_path):
+    rows = rows_with_sections(tmp_path, atlas=1, none=5)
+    found = read("csv", table(tmp_path / "scans.csv", rows), tmp_path / "out")
+    assert seeds(found.pop("atlas")) == [{"image": 0}]
+    assert sorted(item["image"] for items in found.values() for item in seeds(items)) == [1, 2, 3, 4, 5]
+
+
 def test_table_of_pairs(tmp_path):
     images_and_labels(tmp_path, count=4)
     rows = [
@@ -152,6 +180,9 @@ def test_table_of_pairs(tmp_path):
     found = read("csv", table(tmp_path / "pairs.csv", rows), tmp_path / "out")
     assert seeds(found["training"]) == pairs((0, 1), (2, 1))
     assert seeds(found["test"]) == pairs((3, 0))
+    rows[0]["section"] = ""
+    with pytest.raises(ValueError, match=r"^pairs must each have a section"):
+        write_datalist("csv", table(tmp_path / "some.csv", rows), tmp_path / "some")
     for row in rows:
         row["section"] = ""
     with pytest.raises(ValueError, match=r"^pairs must each have a section: training, validation or test\.$"):

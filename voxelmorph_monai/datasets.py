@@ -146,7 +146,8 @@ _PAIR_COLUMNS = ("moving", "fixed", "moving_label", "fixed_label")
 def _read_csv(source: Path) -> Sections:
     """Scans or pairs, one a line, of a table with the columns ``image``, ``label`` or ``moving``, ``fixed``, ...
 
-    ``section`` says where a line belongs; without it scans are split. Paths are relative to the table.
+    ``section`` says where a line belongs; if no scan but an atlas has one, scans are split. Paths are relative to the
+    table.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source} must be a table (CSV), but there is no such file.")
@@ -196,15 +197,21 @@ def _cross_validation(scans: Sequence[Item], num_folds: int, fold: int, seed: in
 
 
 def _split(sections: Sections, folds: int | None, fold: int, seed: int) -> Sections:
-    """Put scans without a section, or all if ``folds`` are asked for, into the sections of a cross-validation."""
+    """Put scans without a section or, with ``folds``, all but the atlas into the sections of a cross-validation."""
     if folds is None and "" not in sections:
         return sections
+    if take_apart(sections.get("", []))[1] is not None:
+        raise ValueError("pairs must each have a section: training, validation or test.")
+    placed = [f"{len(items)} in {name}" for name, items in sections.items() if name not in ("", "atlas")]
+    if folds is None and placed:
+        raise ValueError(
+            "scans must all have a section or, but for an atlas, none (or be split anew, with folds), "
+            f"got {len(sections[''])} without one beside {', '.join(placed)}."
+        )
     atlas = sections.get("atlas", [])
     scans: list[Item] = []
-    for name, items in sections.items():
-        apart, pairs = take_apart(items)
-        if name == "" and pairs is not None:
-            raise ValueError("pairs must each have a section: training, validation or test.")
+    for items in sections.values():
+        apart, _ = take_apart(items)
         scans += [dict(scan) for scan in apart if scan not in scans and scan not in atlas]  # type: ignore[arg-type]
     return _cross_validation(scans, folds or 5, fold, seed) | ({"atlas": atlas} if atlas else {})
 
@@ -310,13 +317,14 @@ def write_datalist(
             ``"csv"``: a table of scans or pairs.
         source: its folder, or table.
         output: folder of the datalist.
-        folds: split all scans but the atlas anew, into this many parts; None: as published, or if there is nothing
-            published, 5.
+        folds: split all scans but the atlas anew, into this many parts, whatever section they are in; None: as
+            published or, if no scan has a section, 5.
         fold: the part that is the test; the next one is the validation, the others are for training.
         seed: of the draw of the parts.
 
     Raises:
-        FileNotFoundError, ValueError: what the layout needs is not there, or wrong.
+        FileNotFoundError, ValueError: what the layout needs is not there, or wrong; without ``folds``, a table of scans
+            that gives only some of them a section.
         FileExistsError: there is a datalist already.
     """
     source, output = Path(source), Path(output)
