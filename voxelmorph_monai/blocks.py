@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def _exact(field: Tensor) -> Tensor:
+def _widen(field: Tensor) -> Tensor:
     """Give ``field`` in float32 or wider."""
     return field if field.dtype == torch.float64 else field.float()
 
@@ -59,8 +59,8 @@ def identity_grid(field: Tensor) -> Tensor:
     tensor([[0., 1., 2.],
             [0., 1., 2.]])
     """
-    exact = _exact(field)
-    axes = [_axis(exact, d).expand([1] + list(field.shape[2:])) for d in range(field.ndim - 2)]
+    wide = _widen(field)
+    axes = [_axis(wide, d).expand([1] + list(field.shape[2:])) for d in range(field.ndim - 2)]
     return torch.stack(axes, dim=1)
 
 
@@ -169,7 +169,7 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
         raise ValueError(f"mode must be 'bilinear' or 'nearest', got '{mode}'.")
     if padding_mode not in ("border", "zeros"):
         raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{padding_mode}'.")
-    ddf = _exact(ddf)
+    ddf = _widen(ddf)
     dtype = torch.float64 if image.dtype == torch.float64 else ddf.dtype
     if not image.is_floating_point():
         if mode != "nearest":
@@ -184,7 +184,7 @@ def compose(outer: Tensor, inner: Tensor, padding_mode: str = "border") -> Tenso
     An image warped by the composition is the image warped by ``outer``, then by ``inner``. ``padding_mode`` says what
     ``outer`` is beyond its grid, as in :func:`warp`.
     """
-    return _exact(inner) + warp(_exact(outer), inner, padding_mode=padding_mode)
+    return _widen(inner) + warp(_widen(outer), inner, padding_mode=padding_mode)
 
 
 def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> Tensor:
@@ -200,7 +200,7 @@ def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> 
     """
     if not 0 <= num_steps <= 30:
         raise ValueError(f"num_steps must be 0 to 30 (the velocity is divided by 2^num_steps), got {num_steps}.")
-    ddf = _exact(dvf) * (0.5**num_steps)
+    ddf = _widen(dvf) * (0.5**num_steps)
     for _ in range(num_steps):
         ddf = compose(ddf, ddf, padding_mode)
     return ddf
@@ -227,7 +227,7 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
     Returns:
         The inverse, same shape, and the residual ``(B,)``: the largest :math:`|\phi(\phi^{-1}(x)) - x|` in voxels.
     """
-    ddf = _exact(ddf)
+    ddf = _widen(ddf)
     inverse = -ddf
     error = compose(ddf, inverse)
     for _ in range(max_iterations):
@@ -243,7 +243,7 @@ def resize(field: Tensor, size: list[int]) -> Tensor:
 
     The corner voxels of the two grids coincide: component ``d`` is scaled by ``(new - 1) / (old - 1)``.
     """
-    field = _exact(field)
+    field = _widen(field)
     if len(size) not in (2, 3) or field.ndim - 2 != len(size) or field.shape[1] != len(size) or min(size) < 1:
         raise ValueError(f"size for a field of shape {list(field.shape)} must be as many sizes > 0, got {list(size)}.")
     if list(field.shape[2:]) == list(size):
@@ -267,7 +267,7 @@ def smooth(field: Tensor, sigma: float) -> Tensor:
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be a number of voxels, at least 0, got {sigma}.")
-    field = _exact(field)
+    field = _widen(field)
     passes = math.ceil(2 * sigma**2)
     weight = sigma**2 / (2 * max(passes, 1))
     for axis in range(2, field.ndim):
@@ -310,7 +310,7 @@ def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
     spatial_dims = ddf.ndim - 2
     if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
         raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
-    ddf = _exact(ddf)
+    ddf = _widen(ddf)
     rows = []  # rows[j][:, i] is the derivative of phi_i along axis j
     for j in range(spatial_dims):
         row = _difference(ddf, j + 2, scheme)
@@ -339,7 +339,7 @@ def corners(ddf: Tensor, size: list[int] | None = None) -> list[tuple[Tensor, Te
         size: of the grid that the voxels belong to, when it is another one: :math:`\phi(x)` counts in its voxels.
     """
     _check_ddf(ddf, ddf)
-    ddf = _exact(ddf)
+    ddf = _widen(ddf)
     grid = list(ddf.shape[2:]) if size is None else list(size)
     if len(grid) != ddf.shape[1] or min(grid) < 1:
         raise ValueError(f"size for a ddf of {ddf.shape[1]} components must be as many sizes > 0, got {grid}.")

@@ -22,7 +22,7 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from voxelmorph_monai.data import take_apart
+from voxelmorph_monai.data import pair, take_apart
 from voxelmorph_monai.spaces import atomic, save_image
 
 __all__ = ["LAYOUTS", "SaveSubmission", "load_submission", "read_pickle", "write_datalist"]
@@ -41,9 +41,7 @@ def _scan(image: Path, label: Path | None) -> Item:
 
 
 def _pair(moving: Item, fixed: Item) -> Item:
-    roles = {"moving": moving, "fixed": fixed}
-    labels = {f"{role}_label": scan["label"] for role, scan in roles.items() if "label" in scan}
-    return {role: scan["image"] for role, scan in roles.items()} | labels
+    return pair(moving["image"], fixed["image"], moving.get("label"), fixed.get("label"))
 
 
 def _read_ixi(source: Path) -> Sections:
@@ -93,15 +91,15 @@ def _read_learn2reg(source: Path) -> Sections:
         content = json.loads(found[0].read_text(encoding="utf-8"))
         training = [scan(item["image"]) for item in content["training"]]
         validation, test = (
-            [_pair(scan(pair["moving"]), scan(pair["fixed"])) for pair in pairs]
-            for pairs in (content["registration_val"], content.get("registration_test", []))
+            [_pair(scan(item["moving"]), scan(item["fixed"])) for item in items]
+            for items in (content["registration_val"], content.get("registration_test", []))
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{found[0]} must list 'training' (objects with 'image') and 'registration_val' ('moving', 'fixed'), "
             f"but: {error!r}."
         ) from error
-    paired = {pair[role] for pair in [*validation, *test] for role in ("moving", "fixed")}
+    paired = {item[role] for item in [*validation, *test] for role in ("moving", "fixed")}
     unpaired = [item for item in training if item["image"] not in paired]
     return {"training": unpaired, "validation": validation, "test": test}
 

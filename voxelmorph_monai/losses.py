@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def _plain(tensor: Tensor) -> Tensor:
     """Give the values of ``tensor`` as a plain tensor in float32 or wider."""
     tensor = tensor.as_subclass(Tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -45,17 +45,17 @@ def _images(names: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
             f"{names} must have one shape (B, C, *spatial) in 2-D or 3-D, "
             f"got {list(first.shape)} and {list(second.shape)}."
         )
-    return _exact(first), _exact(second)
+    return _plain(first), _plain(second)
 
 
 def _field(name: str, field: Tensor) -> Tensor:
     """Check that ``field`` is one, and give its exact values."""
     if field.ndim not in (4, 5) or field.shape[1] != field.ndim - 2:
         raise ValueError(f"{name} must be (B, 2, H, W) or (B, 3, H, W, D), got {list(field.shape)}.")
-    return _exact(field)
+    return _plain(field)
 
 
-def _mean(values: Tensor) -> Tensor:
+def _mean_or_zero(values: Tensor) -> Tensor:
     """Mean, 0 of nothing: an axis of one voxel has no differences."""
     return values.mean() if values.numel() else values.sum()
 
@@ -374,7 +374,7 @@ class GradientLoss(nn.Module):
         field = _field("field", field)
         size = torch.square if self.penalty == "l2" else torch.abs
         axes = range(2, field.ndim)
-        return torch.stack([_mean(size(field.diff(dim=axis))) for axis in axes]).mean()
+        return torch.stack([_mean_or_zero(size(field.diff(dim=axis))) for axis in axes]).mean()
 
 
 class BendingEnergyLoss(nn.Module):
@@ -392,8 +392,8 @@ class BendingEnergyLoss(nn.Module):
         field = _field("field", field)
         axes = range(2, field.ndim)
         slopes = [field.diff(dim=d) for d in axes]
-        pure = [_mean(slopes[d - 2].diff(dim=d).square()) for d in axes]
-        mixed = [_mean(slopes[d - 2].diff(dim=e).square()) for d, e in combinations(axes, 2)]
+        pure = [_mean_or_zero(slopes[d - 2].diff(dim=d).square()) for d in axes]
+        mixed = [_mean_or_zero(slopes[d - 2].diff(dim=e).square()) for d, e in combinations(axes, 2)]
         return (torch.stack(pure).sum() + 2 * torch.stack(mixed).sum()) * field.shape[1]
 
 
@@ -512,7 +512,7 @@ class KLLoss(nn.Module):
         variance = (self.prior_lambda * _num_neighbours(mean) * log_variance.exp() - log_variance).mean()
         squares = [mean.diff(dim=axis).square() for axis in range(2, mean.ndim)]
         if self.mode == "official":
-            precision = torch.stack([_mean(square) for square in squares]).sum() / (2 * mean.shape[1])
+            precision = torch.stack([_mean_or_zero(square) for square in squares]).sum() / (2 * mean.shape[1])
         else:
             precision = torch.stack([square.sum() for square in squares]).sum() / mean.numel()
         return mean.shape[1] / 2 * (variance + self.prior_lambda * precision)

@@ -89,7 +89,7 @@ def _inside(ddf: Tensor, mask: Tensor | None, border: int = 0) -> Tensor:
     return inside
 
 
-def _mean(values: Tensor, inside: Tensor) -> Tensor:
+def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
     """Mean of ``values`` over the voxels ``inside`` of each item, ``(B,)``; NaN where there are none."""
     total = torch.where(inside, values, 0).flatten(1).sum(1, dtype=torch.float64)
     return total / inside.flatten(1).sum(1)
@@ -140,7 +140,7 @@ def folding(ddf: Tensor, mask: Tensor | None = None, *, scheme: str = "central")
     tensor([100.], dtype=torch.float64)
     """
     inside = _inside(ddf, mask)
-    return 100 * _mean(~(jacobian_determinant(ddf, scheme) > 0), inside)
+    return 100 * _mean_inside(~(jacobian_determinant(ddf, scheme) > 0), inside)
 
 
 def log_jacobian_sd(ddf: Tensor, mask: Tensor | None = None, *, definition: str = "plain") -> Tensor:
@@ -167,8 +167,8 @@ def log_jacobian_sd(ddf: Tensor, mask: Tensor | None = None, *, definition: str 
     else:
         jacobian = (jacobian + 3).clamp(1e-9, 1e9)
     log = jacobian.log()
-    mean = _mean(log, inside).view(-1, *[1] * (log.ndim - 1))
-    return _mean((log - mean) ** 2, inside).sqrt()
+    mean = _mean_inside(log, inside).view(-1, *[1] * (log.ndim - 1))
+    return _mean_inside((log - mean) ** 2, inside).sqrt()
 
 
 def _edge(ddf: Tensor, start: Sequence[int], stop: Sequence[int]) -> Tensor:
@@ -227,7 +227,7 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     inner: tuple[Any, ...] = (..., *(slice(1, n - 1) for n in ddf.shape[2:]))
     for edges in simplices:
         turned[inner] -= _determinant(edges).clamp_max(0)
-    return 100 * _mean(turned, inside) / (2 * math.factorial(spatial_dims))
+    return 100 * _mean_inside(turned, inside) / (2 * math.factorial(spatial_dims))
 
 
 # Voxels around a point within which another surface is looked up; beyond, it is searched for.
@@ -403,7 +403,7 @@ def inverse_consistency(
     inside = _inside(ddf, mask)
     error = compose(ddf, inverse_ddf)
     error = error * error.new_tensor(sides).view(-1, *[1] * spatial_dims)
-    return _mean(torch.linalg.vector_norm(error, dim=1, keepdim=True), inside)
+    return _mean_inside(torch.linalg.vector_norm(error, dim=1, keepdim=True), inside)
 
 
 class _PairMetric(CumulativeIterationMetric):
