@@ -302,8 +302,22 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         Training(tmp_path, 2, settings={"preset": "vm2"}).run()
     training = Training(tmp_path, 2)
     training.objects["other"] = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=message + "'other'"):
+    with pytest.raises(ValueError, match=message + r"a dict without \['other'\]"):
         training.run()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for content, reason in (
+        ([1, 2], "it holds a list, not a dict"),
+        ({name: value for name, value in state.items() if name != "epoch"}, r"a dict without \['epoch'\]"),
+        (state["network"], r"a dict without \['early_stop', 'epoch', 'network', "),
+        ({**state, "settings": [1, 2]}, ""),
+        ({**state, "optimizer": 3}, ""),
+        ({**state, "scheduler": [3]}, ""),
+    ):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        with pytest.raises(ValueError, match=message + reason):
+            Training(tmp_path, 2).run()
+    (tmp_path / "checkpoint.pt").write_bytes(whole)
     for content in (b"", b"half a file", (tmp_path / "checkpoint.pt").read_bytes()[:1000]):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(ValueError, match=message):

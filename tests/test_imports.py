@@ -33,7 +33,7 @@ ALLOWED = {
     "engines": {"networks"},
     "evaluation": {"pictures", "spaces"},
     "comparison": {"evaluation", "pictures", "spaces"},
-    "handlers": {"data", "engines", "evaluation", "spaces"},
+    "handlers": {"data", "engines", "evaluation", "networks", "spaces"},
     "distribution": {"networks", "preparation", "spaces"},
     "quickstart": {"preparation", "registration", "spaces"},
     "weights": {"networks", "spaces"},

@@ -211,7 +211,7 @@ def test_lncc_does_not_depend_on_the_slabs(size, slab, monkeypatch):
     value = LNCCLoss(5)(*whole)
     expected = torch.autograd.grad(value, whole)
     monkeypatch.setattr(losses, "box_sum", lambda image, window: cut.append(image.shape[2]) or box(image, window))
-    monkeypatch.setattr(losses, "_SLAB", slab)
+    monkeypatch.setattr(losses, "_SLAB_VOXELS", slab)
     assert_close(LNCCLoss(5)(*whole), value)
     assert max(cut) < size[0] + 4  # voxels with the margins of a window
     for found, right in zip(torch.autograd.grad(LNCCLoss(5)(*whole), whole), expected, strict=True):

@@ -20,7 +20,7 @@ from voxelmorph_monai import networks
 from voxelmorph_monai.blocks import compose, integrate, resize, warp
 from voxelmorph_monai.losses import GradientLoss, MSELoss, RegistrationLoss
 from voxelmorph_monai.metrics import dice
-from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph, load_weights
+from voxelmorph_monai.networks import PRESETS, Registration, VoxelMorph, load_weights, read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 presets = pytest.mark.parametrize("preset", PRESETS)
@@ -672,10 +672,47 @@ def test_wrong_weights(tmp_path):
         torch.save(content, path)
         with pytest.raises(ValueError, match=wrong):
             load_weights(VoxelMorph("vm1", 2), str(path))
+    preset = VoxelMorph("vm1", 2).state_dict()
+    for content, reason in (
+        (
+            VoxelMorph("vm2", 2).state_dict(),
+            r"7 parameters differ, first unet\.decoder\.3\.1\.conv\.weight must be "
+            r"\[8, 32, 3, 3\], is \[32, 32, 3, 3\]\.",
+        ),
+        ([1, 2], r"it holds a list, not a dict\."),
+        (
+            {"network": preset, "epoch": 3},
+            r"24 parameters differ, first unet\.encoder\.0\.conv\.weight must be "
+            r"\[16, 2, 3, 3\], is absent\.",
+        ),
+        ({**preset, "epoch": 3}, r"1 parameters differ, first epoch must be absent, is int\."),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=f"{wrong}{reason}$"):
+            load_weights(VoxelMorph("vm1", 2), str(path))
     for half in (path.read_bytes()[:100], b""):
         path.write_bytes(half)
         with pytest.raises(ValueError, match=wrong):
             load_weights(VoxelMorph("vm1", 2), str(path))
+
+
+def test_a_file_with_wrong_bytes_says_so(tmp_path):
+    path, random = tmp_path / "model.pt", np.random.default_rng(0)
+    for zipped in (True, False):
+        torch.save({"a": torch.zeros(3), "b": 1}, path, _use_new_zipfile_serialization=zipped)
+        assert read_state(path).keys() == {"a", "b"}
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        messages = []
+        for _ in range(300):
+            broken = whole.copy()
+            broken[random.integers(len(broken), size=3)] = random.integers(256, size=3)
+            path.write_bytes(broken.tobytes())
+            try:  # anything but what it says it raises is an error
+                assert isinstance(read_state(path), dict)
+            except ValueError as error:
+                messages.append(str(error))
+        assert len(messages) > 50
+        assert not [message for message in messages if "\n" in message]
 
 
 def test_wrong_registration():

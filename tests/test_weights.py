@@ -354,7 +354,7 @@ def test_checkpoints_give_the_authors_displacement(size, grids, tmp_path):
         ),
         (lambda s: VoxelMorph("dense").state_dict(), r"of VxmDense .*, but 44 parameters are not: unet_model.encoder"),
         (lambda s: {**s, "flow.weight": s["flow.weight"] / 0}, r"finite, but those of layer flow are not"),
-        (lambda s: [1, 2], r"a checkpoint of the authors' VxmDense, but: it must hold a dict, got list\."),
+        (lambda s: [1, 2], r"a checkpoint of the authors' VxmDense, but: it holds a list, not a dict\."),
         (lambda s: {}, r"but: it must hold a state dict, alone or as model_state, got \[\]\."),
         (lambda s: {"epoch": 3, "state": s}, r"alone or as model_state, got \['epoch', 'state'\]\."),
         (lambda s: {"model_state": 3}, r"model_state and config must be dicts, got int and dict\."),

@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import nn
 from voxelmorph_monai.data import PairSampler, process
 from voxelmorph_monai.engines import pair_paths
 from voxelmorph_monai.evaluation import check_folder, compare_affine, save_evaluation, summarise, tabulate
+from voxelmorph_monai.networks import read_state
 from voxelmorph_monai.spaces import atomic
 
 __all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation"]
@@ -167,7 +167,9 @@ class Resume:
         if not self.path.exists():
             return
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = read_state(self.path)
+            if missing := {"epoch", "settings", *self.objects} - set(state):
+                raise ValueError(f"a dict without {sorted(missing)}")
             saved, ours = state["settings"], self.settings
             was, now = (
                 {key: value for key, value in one.items() if (key, value) not in other.items()}
@@ -177,7 +179,7 @@ class Resume:
                 raise ValueError(f"settings {was}, now {now}")
             for name, stateful in self.objects.items():
                 stateful.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # as load_state_dict may raise
             raise ValueError(
                 f"checkpoint {self.path} must fit this training to be resumed (else name another output_dir), "
                 f"got: {error}"

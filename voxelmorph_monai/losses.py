@@ -101,14 +101,14 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     return image
 
 
-_SLAB = 1 << 21  # voxels
+_SLAB_VOXELS = 1 << 21
 
 
 def _slabs(image: Tensor) -> list[tuple[int, int]]:
     """Cut the first spatial axis of ``image`` into ranges whose intermediate maps stay in a processor's cache."""
     n = image.shape[2]
     # LNCC at 160 x 192 x 224 in a fifth less CPU time, and 0.4 GiB instead of 0.9; a GPU prefers fewer, larger steps.
-    number = min(-(-image.numel() // _SLAB), n) if image.device.type == "cpu" else 1
+    number = min(-(-image.numel() // _SLAB_VOXELS), n) if image.device.type == "cpu" else 1
     ends = [n * k // number for k in range(number + 1)]
     return list(pairwise(ends))
 

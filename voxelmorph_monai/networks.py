@@ -6,9 +6,9 @@ evaluation and names everything that losses and metrics need.
 """
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from voxelmorph_monai.blocks import compose, integrate, resize, smooth, warp
 
-__all__ = ["PRESETS", "Architecture", "Registration", "UNet", "VoxelMorph", "has_fast_bfloat16", "load_weights"]
+__all__ = [
+    "PRESETS",
+    "Architecture",
+    "Registration",
+    "UNet",
+    "VoxelMorph",
+    "has_fast_bfloat16",
+    "load_weights",
+    "read_state",
+    "wrong_parameters",
+]
 
 
 class Architecture(NamedTuple):
@@ -139,13 +149,19 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *, padding: i
     return all_gradients[number]
 
 
-def _slabs(x: Tensor) -> list[tuple[int, int]]:
-    """Cut the first spatial axis of ``x`` into ranges, as short as torch still hands to oneDNN.
+_ONEDNN_NUMBERS = 20480  # the product of the first four sizes has to be larger
+_MIN_SLAB_VOXELS = 8  # along the axis that is cut; two more are convolved with each slab
 
-    It takes a convolution of float32 for small, and its own slow one, by the first four sizes.
+
+def _slabs(x: Tensor) -> list[tuple[int, int]]:
+    """Cut the first spatial axis of ``x`` into short ranges.
+
+    torch hands a convolution of float32 to oneDNN only above a size that it reckons from the first four dimensions;
+    below it, its own is far slower. So: the shortest ranges above that size.
     """
     n = x.shape[2]
-    number = max(n // max(8, 20480 // (x.shape[0] * x.shape[1] * x.shape[3]) + 1), 1)
+    voxels = _ONEDNN_NUMBERS // (x.shape[0] * x.shape[1] * x.shape[3]) + 1
+    number = max(n // max(voxels, _MIN_SLAB_VOXELS), 1)
     ends = [n * k // number for k in range(number + 1)]
     return list(pairwise(ends))
 
@@ -457,22 +473,59 @@ class VoxelMorph(nn.Module):
         return self.full(ddf, list(pair.shape[2:]))
 
 
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Read a dict that ``torch.save`` wrote, onto the CPU; it can hold nothing but tensors, numbers and text.
+
+    Raises:
+        ValueError: what it holds instead; which file it is, and what it should have been, is for the caller to add.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # any, for bytes that torch.save has not written
+        raise ValueError((str(error).strip() or "an empty file").splitlines()[0].rstrip(". ")) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not a dict")
+    return found
+
+
+def wrong_parameters(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
+    """Say of each parameter that is not in both or has another shape what it must be, and what it is.
+
+    >>> wrong_parameters({"bias": torch.zeros(3)}, {"bias": torch.zeros(2), "epoch": 1})
+    ['bias must be [3], is [2]', 'epoch must be absent, is int']
+    """
+
+    def shape(state: Mapping[str, Any], name: str) -> str:
+        if name not in state:
+            return "absent"
+        value = state[name]
+        return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+    names = dict.fromkeys([*expected, *found])
+    pairs = ((name, shape(expected, name), shape(found, name)) for name in names)
+    return [f"{name} must be {wanted}, is {given}" for name, wanted, given in pairs if wanted != given]
+
+
 def load_weights(network: nn.Module, path: str) -> None:
     """Load a state dict, from whatever device it was saved, into ``network``; the file can hold nothing but tensors.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not the weights of a network of this preset.
+        ValueError: not the weights of a network of this preset: how many parameters differ, and how the first one does.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights {path} must be a file that a training wrote, but there is no such file.")
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, AttributeError, KeyError, EOFError, UnpicklingError) as error:
-        reason = (str(error) or "an empty file").splitlines()[0]
+        state = read_state(path)
+        if wrong := wrong_parameters(network.state_dict(), state):
+            raise ValueError(f"{len(wrong)} parameters differ, first {wrong[0]}")
+    except ValueError as error:
         raise ValueError(
-            f"weights {path} must be of the network's own preset, got another content: {reason}"
+            f"weights {path} must be of the network's own preset, got another content: {error}."
         ) from error
+    network.load_state_dict(state)
 
 
 class Registration(nn.Module):

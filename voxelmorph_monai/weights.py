@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelmorph_monai.networks import VoxelMorph
+from voxelmorph_monai.networks import VoxelMorph, read_state, wrong_parameters
 from voxelmorph_monai.spaces import atomic
 
 __all__ = ["import_weights"]
@@ -141,10 +140,8 @@ def _from_keras(source: Path, xy: bool) -> tuple[str, dict[str, Tensor]]:
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """State dict and config of a checkpoint; it can hold nothing but tensors, numbers and text."""
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise ValueError(f"it must hold a dict, got {type(found).__name__}")
+    """State dict and config of a checkpoint."""
+    found = read_state(path)
     state, config = (found["model_state"], found.get("config", {})) if "model_state" in found else (found, {})
     if not isinstance(state, dict) or not isinstance(config, dict):
         raise ValueError(
@@ -178,22 +175,15 @@ def _from_checkpoint(source: Path) -> tuple[str, dict[str, Tensor]]:
     """Preset and state dict of a checkpoint of the authors' PyTorch code."""
     try:
         found, config = _read_checkpoint(source)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-        reason = (str(error).strip() or "it is empty").splitlines()[0]
-        raise ValueError(f"weights {source} must be a checkpoint of the authors' VxmDense, but: {reason}.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"weights {source} must be a checkpoint of the authors' VxmDense, but: {error}.") from error
     weights = {name: tensor.float() for name, tensor in found.items() if not name.endswith(".grid")}
     spatial_dims = 2 if "flow.weight" in weights and weights["flow.weight"].ndim == 4 else 3
     ours = VoxelMorph("vxmdense", spatial_dims).state_dict()
-    expected = {_vxmdense_name(name): list(tensor.shape) for name, tensor in ours.items()}
-    got = {name: list(tensor.shape) for name, tensor in weights.items()}
-    wrong = [name for name in expected | got if expected.get(name) != got.get(name)]
-    if wrong:
-        some = "; ".join(
-            f"{name} must be {expected.get(name, 'absent')}, is {got.get(name, 'absent')}" for name in wrong[:3]
-        )
+    if wrong := wrong_parameters({_vxmdense_name(name): tensor for name, tensor in ours.items()}, weights):
         raise ValueError(
             f"weights {source} must be of VxmDense for two images of one channel, of its default widths (16, 32, 32, "
-            f"32; 32, 32, 32, 32, 32, 16, 16), but {len(wrong)} parameters are not: {some}."
+            f"32; 32, 32, 32, 32, 32, 16, 16), but {len(wrong)} parameters are not: {'; '.join(wrong[:3])}."
         )
     integration = {key: config.get(key, value) for key, value in _INTEGRATION.items()}
     if integration != _INTEGRATION:
