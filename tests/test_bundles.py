@@ -722,8 +722,27 @@ def test_wrong_input_to_training_is_met_before_the_work(bundle: Path, prepared: 
 def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Path, tmp_path: Path) -> None:
     train(prepared, tmp_path / "out", "ncc.yaml")
     options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4, "max_epochs": 2}
-    _fails("must fit this training to be resumed", ["train.json", "mse.yaml"], **options)
-    _fails("must fit this training to be resumed", ["train.json", "vm2.yaml"], **options)
+    options |= {"pairs_per_epoch": 2, "learning_rate": 1e-3}  # all as they were
+    differs = "must fit this training to be resumed (else name another output_dir), got: settings {'"
+    _fails(f"{differs}loss': ", ["train.json", "mse.yaml"], **options)
+    _fails(f"{differs}preset': 'wide', ", ["train.json", "vm2.yaml"], **options)
+    _fails("LNCCLoss(window=5)", ["train.json"], **options, **{"loss#similarity#window": 5})
+    _fails("smoothness_weight=0.5, ", ["train.json"], **options, smoothness_weight=0.5)
+    _fails(
+        f"{differs}num_train_scans': None}}, now {{'num_train_scans': 2}}", ["train.json"], **options, num_train_scans=2
+    )
+    atlas = {key: str(prepared / f"{key}s" / "1.nii.gz") for key in ("image", "label")}
+    _fails(f"{differs}atlas_role': None}}, now {{'atlas_role': 'moving'}}", ["train.json"], **options, atlas=atlas)
+    _fails(f"{differs}structures': 'None'}}, now ", ["train.json"], **options, structures={"rim": [1]})
+
+
+def test_a_training_goes_on_with_its_data_in_another_place(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(prepared, moved)
+    for place, max_epochs in ((prepared, 1), (moved, 2)):
+        atlas = {key: str(place / f"{key}s" / "1.nii.gz") for key in ("image", "label")}
+        trained = train(place, tmp_path / "out", max_epochs=max_epochs, atlas=atlas, atlas_role="fixed")
+    assert trained.trainer.state.iteration == 4
 
 
 def test_wrong_input_to_inference_is_met_before_the_work(bundle: Path, prepared: Path, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,36 @@ def test_images_of_different_shape_are_refused(loss, other):
 def test_what_is_no_field_is_refused(loss, shape):
     with pytest.raises(ValueError, match=r"field must be \(B, 2, H, W\) or \(B, 3, H, W, D\), got \["):
         loss(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MSELoss", {"image_sigma": 0.02}),
+        ("LNCCLoss", {"window": 7}),
+        ("MutualInformationLoss", {"num_bins": 16}),
+        ("MINDLoss", {"distance": 3, "radius": 2}),
+        ("GradientLoss", {"penalty": "l1"}),
+        ("BendingEnergyLoss", {}),
+        ("LabelDiceLoss", {"num_labels": 4}),
+        ("KLLoss", {"prior_lambda": 20.5, "mode": "exact"}),
+    ],
+)
+def test_the_text_of_a_loss_names_its_parameters(name, options):
+    loss = getattr(losses, name)
+    assert str(loss(**options)) == f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
+    assert signature(loss).parameters.keys() - {"args", "kwargs"} == options.keys()
+
+
+def test_losses_of_other_parameters_have_other_texts():
+    def text(sigma=0.02, penalty="l1", **weights):
+        return str(RegistrationLoss(MSELoss(sigma), GradientLoss(penalty), **weights))
+
+    others = [text(0.5), text(penalty="l2"), text(smoothness_weight=0.3), text(dice_weight=0.3), text(prior=KLLoss())]
+    assert len({text(), *others}) == 6
+    assert text(smoothness_weight=1) == text(smoothness_weight=1.0)  # as an option of the command line may be written
+    loss = RegistrationLoss(MSELoss())
+    assert str(loss.eval()) == str(loss.train())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,6 +438,13 @@ def test_mutual_information_saves_no_table_of_voxels_by_bins(monkeypatch):
 def test_mutual_information_refuses_less_bins_than_a_spline_covers():
     with pytest.raises(ValueError, match=r"num_bins must be at least 4 .* got 3"):
         MutualInformationLoss(3)(torch.zeros(1, 1, 5, 6), torch.zeros(1, 1, 5, 6))
+
+
+@pytest.mark.parametrize("sigma", [0, -0.1, float("nan")])
+def test_noise_of_no_size_is_refused(sigma):
+    image = rand(1, 1, 5, 6)
+    with pytest.raises(ValueError, match=rf"^image_sigma must be larger than 0, got {sigma}\.$"):
+        MSELoss(sigma)(image, image)
 
 
 def self_similarity(image, distance, radius):

@@ -151,7 +151,7 @@ class Resume:
     """
 
     def __init__(
-        self, path: str, objects: Mapping[str, Stateful], settings: Mapping[str, str | float] | None = None
+        self, path: str, objects: Mapping[str, Stateful], settings: Mapping[str, str | float | None] | None = None
     ) -> None:
         self.path = Path(path)
         self.objects = objects

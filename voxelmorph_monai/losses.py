@@ -60,13 +60,28 @@ def _mean_or_zero(values: Tensor) -> Tensor:
     return values.mean() if values.numel() else values.sum()
 
 
-class MSELoss(nn.Module):
+class _Loss(nn.Module):
+    """What all losses are: a module whose text names its numbers and options, too.
+
+    A training that is resumed knows by this text whether its loss is the one that it began with.
+    """
+
+    def extra_repr(self) -> str:
+        """Name and value of each."""
+        found = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and k != "training"}
+        return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.12g}" for k, v in found.items())
+
+
+class MSELoss(_Loss):
     r"""Mean squared difference of ``warped`` and ``fixed``, :math:`\frac{1}{\sigma^2} \overline{(w - f)^2}`.
 
     Args:
         image_sigma: standard deviation :math:`\sigma` of the noise that the images differ by once aligned, in their
             own intensity. 1 is plain MSE (Balakrishnan et al., IEEE TMI 2019); the probabilistic model takes 0.01 to
             0.02 for images in [0, 1] (Dalca et al., MICCAI 2018).
+
+    >>> MSELoss(image_sigma=0.02)
+    MSELoss(image_sigma=0.02)
     """
 
     def __init__(self, image_sigma: float = 1.0) -> None:
@@ -75,6 +90,8 @@ class MSELoss(nn.Module):
 
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Compare two images ``(B, C, *spatial)``."""
+        if not self.image_sigma > 0:
+            raise ValueError(f"image_sigma must be larger than 0, got {self.image_sigma}.")
         warped, fixed = _images("warped and fixed", warped, fixed)
         return F.mse_loss(warped, fixed) / self.image_sigma**2
 
@@ -181,7 +198,7 @@ class _MeanLNCC(torch.autograd.Function):
         return *(None if g is None else g * grad_output for g in ctx.saved_tensors), None
 
 
-class LNCCLoss(nn.Module):
+class LNCCLoss(_Loss):
     r"""Minus the mean squared local normalised cross-correlation of ``warped`` and ``fixed``: -1 is perfect, 0 none.
 
     .. math:: \frac{(\sum w f - \sum w \sum f / n)^2}{(\sum w^2 - (\sum w)^2 / n) (\sum f^2 - (\sum f)^2 / n)}
@@ -240,7 +257,7 @@ def _entropy(probability: Tensor) -> Tensor:
     return -(probability * probability.clamp_min(torch.finfo(probability.dtype).tiny).log()).sum()
 
 
-class MutualInformationLoss(nn.Module):
+class MutualInformationLoss(_Loss):
     r"""Minus the mutual information of ``warped`` and ``fixed`` in nats, for images of different contrast.
 
     .. math:: I = H(w) + H(f) - H(w, f)
@@ -292,7 +309,7 @@ def _shift(image: Tensor, offset: Sequence[int]) -> Tensor:
     return image
 
 
-class MINDLoss(nn.Module):
+class MINDLoss(_Loss):
     r"""Mean squared difference of the self-similarity of ``warped`` and ``fixed``, for images of different contrast.
 
     At each voxel the patches around its neighbours, those next to it along the axes, are compared with each other, each
@@ -345,7 +362,7 @@ class MINDLoss(nn.Module):
         return (-found / scale).exp().transpose(0, 1).flatten(1, 2)
 
 
-class GradientLoss(nn.Module):
+class GradientLoss(_Loss):
     r"""Roughness of a ``ddf`` or ``dvf``: size of its forward differences, mean per axis, averaged over the axes.
 
     .. math:: \frac{1}{D} \sum_d \overline{|u(x + e_d) - u(x)|^p}, \quad p = 1, 2
@@ -377,7 +394,7 @@ class GradientLoss(nn.Module):
         return torch.stack([_mean_or_zero(size(field.diff(dim=axis))) for axis in axes]).mean()
 
 
-class BendingEnergyLoss(nn.Module):
+class BendingEnergyLoss(_Loss):
     r"""Bending of a ``ddf`` or ``dvf``; affine maps cost nothing.
 
     .. math:: \sum_c \sum_{d, e} \overline{\left( \partial_d \partial_e u_c \right)^2}
@@ -407,7 +424,7 @@ def _count(label: Tensor, weight: Tensor, num_bins: int) -> Tensor:
     return sums.sum(1)
 
 
-class LabelDiceLoss(nn.Module):
+class LabelDiceLoss(_Loss):
     r"""Minus the soft Dice of segmentations: the linearly warped labels of ``moving`` against those of ``fixed``.
 
     .. math:: -\frac{1}{|L|} \sum_{l \in L} \frac{2 \sum a_l b_l}{\sum a_l + \sum b_l}
@@ -473,7 +490,7 @@ def _num_neighbours(field: Tensor) -> Tensor:
     return count
 
 
-class KLLoss(nn.Module):
+class KLLoss(_Loss):
     r"""Kullback-Leibler divergence of the predicted velocity from its smooth prior, per voxel.
 
     The network predicts independent normal velocities, :math:`N(\mu, \Sigma)` with diagonal :math:`\Sigma`. The prior
@@ -525,7 +542,7 @@ def _get(values: Mapping[str, Tensor], key: str, term: str, owner: str) -> Tenso
     return values[key].as_subclass(Tensor)
 
 
-class RegistrationLoss(nn.Module):
+class RegistrationLoss(_Loss):
     r"""Weighted sum of what a registration network is trained for.
 
     Args:
