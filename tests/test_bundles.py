@@ -88,7 +88,6 @@ def _lookup(config: object, key: str) -> object:
 # What an overlay may add to train.json: ids that only it uses.
 NEW_KEYS = {
     "evaluate.json": {"weights", "section", "evaluation_dir", "overwrite", "save_evaluation", "evaluating"},
-    "multi_gpu_train.json": {"finalize"},
     "semi_supervised.yaml": {
         *("dice_weight", "dice_ramp", "train_structures"),
         *("loss#dice", "loss#dice_weight", "train#preprocessing#transforms#2#kept"),
@@ -170,11 +169,20 @@ def test_train_evaluate_register(bundle: Path, prepared: Path, tmp_path: Path) -
         "val_sdlogj",
     }
     assert trained.trainer.state.epoch == 6
+    (curves,) = output.glob("events.out.tfevents.*")
+    assert trained.parser.get_parsed_content("tensorboard").all_writers is None  # closed
+    scalars = EventAccumulator(str(curves)).Reload()
+    assert len(scalars.Scalars("train_loss")) == 6 * 24
+    assert {name for name in scalars.Tags()["scalars"] if name.startswith("val_")} == set(
+        trained.evaluator.state.metrics
+    )
 
     evaluated = workflow(
         ["train.json", "evaluate.json"], dataset_dir=str(prepared), output_dir=str(output), num_labels=4
     )
     evaluated.run()
+    evaluated.finalize()
+    assert list(output.glob("events.out.tfevents.*")) == [curves]
     metrics = evaluated.evaluator.state.metrics
     assert metrics["dice"] > metrics["dice_before"] > 0.3
     assert metrics["folding_percent"] == metrics["folding_forward_percent"] == metrics["ndv_percent"] == 0
@@ -502,6 +510,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(bundle: Path, pr
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1  # of the main process
     torch.manual_seed(0)  # as the recipe does before it makes the network
     start = VoxelMorph("vm2").state_dict()
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["network"] for n in ("one", "two"))
