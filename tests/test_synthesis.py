@@ -7,7 +7,7 @@ from torch import Tensor
 
 from voxelmorph_monai.blocks import jacobian_determinant, warp
 from voxelmorph_monai.losses import GradientLoss, LabelDiceLoss, MSELoss, RegistrationLoss
-from voxelmorph_monai.synthesis import FREESURFER, AnatomyD, Synthesis, SynthesisLoss, paint, shares
+from voxelmorph_monai.synthesis import FREESURFER, Anatomyd, Synthesis, SynthesisLoss, paint, shares
 
 STRUCTURES = {"left white": [2], "right white": [41], "ventricles": [4, 43]}
 STILL = {"flip_probability": 0.0, "deformation": 0.0, "rotation": 0.0, "scaling": 0.0, "shift": 0.0}
@@ -26,7 +26,7 @@ def head(size: tuple[int, ...]) -> Tensor:
 
 
 def batch(size: tuple[int, ...], count: int = 1) -> dict[str, Tensor]:
-    scan = AnatomyD(STRUCTURES)({"label": head(size)})
+    scan = Anatomyd(STRUCTURES)({"label": head(size)})
     many = {key: torch.stack([value] * count) for key, value in scan.items()}
     return {
         "moving": many["image"],
@@ -62,10 +62,10 @@ def test_what_does_not_fill_a_block_is_left_out() -> None:
 
 def test_the_label_is_what_fills_most_of_a_voxel() -> None:
     row = torch.tensor([[2, 2, 41], [2, 41, 41], [0, 0, 43], [0, 0, 4]])  # shares in blocks of 2 x 1: halves tie
-    scan = AnatomyD(STRUCTURES, factor=1)({"label": row[None]})
+    scan = Anatomyd(STRUCTURES, factor=1)({"label": row[None]})
     assert scan["label"][0].tolist() == [[1, 1, 2], [1, 2, 2], [0, 0, 3], [0, 0, 3]]
     blocks = torch.tensor([[2, 2, 4, 0, 41, 3], [2, 41, 43, 4, 3, 3]])
-    assert AnatomyD(STRUCTURES, factor=2)({"label": blocks[None]})["label"][0].tolist() == [[1, 3, 0]]
+    assert Anatomyd(STRUCTURES, factor=2)({"label": blocks[None]})["label"][0].tolist() == [[1, 3, 0]]
 
 
 @pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
@@ -168,6 +168,21 @@ def test_the_strength_is_that_asked_for() -> None:
     assert 0.05 < spread.mean() < 0.12  # uniform between 0 and 0.2, cut off at 1
 
 
+@pytest.mark.parametrize("size", [(21, 25, 23), (25, 29)])
+@pytest.mark.parametrize("sigma", [0.2, 0.6, 1.5])
+def test_a_blur_is_as_wide_as_asked(size: tuple[int, ...], sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", torch.ones)  # the largest that may be drawn
+    image = torch.ones(1, 1, *size)
+    middle = [n // 2 for n in size]
+    image[(0, 0, *middle)] = 0  # dark on bright: the brightest voxels, which are scaled to 1, stay as they are
+    dent = 1 - Synthesis(**{**CLEAN, "blur": sigma})._spoil(image)[0, 0].double()
+    assert float(dent.sum()) == pytest.approx(1, abs=1e-4)  # float32 of thousands of voxels
+    for axis, (n, at) in enumerate(zip(size, middle, strict=True)):
+        distance = torch.arange(n).double() - at
+        profile = dent.sum([d for d in range(len(size)) if d != axis])
+        assert float((profile * distance**2).sum()) == pytest.approx(sigma**2, rel=1e-3)
+
+
 @pytest.mark.parametrize(("probability", "ordered"), [(1.0, True), (0.0, False)])
 def test_contrast_is_that_of_t1_or_any(probability: float, ordered: bool) -> None:
     torch.manual_seed(0)
@@ -218,7 +233,7 @@ def test_gamma_is_drawn_for_each_image() -> None:
 
 @pytest.mark.parametrize(("probability", "same"), [(0.0, False), (1.0, True)])
 def test_pairs_are_of_one_anatomy_as_often_as_asked(probability: float, same: bool) -> None:
-    other = AnatomyD(STRUCTURES)({"label": head((20, 24, 16)).flip(1)})
+    other = Anatomyd(STRUCTURES)({"label": head((20, 24, 16)).flip(1)})
     pair = {**batch((20, 24, 16)), "moving": other["image"][None], "moving_label": other["label"][None]}
     _, target = Synthesis(**STILL, **CLEAN, t1_probability=1.0, same_probability=probability)(pair)
     assert torch.equal(target["moving_label"], target["fixed_label"]) == same
@@ -273,10 +288,16 @@ def test_bad_options_are_refused() -> None:
         Synthesis(t1_probability=1.5)
     with pytest.raises(ValueError, match=r"noise must be at least 0, got -1"):
         Synthesis(noise=-1)
+    with pytest.raises(ValueError, match=r"gamma must be at least 0, got nan"):
+        Synthesis(gamma=float("nan"))
+    for name in ("deformation_knots", "bias_knots"):
+        with pytest.raises(ValueError, match=rf"{name} must be at least 1, got 0\."):
+            Synthesis(**{name: 0})
+        Synthesis(**{name: 1})(batch((8, 10, 9)))
     with pytest.raises(ValueError, match=r"tissues must name 'cerebrospinal fluid'.*got \['bone'\]"):
         Synthesis({"bone": FREESURFER["skull"]})
 
 
 def test_labels_must_be_there() -> None:
     with pytest.raises(ValueError, match=r"structures must occur in the label map, got none of \[900\]"):
-        AnatomyD({"nothing": [900]})({"label": head((8, 8, 8))})
+        Anatomyd({"nothing": [900]})({"label": head((8, 8, 8))})

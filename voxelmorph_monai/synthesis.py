@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
-from monai.networks.layers import GaussianFilter
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from voxelmorph_monai.blocks import identity_grid, integrate, resize, warp
+from voxelmorph_monai.blocks import identity_grid, integrate, resize, smooth, warp
 from voxelmorph_monai.losses import RegistrationLoss
 
-__all__ = ["FREESURFER", "Synthesis", "SynthesisLoss", "Tissue", "paint", "shares"]
+__all__ = ["FREESURFER", "Anatomyd", "Synthesis", "SynthesisLoss", "Tissue", "paint", "shares"]
 
 
 class Tissue(NamedTuple):
@@ -98,7 +97,7 @@ def shares(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> 
     return (count[1:] * (255 / factor ** len(size))).round().to(torch.uint8)
 
 
-class AnatomyD(MapTransform):
+class Anatomyd(MapTransform):
     """Turn a label map into what :class:`Synthesis` draws images from.
 
     The scan keeps ``label``, the number of the structure that fills most of a voxel (0: none), and gets as ``image``
@@ -162,7 +161,7 @@ def _uniform(like: Tensor, low: float, high: float) -> Tensor:
 class Synthesis:
     """Images from anatomy, both at random: ``prepare_batch`` of MONAI's engines.
 
-    From a batch of pairs of :class:`AnatomyD` it makes the network's input ``(B, 2, *spatial)`` and the loss's target:
+    From a batch of pairs of :class:`Anatomyd` it makes the network's input ``(B, 2, *spatial)`` and the loss's target:
     ``moving`` and ``fixed``, clean pictures of the anatomy, and ``moving_label`` and ``fixed_label``. Draws come from
     torch's global generator.
 
@@ -214,8 +213,9 @@ class Synthesis:
         for name, value in options.items():
             if name.endswith("_probability") and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}.")
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}.")
+            least = 1 if name.endswith("_knots") else 0
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
         if "cerebrospinal fluid" not in tissues:
             raise ValueError(
                 f"tissues must name 'cerebrospinal fluid', which surrounds the brain, got {list(tissues)}."
@@ -315,9 +315,7 @@ class Synthesis:
         """Bias field, blur, noise and gamma; intensities from 0 to 1, as prepared scans have them."""
         bias = _smooth(image.shape, self.bias_knots, image.device) * _uniform(image, 0, self.bias)
         image = image * bias.exp()
-        sigma = float(torch.rand(())) * self.blur
-        if sigma > 0.25:  # narrower ones leave the image as it is
-            image = GaussianFilter(image.ndim - 2, sigma).to(image)(image)
+        image = smooth(image, float(torch.rand(())) * self.blur)
         image = image + torch.randn_like(image) * _uniform(image, 0, self.noise)
         image = image.clamp_(min=0)
         some = image.flatten(1)[:, ::7]
