@@ -738,7 +738,7 @@ def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Pat
     _fails("LNCCLoss(window=5)", ["train.json"], **options, **{"loss#similarity#window": 5})
     _fails("smoothness_weight=0.5, ", ["train.json"], **options, smoothness_weight=0.5)
     _fails(
-        f"{differs}num_train_scans': None}}, now {{'num_train_scans': 2}}", ["train.json"], **options, num_train_scans=2
+        f"{differs}num_train_scans': 3}}, now {{'num_train_scans': 2}}", ["train.json"], **options, num_train_scans=2
     )
     atlas = {key: str(prepared / f"{key}s" / "1.nii.gz") for key in ("image", "label")}
     _fails(f"{differs}atlas_role': None}}, now {{'atlas_role': 'moving'}}", ["train.json"], **options, atlas=atlas)
