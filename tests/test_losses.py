@@ -334,6 +334,17 @@ def test_lncc_of_an_image_with_itself_is_perfect_at_any_contrast():
     assert_close(LNCCLoss()(image, -4000 * image), torch.tensor(-1.0))
 
 
+def test_lncc_pulls_nothing_in_an_empty_background():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(2, 1, 1, 24, 20, 28)
+    images[..., 8:16, 6:14, 10:18] = 0.5 + 0.1 * torch.rand(2, 1, 1, 8, 8, 8, generator=generator)
+    warped, fixed = images[0].requires_grad_(), images[1]
+    LNCCLoss(window=5)(warped, fixed).backward()
+    far = F.max_pool3d((fixed > 0).float(), 9, stride=1, padding=4) == 0  # no window of theirs meets the block
+    assert bool((warped.grad[far] == 0).all())
+    assert float(warped.grad[~far].abs().max()) > 1e-5
+
+
 def test_lncc_never_rounds_past_perfect():
     """Little contrast far from the centre: windows here round to 1.01 as easily as to 0.99."""
     for _ in range(5):

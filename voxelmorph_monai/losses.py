@@ -146,6 +146,16 @@ def _local_moments(image: Tensor, window: int) -> _LocalMoments:
     return _LocalMoments(total, torch.maximum(variance, floor, out=variance), free)
 
 
+def _centre(image: Tensor) -> Tensor:
+    """What to subtract from each channel so that its numbers are small: nothing if they lie around 0, else the mean.
+
+    A background of 0 stays 0, and there no rounding looks like contrast.
+    """
+    axes = tuple(range(2, image.ndim))
+    one_side = (image.amin(axes, keepdim=True) > 0) | (image.amax(axes, keepdim=True) < 0)
+    return image.mean(axes, keepdim=True) * one_side
+
+
 class _MeanLNCC(torch.autograd.Function):
     r"""Mean squared local correlation, its gradient worked out on the way: one saved map for each input.
 
@@ -162,7 +172,7 @@ class _MeanLNCC(torch.autograd.Function):
         # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
         # the images have to move along, so pad first. As nothing changes, no gradient goes through the centre.
         padding = [margin] * (2 * (warped.ndim - 2))
-        images = [F.pad(x, padding) - x.mean(tuple(range(2, x.ndim)), keepdim=True) for x in (warped, fixed)]
+        images = [F.pad(x, padding) - _centre(x) for x in (warped, fixed)]
         needed = [i for i in range(2) if ctx.needs_input_grad[i]]
         # Of each window, with zeros around: p; for each image that needs them q, and p S_b - q S_a.
         maps = [torch.zeros_like(images[0]) for _ in range(1 + 2 * len(needed))]
