@@ -109,7 +109,7 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     summary["dice"] = {"before": {"mean": 0.25}, "after": {"mean": 0.625}}
     words = "--weights w.pt --preset vm1 --space fixed --transform rigid --budget 5 --similarity mi "
     words += "--moving-labels a.nii --fixed-labels b.nii --moving-mask c.nii --mask d.nii "
-    words += "--size 80 96 112 --spacing 2 --bids --overwrite"
+    words += "--size 80 96 112 --spacing 2 --device cpu --bids --overwrite"
     assert main((register + words).split()) == 0
     shown = capsys.readouterr().out
     assert "affine only" not in shown
@@ -124,10 +124,12 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
         "grid": Grid(),
     }
     defaults |= {"space": "mni152", "transform": "affine", "bids": False, "overwrite": False}
+    defaults |= {"device": None, "progress": True}
     assert calls[0] == (inputs, defaults)
     options: dict[str, Any] = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid"}
     options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "bids": True, "overwrite": True}
     options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii"), "budget": 5.0, "similarity": "mi"}
+    options |= {"device": "cpu", "progress": True}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
 
 
@@ -139,10 +141,16 @@ def test_the_similarities_to_choose_from_are_those_there_are(capsys: Any) -> Non
 
 @pytest.mark.parametrize(
     ("words", "weights", "budget"),
-    [("--space fixed", None, 30.0), ("--weights none --no-refine", None, None), ("--weights none", None, 30.0)],
+    [
+        ("--space fixed", None, 30.0),
+        ("--weights none --no-refine", None, 0.0),
+        ("--weights none", None, 30.0),
+        ("--weights none --budget 0", None, 0.0),
+        ("--weights none --budget inf", None, float("inf")),
+    ],
 )
 def test_brains_alone_get_the_shipped_weights(
-    words: str, weights: Path | None, budget: float | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: str, weights: Path | None, budget: float, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     calls: list[dict[str, Any]] = []
 
@@ -153,7 +161,46 @@ def test_brains_alone_get_the_shipped_weights(
     monkeypatch.setattr(registration, "register_files", noted)
     assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
     assert (calls[0]["weights"], calls[0]["budget"]) == (weights, budget)
-    assert ("the registration is affine only" in capsys.readouterr().out) == (budget is None)
+    assert ("the registration is affine only" in capsys.readouterr().out) == (budget == 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("--no-refine --budget 5", "--budget and --similarity are of the refinement"),
+        ("--no-refine --similarity mi", "--budget and --similarity are of the refinement"),
+        ("--space fixed --spacing 2", "--spacing with --space fixed must come with --size"),
+        ("--budget nan", "budget must be seconds, 0 or more, got nan"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(words: str, match: str, capsys: Any) -> None:
+    scan = str(sample("colin27"))
+    assert main(["register", scan, scan, "--output", "never", *words.split()]) != 0
+    assert match in capsys.readouterr().err
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "grid"),
+    [
+        ("", Grid()),
+        ("--spacing 2", Grid(spacing=2.0)),
+        ("--space fixed", None),  # the one that fits
+        ("--space fixed --size 80 90", Grid((80, 90))),
+    ],
+)
+def test_scans_that_are_no_brains_get_a_grid_that_fits(
+    words: str, grid: Grid | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def noted(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append(options)
+        return {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
+
+    monkeypatch.setattr(registration, "register_files", noted)
+    assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
+    assert calls[0]["grid"] == grid
 
 
 def test_what_is_asked_of_compare_is_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -197,14 +244,15 @@ def test_what_is_asked_of_uncertainty_is_what_is_done(monkeypatch: pytest.Monkey
     ]
     summary["calibration"] = {"expected_calibration_error": 0.125}
     words = "uncertainty m.mgz f.nii --weights w.pt --output out --preset p --samples 7 --seed 3 --space fixed "
-    words += "--transform none --moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2"
+    words += "--transform none --moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2 --device cpu"
     assert main(words.split()) == 0
     assert "expected calibration error of the labels 0.125" in capsys.readouterr().out
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
     defaults = {"weights": Path("w.pt"), "preset": "diffeomorphic", "moving_labels": None, "fixed_labels": None}
     defaults |= {"num_samples": 50, "seed": 0, "space": "mni152", "transform": "affine"}  # type: ignore[dict-item]
+    defaults["device"] = None
     assert calls[0] == (inputs, {"grid": Grid(), **defaults})
-    options = {"preset": "p", "num_samples": 7, "seed": 3, "space": "fixed", "transform": "none"}
+    options = {"device": "cpu", "preset": "p", "num_samples": 7, "seed": 3, "space": "fixed", "transform": "none"}
     options |= {"weights": Path("w.pt"), "moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
     assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
 

@@ -450,7 +450,7 @@ def test_inverse_consistency_of_linear_maps_is_that_of_their_matrices(size):
     spread = torch.eye(d).double()
     a = 0.1 * torch.randn(d, d, generator=generator).double() - 0.3 * spread
     b = 0.1 * torch.randn(d, d, generator=generator).double() - 0.3 * spread  # moves inwards: no value from outside
-    left_over = linear_field(a + b + a @ b, size) * torch.tensor(SPACINGS[d], dtype=torch.float64).view(1, -1, *[1] * d)
+    left_over = linear_field(a + b + b @ a, size) * torch.tensor(SPACINGS[d], dtype=torch.float64).view(1, -1, *[1] * d)
     length = left_over.norm(dim=1)
     found = inverse_consistency(linear_field(a, size), linear_field(b, size), spacing=SPACINGS[d])
     assert_close(found, length.mean().view(1), **EXACT)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from itertools import permutations, product
 from pathlib import Path
@@ -23,10 +24,10 @@ from voxelmorph_monai import registration
 from voxelmorph_monai.blocks import jacobian_determinant
 from voxelmorph_monai.losses import LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.networks import Registration, VoxelMorph
-from voxelmorph_monai.preparation import Grid, grid_affine, sample
-from voxelmorph_monai.refinement import refine
+from voxelmorph_monai.preparation import Grid, fitting_grid, grid_affine, sample
+from voxelmorph_monai.refinement import Refinement, refine
 from voxelmorph_monai.registration import load_network, register, register_files
-from voxelmorph_monai.spaces import Affine, read_image, save_image
+from voxelmorph_monai.spaces import Affine, read_image, save_image, spacing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -414,7 +415,7 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
     assert summary["options"] == {
         **ALIGNED,
         "preset": "wide",
-        "budget": None,
+        "budget": 0.0,
         "similarity": "lncc",
         "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
     }
@@ -489,10 +490,47 @@ def test_scans_are_refined_by_the_similarity_that_is_named(monkeypatch: pytest.M
     monkeypatch.setattr(registration, "refine", noted)
     scan = phantom(AFFINES["straight"])[0], AFFINES["straight"]
     for similarity in ("lncc", "mi", "mind"):
-        register(scan, scan, budget=0, similarity=similarity, **ALIGNED)  # type: ignore[arg-type]
+        register(scan, scan, budget=1e-9, similarity=similarity, **ALIGNED)  # type: ignore[arg-type]
     assert [type(loss) for loss in used] == [LNCCLoss, MutualInformationLoss, MINDLoss]
     with pytest.raises(ValueError, match=r"similarity must be one of lncc, mi, mind, got 'ncc'\."):
-        register(scan, scan, budget=0, similarity="ncc", **ALIGNED)  # type: ignore[arg-type]
+        register(scan, scan, budget=1, similarity="ncc", **ALIGNED)  # type: ignore[arg-type]
+
+
+def test_without_a_network_the_refinement_runs_on_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[str, float]] = []
+
+    def noted(moving: torch.Tensor, fixed: torch.Tensor, *, budget: float, **_: Any) -> Any:
+        used.append((moving.device.type, budget))
+        nothing = torch.zeros(1, 3, *fixed.shape[2:])
+        return Refinement(nothing, nothing, [])
+
+    monkeypatch.setattr(registration, "refine", noted)
+    scan = phantom(AFFINES["straight"])[0], AFFINES["straight"]
+    register(scan, scan, budget=math.inf, device="meta", **ALIGNED)  # type: ignore[arg-type]
+    register(scan, scan, budget=5, network=network(), device="meta", **ALIGNED)  # type: ignore[arg-type]
+    assert used == [("meta", math.inf), ("cpu", 5)]  # that of the network
+
+
+def test_the_default_grid_fits_scans_of_any_size() -> None:
+    """A body longer than the grid for brains."""
+    affine = AFFINES["straight"] @ np.diag([3.0, 3, 3, 1])
+    scan = phantom(AFFINES["straight"])[0], affine
+    result = register(scan, scan, budget=1e-9, space="fixed", transform="none")
+    assert result.grid == fitting_grid(scan)
+    index = np.linalg.inv(grid_affine(result.grid, scan)) @ affine
+    inside = np.argwhere(scan[0] > 0)
+    places = inside @ index[:3, :3].T + index[:3, 3]
+    np.testing.assert_allclose(places.min(axis=0), 8, atol=0.51)  # voxels of margin; the size is a whole number
+    np.testing.assert_allclose(places.max(axis=0), np.array(result.grid.size) - 9, atol=0.51)
+    assert result.grid.spacing == pytest.approx(spacing(affine).min())
+
+
+def test_a_fitting_grid_has_no_more_voxels_than_that_of_the_literature() -> None:
+    scan = np.ones((500, 400, 300), np.uint8), np.diag([0.5, 0.5, 0.5, 1])
+    grid = fitting_grid(scan)
+    voxels = math.prod(Grid().size)
+    assert 0.93 * voxels < math.prod(grid.size) <= voxels
+    grid_affine(grid, scan)  # which refuses one that is too small
 
 
 def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:
@@ -516,6 +554,8 @@ def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"budget": -1.0}, r"budget must be seconds, 0 or more, got -1\.0"),
+        ({"budget": float("nan")}, "budget must be seconds, 0 or more, got nan"),
         ({"space": "moving"}, "space must be one of mni152, fixed, got 'moving'"),
         ({"transform": "bspline"}, "transform must be one of affine, rigid, none, got 'bspline'"),
         ({"network": network().train()}, "network must be in evaluation mode"),

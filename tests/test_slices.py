@@ -311,6 +311,15 @@ def test_a_2d_grid_lies_around_the_slice_in_its_plane() -> None:
     np.testing.assert_allclose(middle, [39.5, 44.5], atol=0.6)  # of pixels
 
 
+def test_slices_are_registered_without_a_word_about_a_grid() -> None:
+    moving = body(MOVING[0], grid(*MOVING))[..., None], tilted(np.eye(4), grid(*MOVING), 2)
+    fixed = body(FIXED[0], grid(*FIXED))[..., None], tilted(np.eye(4), grid(*FIXED), 2)
+    result = register(moving, fixed, space="fixed", budget=1)
+    assert result.grid is not None
+    assert len(result.grid.size) == 2
+    assert result.grid.spacing == pytest.approx(min(FIXED[1]))
+
+
 @pytest.mark.parametrize(
     ("place", "options", "match"),
     [

@@ -26,11 +26,24 @@ class _Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_grid_arguments(parser: argparse.ArgumentParser, *, fits: bool = False) -> None:
+    fixed = "; with --space fixed what fits the fixed scan, which --size changes" if fits else ""
     parser.add_argument(
-        "--size", nargs="+", type=int, default=[160, 192, 224], help="voxels along L-R, I-S, A-P; two for 2-D"
+        "--size", nargs="+", type=int, help=f"voxels along L-R, I-S, A-P; two for 2-D (160 192 224{fixed})"
     )
-    parser.add_argument("--spacing", type=float, default=1.0, metavar="MM", help="side of a voxel (%(default)s)")
+    parser.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (1.0)")
+
+
+def _grid_of(args: argparse.Namespace) -> Any:
+    """The grid that is asked for; None for the one that fits."""
+    from voxelmorph_monai.preparation import Grid
+
+    given = {"size": args.size and tuple(args.size), "spacing": args.spacing}
+    if args.size is None and getattr(args, "space", None) == "fixed":
+        if args.spacing is not None:
+            raise ValueError("--spacing with --space fixed must come with --size.")
+        return None
+    return Grid(**{key: value for key, value in given.items() if value is not None})
 
 
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +63,12 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.preparation import Grid, prepare
+    from voxelmorph_monai.preparation import prepare
 
     options = {
         key: getattr(args, key) for key in ("images", "labels", "maps", "split", "validation", "test", "seed", "jobs")
     }
-    prepared = prepare(args.inputs, args.output, grid=Grid(tuple(args.size), args.spacing), **options)
+    prepared = prepare(args.inputs, args.output, grid=_grid_of(args), **options)
     for name, reason in sorted(prepared.errors.items()):
         print(f"vxm prepare: {name} failed: {reason}", file=sys.stderr)
     print(f"{prepared.datalist}\n{prepared.datalist.with_name('qc.png')}: look at it before you train")
@@ -100,45 +113,50 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on from there by the two scans themselves (the default)",
+        help="then optimise the displacement on the two scans (the default)",
     )
-    parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="to refine in (%(default)s)")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="of refinement; inf: until nothing improves (30)"
+    )
     parser.add_argument(
         "--similarity",
         choices=("lncc", "mi", "mind"),
-        default="lncc",
-        help="to refine by: lncc for scans of one contrast, mi or mind for two, as T1 and T2 (%(default)s)",
+        help="to refine by: lncc for scans of one contrast, mi or mind for two, as T1 and T2 (lncc)",
     )
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
     _add_alignment_arguments(parser)
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
     parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="register only what lies in it, as of a brain")
     parser.add_argument("--fixed-mask", "--mask", type=Path, metavar="FILE", help="the same of the fixed scan")
-    _add_grid_arguments(parser)
+    _add_grid_arguments(parser, fits=True)
     parser.add_argument("--bids", action="store_true", help="name the files as BIDS derivatives of the moving scan")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier registration in DIR")
 
 
 def _register(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.preparation import Grid
     from voxelmorph_monai.registration import register_files, shipped_weights
 
+    if not args.refine and (args.budget is not None or args.similarity is not None):
+        raise ValueError("--budget and --similarity are of the refinement, they must not come with --no-refine.")
+    budget = 0.0 if not args.refine else 30.0 if args.budget is None else args.budget
     weights = None if args.weights == Path("none") else args.weights
     if args.weights is None and args.space == "mni152":
         weights = shipped_weights()
-    names = ("preset", "similarity", "space", "transform", "bids", "overwrite")
+    names = ("preset", "device", "space", "transform", "bids", "overwrite")
     options = {name: getattr(args, name) for name in names} | {
         "weights": weights,
-        "budget": args.budget if args.refine else None,
-        "grid": Grid(tuple(args.size), args.spacing),
+        "budget": budget,
+        "similarity": args.similarity or "lncc",
+        "grid": _grid_of(args),
     }
     if args.list is not None:
         return _register_list(args, options)
     if args.fixed is None or args.jobs is not None or args.scheduler is not None:
         raise ValueError("two scans, without --jobs and --scheduler, or a --list must be given.")
     files = {name: getattr(args, name) for name in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask")}
-    summary = register_files(args.moving, args.fixed, args.output, **files, **options)
-    if weights is None and not args.refine:
+    summary = register_files(args.moving, args.fixed, args.output, **files, **options, progress=True)
+    if weights is None and not budget:
         print("neither weights nor refinement: the registration is affine only")
     print(f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}")
     if summary["dice"]:
@@ -170,20 +188,19 @@ def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
     parser.add_argument("--samples", type=int, default=50, metavar="N", help="of the velocity (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
     _add_alignment_arguments(parser)
     parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to carry along")
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: check the calibration")
-    _add_grid_arguments(parser)
+    _add_grid_arguments(parser, fits=True)
 
 
 def _uncertainty(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.preparation import Grid
     from voxelmorph_monai.uncertainty import uncertainty_files
 
-    names = ("moving_labels", "fixed_labels", "weights", "preset", "space", "transform", "seed")
-    options = {name: getattr(args, name) for name in names} | {"num_samples": args.samples}
-    grid = Grid(tuple(args.size), args.spacing)
-    summary = uncertainty_files(args.moving, args.fixed, args.output, grid=grid, **options)
+    names = ("moving_labels", "fixed_labels", "weights", "preset", "device", "space", "transform", "seed")
+    options = {name: getattr(args, name) for name in names} | {"num_samples": args.samples, "grid": _grid_of(args)}
+    summary = uncertainty_files(args.moving, args.fixed, args.output, **options)
     print(f"{args.output}: sd_mm.nii.gz, in the fixed scan on average {summary['sd_mm']['mean']:.3f} mm")
     print(summary["meaning"])
     if summary["calibration"]:

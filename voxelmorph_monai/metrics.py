@@ -388,11 +388,11 @@ def target_registration_error(moving_points: Tensor, fixed_points: Tensor, ddf: 
 def inverse_consistency(
     ddf: Tensor, inverse_ddf: Tensor, *, spacing: Spacing = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    r"""Mean of :math:`|\phi(\phi^{-1}(x)) - x|` in mm (Christensen and Johnson, IEEE TMI 2001): ``(B,)``.
+    r"""Mean of :math:`|\phi^{-1}(\phi(x)) - x|` in mm (Christensen and Johnson, IEEE TMI 2001): ``(B,)``.
 
     Args:
-        ddf: displacement in voxels, ``(B, D, *spatial)``.
-        inverse_ddf: what should undo it, on the same grid; ``x`` are its voxels.
+        ddf: displacement in voxels, ``(B, D, *spatial)``; ``x`` are its voxels, those of the fixed image.
+        inverse_ddf: what should undo it, on the same grid.
         spacing: side lengths of a voxel in mm.
         mask: voxels to count, ``(B, 1, *spatial)``, not 0 inside; without it the whole grid.
     """
@@ -401,7 +401,7 @@ def inverse_consistency(
     spatial_dims = ddf.ndim - 2
     sides = _millimetres(spacing, spatial_dims)
     inside = _inside(ddf, mask)
-    error = compose(ddf, inverse_ddf)
+    error = compose(inverse_ddf, ddf)
     error = error * error.new_tensor(sides).view(-1, *[1] * spatial_dims)
     return _mean_inside(torch.linalg.vector_norm(error, dim=1, keepdim=True), inside)
 

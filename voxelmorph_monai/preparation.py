@@ -69,6 +69,7 @@ class Grid(NamedTuple):
 
 
 LITERATURE = Grid()
+_MARGIN = 8  # voxels around an image that a grid is made for
 
 
 def stamp(path: Path) -> list[Any]:
@@ -106,11 +107,18 @@ class Prepared(NamedTuple):
     errors: dict[str, str]
 
 
+@cache
 def mni152() -> tuple[NDArray[np.float32], Affine]:
-    """Mean adult brain MNI152 without skull, 1 mm: intensities in [0, 1], 0 outside the brain, and the affine."""
+    """Mean adult brain MNI152 without skull, 1 mm: intensities in [0, 1], 0 outside the brain, and the affine.
+
+    Both are read once and shared: they cannot be written to.
+    """
     image = datasets.load_mni152_template(resolution=1)
     mask = datasets.load_mni152_brain_mask(resolution=1)
-    return (image.get_fdata() * mask.get_fdata()).astype(np.float32), image.affine
+    brain = (image.get_fdata() * mask.get_fdata()).astype(np.float32), image.affine
+    for array in brain:
+        array.flags.writeable = False
+    return brain
 
 
 def mni152_tissue() -> tuple[NDArray[np.uint8], Affine]:
@@ -123,9 +131,6 @@ def mni152_tissue() -> tuple[NDArray[np.uint8], Affine]:
     mask = datasets.load_mni152_brain_mask(resolution=1)
     tissue = np.argmax([1 - grey - white, grey, white], axis=0) + 1
     return np.where(mask.get_fdata() > 0, tissue, 0).astype(np.uint8), mask.affine
-
-
-_mni152 = cache(mni152)  # for this module, which never writes into it
 
 
 def sample(name: str) -> Path:
@@ -148,7 +153,31 @@ def _box(image: tuple[NDArray[Any], Affine]) -> tuple[NDArray[Any], NDArray[Any]
 
 @cache
 def _template_box() -> tuple[NDArray[Any], NDArray[Any]]:
-    return _box(_mni152())
+    return _box(mni152())
+
+
+def _extent(image: tuple[NDArray[Any], Affine] | None) -> tuple[Plane | None, NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Plane of a slice, or None; the axes of a grid, in columns; and the box (mm) that it has to hold."""
+    plane = Plane.of(image) if image is not None and 1 in image[0].shape else None
+    axes = _LIA if plane is None else np.eye(2)
+    if image is None:
+        return plane, axes, *_template_box()
+    return plane, axes, *_box(image if plane is None else plane.flatten(image))
+
+
+def fitting_grid(image: tuple[NDArray[Any], Affine]) -> Grid:
+    """Grid around what ``image`` ``(array, affine)`` shows above 0, and a margin.
+
+    It is as fine as the finest axis of the image, unless that makes more voxels than the literature's grid has.
+    """
+    plane, axes, low, high = _extent(image)
+    sides = spacing(image[1])
+    side = float(sides.min() if plane is None else sides[np.array(image[0].shape) > 1].min())
+    while True:
+        size = np.ceil(np.abs(axes.T @ (high - low)) / side - 1e-3).astype(int) + 1 + 2 * _MARGIN
+        if size.prod() <= np.prod(LITERATURE.size):
+            return Grid(tuple(size.tolist()), side)
+        side *= 1.02
 
 
 def grid_affine(grid: Grid, image: tuple[NDArray[Any], Affine] | None = None) -> Affine:
@@ -159,19 +188,18 @@ def grid_affine(grid: Grid, image: tuple[NDArray[Any], Affine] | None = None) ->
     Raises:
         ValueError: the grid is none, or too small to hold it.
     """
-    plane = Plane.of(image) if image is not None and 1 in image[0].shape else None
-    axes = _LIA if plane is None else np.eye(2)
+    plane, axes, low, high = _extent(image)
     if len(grid.size) != len(axes) or min(grid.size) < 1 or not 0 < grid.spacing < np.inf:
-        raise ValueError(f"a grid must have {len(axes)} sizes > 0 and a spacing > 0, got {grid}.")
-    if image is None:
-        low, high = _template_box()
-    else:
-        low, high = _box(image if plane is None else plane.flatten(image))
+        raise ValueError(
+            f"a grid must have {len(axes)} sizes > 0 and a spacing > 0 (--size, --spacing), got {grid.size} and "
+            f"{grid.spacing}."
+        )
     extent, needed = np.multiply(grid.size, grid.spacing), np.abs(axes.T @ (high - low))
     if (extent < needed).any():
         what = "the template's brain" if image is None else "the fixed image"
         raise ValueError(
-            f"a grid must hold {what}, {needed.round(1).tolist()} mm, but has {extent.round(1).tolist()} mm."
+            f"a grid must hold {what}, {needed.round(1).tolist()} mm, but has {extent.round(1).tolist()} mm "
+            "(--size, --spacing)."
         )
     affine = np.eye(len(axes) + 1)
     affine[:-1, :-1] = grid.spacing * axes
@@ -214,7 +242,7 @@ def resample_intensities(
 
 @cache
 def _template(grid: Grid) -> NDArray[np.float32]:
-    return resample(_mni152(), grid.size, grid_affine(grid), np.eye(4))
+    return resample(mni152(), grid.size, grid_affine(grid), np.eye(4))
 
 
 def rescale(array: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -324,7 +352,7 @@ def _prepare_scan(scan: _Scan, grid: Grid, output: Path) -> None:
     """Prepare one scan. Its record is written last: a scan without one counts as not done."""
     inputs = scan.inputs()
     image, labels, affine = _read(scan)
-    transform = register_affine((image, affine), _mni152())
+    transform = register_affine((image, affine), mni152())
     mapping, target = transform_affine(transform), grid_affine(grid)
     prepared = resample_intensities((image, affine), grid.size, target, mapping)
     save_image(output / scan.outputs()["image"], prepared, target)

@@ -32,8 +32,7 @@ from voxelmorph_monai.networks import Registration
 __all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "refine"]
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
-
-clock = time.perf_counter  # by which budgets are counted
+Clock = Callable[[], float]
 
 SIMILARITIES: dict[str, Similarity] = {
     "lncc": LNCCLoss(window=5),  # one contrast
@@ -45,9 +44,9 @@ _MARGIN = 4  # voxels around what the images show
 _SMALLEST = 16  # voxels along the shortest axis of the coarsest grid, at least
 _COARSEST = 2  # halvings of the resolution, at most
 _STEP = 0.5  # voxels of the field that a step moves a point, about
-_FLOOR = 1.0  # of the mean length of the gradient, what is added to a point's own: where nothing pulls, nothing moves
+_FLOOR = 1.0  # added to each point's gradient length, in mean lengths (Adam's epsilon): where nothing pulls, none moves
 _MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
-_TIGHT = 0.1  # volumes that shrink to less of themselves are smoothed like folds, a little
+_TIGHT = 0.1  # a voxel that keeps less than this share of its volume is smoothed like a fold
 _PART = 1 << 18  # voxels looked at together, with their neighbours, where there are few
 _FINISH = 8  # duration of what comes after the last step, in steps
 _PATIENCE = 10  # steps that must bring 1 % of what the level has brought
@@ -362,7 +361,8 @@ def _inverse(ddf: Tensor) -> Tensor:
 class _Course:
     """When to stop at a resolution: no time, no step, or no progress left."""
 
-    def __init__(self, deadline: float, max_steps: int, reserve: int) -> None:
+    def __init__(self, clock: Clock, deadline: float, max_steps: int, reserve: int) -> None:
+        self.clock = clock
         self.deadline = deadline
         self.max_steps = max_steps
         self.reserve = reserve  # duration of what follows before the deadline, in steps
@@ -378,7 +378,7 @@ class _Course:
     def ends(self) -> bool:
         """Whether the last step was the last."""
         steps = len(self.best)
-        now = clock()
+        now = self.clock()
         if steps > self.max_steps or now + self.reserve * (now - self.begin) / steps >= self.deadline:
             return True
         if steps <= _PATIENCE:
@@ -447,8 +447,9 @@ def _refine(
     pair: _Pair,
     ddf: Tensor | None,
     sigmas: tuple[float, float],
-    budget: float | None,
+    budget: float,
     max_steps: int,
+    clock: Clock,
     progress: bool,
 ) -> Refinement:
     begin, whole = clock(), list(pair.fixed.shape[2:])
@@ -463,14 +464,14 @@ def _refine(
         if _helps(objective, pairs, given):
             field = given
     curve: list[Step] = []
-    with tqdm(disable=not progress, desc="refining", unit="step") as bar:
+    with tqdm(disable=not progress, desc="refine", unit="step", leave=False) as bar:
         for image, coarser in levels:
             while at < coarser:
                 field, at = _halve(field) / 2, at + 1
             while at > coarser:
                 field, at = _double(field), at - 1
-            deadline = math.inf if budget is None else begin + budget * _SHARES[image, coarser]
-            course = _Course(deadline, max_steps, 0 if coarser else _FINISH)
+            deadline = begin + budget * _SHARES[image, coarser]
+            course = _Course(clock, deadline, max_steps, 0 if coarser else _FINISH)
             steps = _descend(objective, pairs[image], field, coarser - image, course, sigmas)
             for loss, best in steps:
                 field = best
@@ -497,8 +498,9 @@ def refine(
     points_weight: float = 0.1,
     step_sigma: float = 0.7,
     field_sigma: float = 0.5,
-    budget: float | None = 30.0,
+    budget: float = 30.0,
     max_steps: int = 60,
+    clock: Clock = time.perf_counter,
     progress: bool = False,
 ) -> Refinement:
     r"""Align ``moving`` with ``fixed``, both ``(1, C, *spatial)`` in 2-D or 3-D, by the images themselves.
@@ -520,8 +522,9 @@ def refine(
         points_weight: factor of that distance, in 1 / voxels^2.
         step_sigma: of the Gaussian that smooths each step, in voxels of the field (as a fluid).
         field_sigma: of the Gaussian that smooths the field after each step (as an elastic body).
-        budget: seconds after which it ends with what it has; None: when nothing improves.
+        budget: seconds after which it ends with what it has; infinite: when nothing improves.
         max_steps: steps at each resolution.
+        clock: tells the seconds: ``time.process_time`` where other work on the machine must not change the result.
         progress: show a bar.
     """
     moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
@@ -531,13 +534,13 @@ def refine(
         ("max_steps", max_steps),
         ("budget", budget),
     ):
-        if value is not None and value < 0:
+        if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}.")
     pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)
     objective = _Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)
     with torch.inference_mode(False), torch.no_grad():  # the similarity alone is differentiated
-        return _refine(objective, pair, ddf, (step_sigma, field_sigma), budget, max_steps, progress)
+        return _refine(objective, pair, ddf, (step_sigma, field_sigma), budget, max_steps, clock, progress)
 
 
 class RefinedRegistration(nn.Module):
@@ -555,7 +558,7 @@ class RefinedRegistration(nn.Module):
     def __init__(
         self,
         registration: Registration,
-        budget: float | None = 30.0,
+        budget: float = 30.0,
         similarity: Similarity | None = None,
         bidirectional: bool = False,
     ) -> None:

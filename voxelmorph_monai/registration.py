@@ -7,6 +7,7 @@ evaluated, at the voxels of the fixed scan, and the moving scan is interpolated 
 """
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
@@ -29,8 +31,10 @@ from voxelmorph_monai.blocks import invert
 from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
+    LITERATURE,
     Grid,
     check_brain,
+    fitting_grid,
     grid_affine,
     mni152,
     resample,
@@ -60,6 +64,7 @@ __all__ = [
     "RegistrationResult",
     "extended",
     "load_network",
+    "network_input",
     "register",
     "register_files",
     "shipped_bundle",
@@ -93,6 +98,7 @@ class RegistrationResult(NamedTuple):
         forward: the map from points of the fixed scan to points of the moving one, which warps moving images.
         inverse: the map back, which warps fixed images.
         seconds: duration of each stage.
+        grid: where the displacement was found; None if there is none.
     """
 
     warped: NDArray[np.float32]
@@ -100,13 +106,23 @@ class RegistrationResult(NamedTuple):
     forward: Composite
     inverse: Composite
     seconds: dict[str, float]
+    grid: Grid | None
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - start, 3)
+class _Stages:
+    """How long each stage of a registration takes, and on the way, if wanted, which one it is at."""
+
+    def __init__(self, progress: bool) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        start = time.perf_counter()
+        with tqdm(desc=name, bar_format="{desc} ...", leave=False, disable=not self.progress):
+            yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
 def shipped_bundle(name: str) -> Path:
@@ -118,6 +134,10 @@ def shipped_bundle(name: str) -> Path:
 def shipped_weights() -> Path:
     """Weights of the bundle, for skull-stripped brains (preset ``wide``): how good they are is on its page."""
     return shipped_bundle("brain_t1_registration") / "models" / "model.pt"
+
+
+def _device(device: str | None) -> str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_network(
@@ -137,8 +157,7 @@ def load_network(
     """
     network = VoxelMorph(preset, spatial_dims)
     load_weights(network, str(weights or shipped_weights()))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Registration(network, bidirectional=network.num_steps > 0).to(device).eval()
+    return Registration(network, bidirectional=network.num_steps > 0).to(_device(device)).eval()
 
 
 @lru_cache(maxsize=1)  # a process that registers many pairs loads their network once
@@ -244,34 +263,36 @@ def extended(ddf: Tensor, affine: Affine) -> tuple[NDArray[np.float32], Affine]:
     return _fade(ddf), wider
 
 
-def _predict(
-    network: Registration | None,
-    budget: float | None,
-    similarity: str,
-    moving: Image,
-    fixed: Image,
-    maps: tuple[Affine, Affine],
-    grid: Grid,
-    affine: Affine,
-    seconds: dict[str, float],
-) -> tuple[tuple[NDArray[np.float32], Affine], tuple[NDArray[np.float32], Affine]]:
-    """Displacement and its inverse as fields of :class:`Composite`; ``maps`` lead from the grid to the two scans."""
+def network_input(images: tuple[Image, Image], maps: tuple[Affine, Affine], grid: Grid, affine: Affine) -> Tensor:
+    """Sample two scans, scaled to [0, 1], on ``grid``, whose affine is ``affine``: ``(1, 2, *grid.size)``.
+
+    ``maps`` lead from points of the grid to points of the moving and the fixed scan.
+    """
     size = (*grid.size, 1)[:3]
-    pair = [resample_intensities(image, size, affine, m) for image, m in zip((moving, fixed), maps, strict=True)]
-    device = torch.device("cpu") if network is None else next(network.parameters()).device
-    images = torch.from_numpy(np.stack(pair)[None]).reshape(1, 2, *grid.size).to(device)
+    pair = [resample_intensities(image, size, affine, m) for image, m in zip(images, maps, strict=True)]
+    return torch.from_numpy(np.stack(pair)[None]).reshape(1, 2, *grid.size)
+
+
+def _predict(
+    network: Registration | None, budget: float, similarity: str, images: Tensor, stages: "_Stages"
+) -> tuple[Tensor, Tensor]:
+    """Displacement of ``images`` ``(1, 2, *spatial)``, and its inverse: ``(1, D, *spatial)``."""
     found: dict[str, Tensor] = {}
     if network is not None:
-        with _timed(seconds, "network"), torch.inference_mode():
+        with stages.stage("network"), torch.inference_mode():
             found = network(images)
-    if budget is not None:
-        with _timed(seconds, "refine"):
+    if budget > 0:
+        with stages.stage("refine"):
             refined = refine(
-                images[:, :1], images[:, 1:], ddf=found.get("ddf"), similarity=SIMILARITIES[similarity], budget=budget
+                images[:, :1],
+                images[:, 1:],
+                ddf=found.get("ddf"),
+                similarity=SIMILARITIES[similarity],
+                budget=budget,
+                progress=stages.progress,
             )
-        found = {"ddf": refined.ddf, "inverse_ddf": refined.inverse_ddf}
-    inverse = found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
-    return extended(found["ddf"], affine), extended(inverse, affine)
+        return refined.ddf, refined.inverse_ddf
+    return found["ddf"], found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
 
 
 def register(
@@ -279,13 +300,15 @@ def register(
     fixed: Image,
     *,
     network: Registration | None = None,
-    budget: float | None = None,
+    budget: float = 0.0,
     similarity: str = "lncc",
     space: str = "mni152",
     transform: str = "affine",
-    grid: Grid = Grid(),  # noqa: B008, a constant
+    grid: Grid | None = None,
+    device: str | None = None,
     masks: tuple[NDArray[Any] | None, NDArray[Any] | None] = (None, None),
     names: tuple[str, str] = ("moving", "fixed"),
+    progress: bool = False,
 ) -> RegistrationResult:
     """Register two scans ``(array, affine)``, as :func:`~voxelmorph_monai.spaces.read_image` gives them.
 
@@ -304,22 +327,27 @@ def register(
         network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine, unless refined.
             Of slices, a 2-D one.
         budget: seconds to refine the map on the two scans (:func:`~voxelmorph_monai.refinement.refine`), from what the
-            network says or from the affine map; None: not at all.
+            network says or from the affine map; 0: not at all; infinite: until nothing improves.
         similarity: what it compares: ``"lncc"`` for scans of one contrast, ``"mi"`` or ``"mind"`` for two.
         space: where the network works. ``"mni152"``: both scans are skull-stripped brains and aligned to MNI152, as
             ``vxm prepare`` does, so that the network sees what it was trained on. ``"fixed"``: the moving scan is
             aligned to the fixed one and the grid lies around it, for anything else.
         transform: of the alignment: ``"affine"``, ``"rigid"``, or ``"none"`` for scans that are aligned already (to
             MNI152 or to each other).
-        grid: of the network; of a 2-D one, with two sizes.
+        grid: where the displacement is found; for slices with two sizes. Default: the literature's (``Grid()``) in
+            ``"mni152"``, in ``"fixed"`` that of :func:`~voxelmorph_monai.preparation.fitting_grid`.
+        device: to refine on without a network, whose own it is otherwise (default: a GPU if there is one).
         masks: of the moving and the fixed scan, in their shapes: the map is sought as if scans were 0 where these are
             0, which strips a skull. What is warped is the whole scan.
         names: what to call the scans in an error.
+        progress: show on standard error what is being done.
 
     Raises:
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
     _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
+    if not budget >= 0:
+        raise ValueError(f"budget must be seconds, 0 or more, got {budget}.")
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{similarity}'.")
     whole = moving
@@ -327,27 +355,33 @@ def register(
     for image, name in zip((moving, fixed), names, strict=True):
         _check_scan(image, space, name)
     _check_pair(moving, fixed, names)
-    bends = network is not None or budget is not None
-    affine = grid_affine(grid, fixed if space == "fixed" else None) if bends else np.eye(4)
-    seconds: dict[str, float] = {}
+    if network is None and not budget:
+        grid = None
+    elif grid is None:
+        grid = fitting_grid(fixed) if space == "fixed" else LITERATURE
+    affine = np.eye(4) if grid is None else grid_affine(grid, fixed if space == "fixed" else None)
+    stages = _Stages(progress)
     scaled = (rescale(moving[0]), moving[1]), (rescale(fixed[0]), fixed[1])
-    with _timed(seconds, "affine"):
+    with stages.stage("affine"):
         if space == "mni152":
             to_moving, to_fixed = (_align(image, mni152(), transform) for image in scaled)
         else:
             to_moving, to_fixed = _align(*scaled, transform), np.eye(4)
     fields: tuple[Any, Any] = (None, None)
-    if bends:
-        fields = _predict(network, budget, similarity, *scaled, (to_moving, to_fixed), grid, affine, seconds)
+    if grid is not None:
+        own = next(network.parameters()).device if network is not None else torch.device(_device(device))
+        seen = network_input(scaled, (to_moving, to_fixed), grid, affine).to(own)
+        ddf, inverse_ddf = _predict(network, budget, similarity, seen, stages)
+        fields = extended(ddf, affine), extended(inverse_ddf, affine)
     forward = Composite(np.linalg.inv(to_fixed), to_moving, fields[0])
     inverse = Composite(np.linalg.inv(to_moving), to_fixed, fields[1])
-    with _timed(seconds, "compose"):
-        ddf = forward.on_grid(fixed[0].shape, fixed[1])
-    with _timed(seconds, "warp"):
-        warped = warp_scan(whole, ddf, fixed[1])
+    with stages.stage("compose"):
+        whole_ddf = forward.on_grid(fixed[0].shape, fixed[1])
+    with stages.stage("warp"):
+        warped = warp_scan(whole, whole_ddf, fixed[1])
     if not (warped > 0).any():
         raise ValueError(f"{names[0]} and {names[1]} must overlap once they are aligned, but they do not.")
-    return RegistrationResult(warped, ddf, forward, inverse, seconds)
+    return RegistrationResult(warped, whole_ddf, forward, inverse, stages.seconds, grid)
 
 
 def _inverse_consistency(result: RegistrationResult, fixed: Image) -> float:
@@ -496,13 +530,14 @@ def register_files(
     weights: str | Path | None = None,
     preset: str = "wide",
     device: str | None = None,
-    budget: float | None = None,
+    budget: float = 0.0,
     similarity: str = "lncc",
     space: str = "mni152",
     transform: str = "affine",
-    grid: Grid = Grid(),  # noqa: B008, a constant
+    grid: Grid | None = None,
     bids: bool = False,
     overwrite: bool = False,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Register two scans into the folder ``output``, which appears complete or not at all.
 
@@ -526,7 +561,7 @@ def register_files(
         fixed_mask: the same of the fixed scan.
         weights: of the network, :func:`shipped_weights` for example; without them the map is affine, unless refined.
         preset: of the network.
-        device: of the network, as in :func:`load_network`.
+        device: to compute on (default: a GPU if there is one).
         budget: as in :func:`register`.
         similarity: as in :func:`register`.
         space: as in :func:`register`.
@@ -534,6 +569,7 @@ def register_files(
         grid: as in :func:`register`.
         bids: name the files as BIDS derivatives of the moving scan.
         overwrite: let ``output`` take the place of an earlier registration.
+        progress: as in :func:`register`.
 
     Returns:
         What is in ``summary.json``.
@@ -571,6 +607,8 @@ def register_files(
         space=space,
         transform=transform,
         grid=grid,
+        device=device,
+        progress=progress,
         masks=(masks[0] and masks[0][0], masks[1] and masks[1][0]),
         names=(str(moving), str(fixed)),
     )
@@ -583,9 +621,9 @@ def register_files(
             "space": space,
             "transform": transform,
             "preset": preset if weights is not None else None,
-            "budget": budget,
+            "budget": budget if budget < math.inf else "inf",  # JSON knows no infinity
             "similarity": similarity,
-            "grid": {"size": list(grid.size), "spacing": grid.spacing},
+            "grid": None if result.grid is None else {"size": list(result.grid.size), "spacing": result.grid.spacing},
         },
     }
     with atomic_folder(output) as folder:

@@ -213,7 +213,7 @@ class SaveRegistrationd(Transform):
     def _summary(self, data: Mapping[Hashable, Tensor], inverse: Tensor, affine: np.ndarray) -> dict[str, object]:
         ddf, moving, fixed = data["ddf"].cpu(), data["moving"].as_subclass(Tensor), data["fixed"].as_subclass(Tensor)
         consistency = inverse_consistency(
-            ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=moving[None] > 0
+            ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=fixed[None] > 0
         )
         summary: dict[str, object] = {
             "dice": None,

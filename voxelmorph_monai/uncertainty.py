@@ -19,10 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxelmorph_monai.networks import Registration
-from voxelmorph_monai.preparation import Grid, grid_affine, resample_intensities, rescale
-from voxelmorph_monai.registration import Image, Labels, RegistrationResult, extended, load_network, register
+from voxelmorph_monai.preparation import Grid, grid_affine, rescale
+from voxelmorph_monai.registration import (
+    Image,
+    Labels,
+    RegistrationResult,
+    extended,
+    load_network,
+    network_input,
+    register,
+)
 from voxelmorph_monai.spaces import (
-    Affine,
     atomic_folder,
     read_image,
     read_labels,
@@ -123,16 +130,6 @@ def _samples(network: Registration, pair: Tensor, num_samples: int, seed: int) -
             yield network.network.full(ddf, list(pair.shape[2:]))
 
 
-def _network_input(
-    network: Registration, images: tuple[Image, Image], maps: tuple[Affine, Affine], grid: Grid, affine: Affine
-) -> Tensor:
-    scans = [
-        resample_intensities((rescale(array), own), grid.size, affine, to_scan)
-        for (array, own), to_scan in zip(images, maps, strict=True)
-    ]
-    return torch.from_numpy(np.stack(scans)[None]).to(next(network.parameters()).device)
-
-
 def estimate_uncertainty(
     moving: Image,
     fixed: Image,
@@ -143,7 +140,7 @@ def estimate_uncertainty(
     seed: int = 0,
     space: str = "mni152",
     transform: str = "affine",
-    grid: Grid = Grid(),  # noqa: B008, a constant
+    grid: Grid | None = None,
     names: tuple[str, str] = ("moving", "fixed"),
 ) -> Uncertainty:
     """Register two scans as :func:`~voxelmorph_monai.registration.register` does, and sample the network's posterior.
@@ -168,9 +165,11 @@ def estimate_uncertainty(
     _check(network, num_samples, seed)
     result = register(moving, fixed, network=network, space=space, transform=transform, grid=grid, names=names)
     forward = result.forward
-    affine = grid_affine(grid, fixed if space == "fixed" else None)
+    assert result.grid is not None
+    affine = grid_affine(result.grid, fixed if space == "fixed" else None)
     to_scans = np.asarray(forward.outer, np.float64), np.linalg.inv(forward.inner).astype(np.float64)
-    pair = _network_input(network, (moving, fixed), to_scans, grid, affine)
+    scaled = (rescale(moving[0]), moving[1]), (rescale(fixed[0]), fixed[1])
+    pair = network_input(scaled, to_scans, result.grid, affine).to(next(network.parameters()).device)
     labels = None if moving_labels is None else np.union1d([0], moving_labels[0]).astype(moving_labels[0].dtype)
     counts = None if labels is None else np.zeros((len(labels), *fixed[0].shape), np.uint16)
     spread = RunningVariance()
@@ -230,13 +229,14 @@ def uncertainty_files(
     *,
     weights: str | Path,
     preset: str = "diffeomorphic",
+    device: str | None = None,
     moving_labels: str | Path | None = None,
     fixed_labels: str | Path | None = None,
     num_samples: int = 50,
     seed: int = 0,
     space: str = "mni152",
     transform: str = "affine",
-    grid: Grid = Grid(),  # noqa: B008, a constant
+    grid: Grid | None = None,
 ) -> dict[str, Any]:
     """Estimate the uncertainty of registering two files, and write it to the new folder ``output``, all or nothing.
 
@@ -259,7 +259,7 @@ def uncertainty_files(
             require_same_grid(image, labels, (str(path[0]), str(path[1])))
     found = estimate_uncertainty(
         *images,
-        load_network(weights, preset),
+        load_network(weights, preset, device=device),
         moving_labels=given[0],
         num_samples=num_samples,
         seed=seed,

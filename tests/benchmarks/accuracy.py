@@ -12,6 +12,7 @@ methods measured on different days. Budgets are counted in processor seconds.
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 import resource
@@ -82,8 +83,7 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", sim
     keep_freed_memory()  # as vxm does
     network = load_network(args.weights, args.preset, device=args.device) if start == "one pass" else None
     moving, fixed = pair.moving.to(args.device), pair.fixed.to(args.device)
-    if args.device == "cpu":
-        refinement.clock = time.process_time  # other work on the machine must not change what a budget brings
+    clock = time.process_time if args.device == "cpu" else time.perf_counter  # other work must not change the result
 
     def register() -> tuple[Tensor, Tensor]:
         ddf = inverse = None
@@ -92,9 +92,9 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", sim
                 found = network(torch.cat([moving, fixed], dim=1))
             ddf, inverse = found["ddf"].clone(), found["inverse_ddf"].clone()
         if budget:
-            seconds = None if budget == "converged" else float(budget.split()[0])
+            seconds = math.inf if budget == "converged" else float(budget.split()[0])
             loss = refinement.SIMILARITIES[similarity or "lncc"]
-            ddf, inverse, _ = refinement.refine(moving, fixed, ddf=ddf, budget=seconds, similarity=loss)
+            ddf, inverse, _ = refinement.refine(moving, fixed, ddf=ddf, budget=seconds, similarity=loss, clock=clock)
         assert ddf is not None
         assert inverse is not None
         return ddf.cpu(), inverse.cpu()  # a GPU has ended when they have come
@@ -169,7 +169,7 @@ def measure(name: str, scans: Sequence[Mapping[str, str]], args: argparse.Namesp
     }
     if found.inverse_ddf is not None:
         inside = (pair.fixed > 0).float()
-        quality["inverse_mm"] = inverse_consistency(found.inverse_ddf, found.ddf, spacing=args.spacing, mask=inside)
+        quality["inverse_mm"] = inverse_consistency(found.ddf, found.inverse_ddf, spacing=args.spacing, mask=inside)
     return {**{key: float(value) for key, value in quality.items()}, **found.cost}
 
 
@@ -274,8 +274,10 @@ def main() -> None:
     parser.add_argument("--reference", default="affine", help="method that differences are taken to (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md", help="page with the marks")
     args = parser.parse_args()
-    if args.device != "cpu" and args.csv == parser.get_default("csv"):
-        parser.error(f"--device {args.device} needs a --csv of its own: rows do not tell where they were measured.")
+    others = ("contrast", "device", "preset", "spacing", "structures", "weights")
+    changed = [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]
+    if changed and args.csv == parser.get_default("csv"):
+        parser.error(f"{', '.join(changed)} must come with a --csv of its own: rows do not tell them.")
     (report if args.report else run)(args)
 
 

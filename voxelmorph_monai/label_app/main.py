@@ -149,7 +149,7 @@ class Settings(NamedTuple):
             "weights": weights,
             "preset": self.preset,
             "device": self.device,
-            "budget": self.budget or None,
+            "budget": self.budget,
             "space": self.space,
             "transform": self.transform,
             "grid": self.grid,
