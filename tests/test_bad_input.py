@@ -265,7 +265,7 @@ LABELS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "mask beside the body": (
         "--moving-mask",
         lambda path: write(path, (blob() == 0).astype(np.uint8)),
-        "some of them above 0",
+        "must hold some of what the scan shows",
     ),
 }
 
@@ -300,8 +300,14 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
         "must hold the fixed image",
     ),
     "grid of two axes": (["--weights", "vm2.pt", "--preset", "vm2", "--size", "64", "64"], "must have 3 sizes > 0"),
-    "spacing of 0": (["--weights", "vm2.pt", "--preset", "vm2", "--spacing", "0"], "and a spacing > 0"),
-    "spacing of NaN": (["--weights", "vm2.pt", "--preset", "vm2", "--spacing", "nan"], "and a spacing > 0"),
+    "spacing of 0": (
+        ["--weights", "vm2.pt", "--preset", "vm2", "--size", *"999", "--spacing", "0"],
+        "and a spacing > 0",
+    ),
+    "spacing of NaN": (
+        ["--weights", "vm2.pt", "--preset", "vm2", "--size", *"999", "--spacing", "nan"],
+        "and a spacing > 0",
+    ),
     "no brain": (["--space", "mni152"], "must be a skull-stripped head"),
 }
 
@@ -326,10 +332,10 @@ def test_outputs_that_would_harm_or_cannot_be_are_refused(
     text(folder / "theirs" / "thesis.txt")
     save_dicom(folder / "series", blob(), AFFINE)
     for output, words, message in (
-        ("labels.nii.gz", ["--overwrite"], "must be made by 'vxm register' to be overwritten"),
+        ("labels.nii.gz", ["--overwrite"], "must hold nothing but what this call writes to be overwritten"),
         ("labels.nii.gz/out", [], "must be a folder that can be made"),
         ("theirs", [], "must be new, or be overwritten"),
-        ("theirs", ["--overwrite"], "must be made by 'vxm register' to be overwritten"),
+        ("theirs", ["--overwrite"], "must hold nothing but what this call writes to be overwritten"),
         (".", ["--overwrite"], "must not hold an input"),
         ("moving.nii.gz", ["--overwrite"], "must not hold an input"),
     ):

@@ -26,7 +26,7 @@ from voxelmorph_monai.losses import LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.preparation import Grid, fitting_grid, grid_affine, sample
 from voxelmorph_monai.refinement import Refinement, refine
-from voxelmorph_monai.registration import load_network, register, register_files
+from voxelmorph_monai.registration import load_network, register, register_files, shipped_weights
 from voxelmorph_monai.spaces import Affine, read_image, save_image, spacing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -316,7 +316,7 @@ def test_derivatives_are_named_as_bids_has_it(tmp_path: Path, write: Write) -> N
         f"{there}_desc-registration_summary.json",
     }
     register_files(moving, fixed, out, overwrite=True, **options)
-    with pytest.raises(ValueError, match="must be made by 'vxm register' to be overwritten"):
+    with pytest.raises(ValueError, match="must hold nothing but what this call writes to be overwritten"):
         register_files(moving, fixed, out, overwrite=True, **ALIGNED)  # type: ignore[arg-type]
 
 
@@ -554,6 +554,7 @@ def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"masks": (np.zeros(SIZE), None)}, "the mask of moving must hold some of what the scan shows"),
         ({"budget": -1.0}, r"budget must be seconds, 0 or more, got -1\.0"),
         ({"budget": float("nan")}, "budget must be seconds, 0 or more, got nan"),
         ({"space": "moving"}, "space must be one of mni152, fixed, got 'moving'"),
@@ -577,6 +578,26 @@ def test_what_cannot_be_registered_is_refused(options: dict[str, Any], match: st
     image = phantom(affine)[0] * (phantom(affine)[0] > 300), affine
     with pytest.raises(ValueError, match=match):
         register(**{"moving": image, "fixed": image, **ALIGNED, **options})
+
+
+def test_what_is_known_to_fail_fails_before_the_work(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write("moving", AFFINES["straight"])
+    same = tmp_path / "elsewhere" / paths["moving"].name
+    same.parent.mkdir()
+    same.write_bytes(paths["moving"].read_bytes())
+    monkeypatch.setattr(registration, "register", None)  # is not reached
+    with pytest.raises(ValueError, match="moving and fixed must differ in name, as files get both names"):
+        register_files(paths["moving"], same, tmp_path / "out", bids=True, **ALIGNED)  # type: ignore[arg-type]
+    save_image(tmp_path / "slice.nii.gz", np.eye(9, dtype=np.float32)[..., None], np.eye(4))
+    pair = [tmp_path / "slice.nii.gz"] * 2
+    with pytest.raises(ValueError, match="space must be 'fixed' for slices and 2-D images"):  # not of its weights
+        register_files(*pair, tmp_path / "out", weights=shipped_weights())
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(registration.os.path, "ismount", lambda path: path == tmp_path / "mounted")
+    with pytest.raises(ValueError, match="mounted must be replaced as a whole, but it is a mount point"):
+        register_files(*pair, tmp_path / "mounted", overwrite=True, space="fixed")
 
 
 def test_an_earlier_registration_is_overwritten_whole_or_not_at_all(

@@ -464,7 +464,7 @@ def _refine(
         if _helps(objective, pairs, given):
             field = given
     curve: list[Step] = []
-    with tqdm(disable=not progress, desc="refine", unit="step", leave=False) as bar:
+    with tqdm(disable=None if progress else True, desc="refine", unit="step", leave=False) as bar:
         for image, coarser in levels:
             while at < coarser:
                 field, at = _halve(field) / 2, at + 1
@@ -525,7 +525,7 @@ def refine(
         budget: seconds after which it ends with what it has; infinite: when nothing improves.
         max_steps: steps at each resolution.
         clock: tells the seconds: ``time.process_time`` where other work on the machine must not change the result.
-        progress: show a bar.
+        progress: show a bar, if standard error is a terminal.
     """
     moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
     for name, value in (

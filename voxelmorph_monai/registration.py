@@ -120,7 +120,7 @@ class _Stages:
     def stage(self, name: str) -> Iterator[None]:
         """Time what is done inside."""
         start = time.perf_counter()
-        with tqdm(desc=name, bar_format="{desc} ...", leave=False, disable=not self.progress):
+        with tqdm(desc=name, bar_format="{desc} ...", leave=False, disable=None if self.progress else True):
             yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
@@ -237,8 +237,16 @@ def _align(moving: Image, fixed: Image, transform: str) -> Affine:
         raise ValueError(f"moving and fixed must show something alike, but ITK cannot align them: {reason}") from error
 
 
-def _masked(image: Image, mask: NDArray[Any] | None) -> Image:
-    return image if mask is None else (np.where(mask > 0, image[0], 0), image[1])
+def _masked(image: Image, mask: NDArray[Any] | None, subject: str) -> Image:
+    if mask is None:
+        return image
+    array = np.where(mask > 0, image[0], 0)
+    if not (array > 0).any():
+        raise ValueError(
+            f"the mask of {subject} must hold some of what the scan shows, but where it is above 0 ({(mask > 0).sum()} "
+            "voxels) the scan is nowhere."
+        )
+    return array, image[1]
 
 
 def _fade(ddf: Tensor) -> NDArray[np.float32]:
@@ -340,7 +348,7 @@ def register(
         masks: of the moving and the fixed scan, in their shapes: the map is sought as if scans were 0 where these are
             0, which strips a skull. What is warped is the whole scan.
         names: what to call the scans in an error.
-        progress: show on standard error what is being done.
+        progress: show what is being done, if standard error is a terminal.
 
     Raises:
         ValueError: a scan or an option cannot be used; the message says which and why.
@@ -351,7 +359,7 @@ def register(
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{similarity}'.")
     whole = moving
-    moving, fixed = (_masked(image, mask) for image, mask in zip((moving, fixed), masks, strict=True))
+    moving, fixed = (_masked(*each) for each in zip((moving, fixed), masks, names, strict=True))
     for image, name in zip((moving, fixed), names, strict=True):
         _check_scan(image, space, name)
     _check_pair(moving, fixed, names)
@@ -462,6 +470,8 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     ('sub-01_ses-2_space-tplMNI152T1w_T1w.nii.gz', 'sub-01_ses-2_from-sub01ses2T1w_to-tplMNI152T1w_mode-image_xfm.h5')
     """
     spaces = [re.sub("[^0-9A-Za-z]", "", _stem(path)) for path in (moving, fixed)]
+    if spaces[0] == spaces[1]:  # from here to there, and back, would be one name
+        raise ValueError(f"moving and fixed must differ in name, as files get both names, got {moving} and {fixed}.")
     match = _BIDS.fullmatch(_stem(moving))
     entities, suffix = match.groups() if match else (f"sub-{spaces[0]}", "T1w")
     there, back = (f"{entities}_from-{a}_to-{b}_mode-image" for a, b in (spaces, spaces[::-1]))
@@ -488,7 +498,11 @@ def _check_output(output: Path, inputs: Mapping[str, Path], names: Mapping[str, 
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} must be new, or be overwritten (--overwrite), but it exists.")
     if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - set(names.values())):
-        raise ValueError(f"{output} must be made by 'vxm register' to be overwritten, but something else is there.")
+        raise ValueError(
+            f"{output} must hold nothing but what this call writes to be overwritten, but something else is there."
+        )
+    if os.path.ismount(output):
+        raise ValueError(f"{output} must be replaced as a whole, but it is a mount point: give a folder within it.")
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{output} must be a folder that can be made, but nothing can be written in {above}.")
@@ -592,12 +606,13 @@ def register_files(
     files = _bids_names(Path(moving), Path(fixed)) if bids else _NAMES
     _check_output(output, paths, files, overwrite)
     images = read_image(moving, planar=True), read_image(fixed, planar=True)
+    dims = 2 if _is_slice(images[1]) else 3
+    _check_options(None, space, transform, dims)
     labels = _on_grid_of(images[0], paths, "moving", "labels"), _on_grid_of(images[1], paths, "fixed", "labels")
     masks = _on_grid_of(images[0], paths, "moving", "mask"), _on_grid_of(images[1], paths, "fixed", "mask")
     network = None
     if weights is not None:
         changed = paths["weights"].stat().st_mtime_ns if paths["weights"].exists() else 0
-        dims = 2 if _is_slice(images[1]) else 3
         network = _load_network_once(paths["weights"].absolute(), preset, dims, device, changed)
     result = register(
         *images,
