@@ -49,6 +49,7 @@ def quickstart(output: str | Path) -> dict[str, object]:
         weights=shipped_weights(),
         budget=_BUDGET,
         overwrite=True,
+        progress=True,
     )
     _print(summary)
     print(f"\nlook at {output / 'registered' / 'report.png'}")
