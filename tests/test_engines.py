@@ -1,5 +1,6 @@
 """What goes into the network, what comes out timed, and how pairs are called."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,24 @@ def test_misspelt_options_are_refused(options):
         run(["train.json"], "--experiment_name", "mine")  # of no use without --tracking
     with pytest.raises(ValueError, match=r"but these are not: \['num_train_scans'\]\."):
         run(["train.json", "synthetic.yaml"], "--num_train_scans", "1")
+
+
+@pytest.mark.parametrize("word", ["--lerning-rate", "-lerning_rate"])  # Fire takes both
+def test_misspelt_options_are_refused_however_they_are_written(word):
+    with pytest.raises(ValueError, match=r"but these are not: \['lerning_rate'\]\."):
+        run(["train.json"], word, "1")
+    run(["train.json"], word.replace("lerning", "learning"), "1", "--seed", "-1")  # a number is no option
+
+
+def test_options_of_an_args_file_are_checked_too(tmp_path):
+    config = [str(CONFIGS / "train.json")]
+    args = tmp_path / "args.json"
+    words = [str(Path("monai", "bundle", "__main__.py")), "run", "training", "--args_file", str(args)]
+    args.write_text(json.dumps({"config_file": config, "lerning_rate": 1}))
+    with pytest.raises(ValueError, match=r"but these are not: \['lerning_rate'\]\."):
+        check_config(words)
+    args.write_text(json.dumps({"config_file": config, "learning_rate": 1}))
+    check_config([*words, "--max_epochs", "3"])  # an entry of the file that args.json names
 
 
 def test_misspelt_entries_of_overlays_are_refused(tmp_path):

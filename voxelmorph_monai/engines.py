@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import monai.bundle
 import monai.utils
@@ -82,12 +83,16 @@ def check_config(argv: Sequence[str] | None = None) -> None:
     program, *words = sys.argv if argv is None else argv
     if not program.endswith(str(Path("bundle", "__main__.py"))) or words[:1] != ["run"]:
         return
-    options = {}
+    options: dict[str, Any] = {}
     for i, word in enumerate(words):
-        if word.startswith("--"):
-            name, given, value = word[2:].partition("=")
-            options[name] = value if given else words[i + 1] if i + 1 < len(words) else ""
-    files = monai.utils.ensure_tuple(DefaultParseValue(options.pop("config_file", "[]")))
+        if re.match("--?[A-Za-z]", word):
+            name, given, value = word.lstrip("-").partition("=")
+            # as Fire has it, the command line of MONAI: one dash does, and stands for an underscore within
+            options[name.replace("-", "_")] = value if given else words[i + 1] if i + 1 < len(words) else ""
+    if "args_file" in options:
+        options = {**monai.bundle.ConfigParser.load_config_file(options["args_file"]), **options}
+    listed = options.pop("config_file", [])
+    files = monai.utils.ensure_tuple(DefaultParseValue(listed) if isinstance(listed, str) else listed)
     config = monai.bundle.ConfigParser.load_config_files(files)
     known = _ENTRY_POINTS | set(inspect.signature(monai.bundle.run).parameters)
     if "tracking" in options:
