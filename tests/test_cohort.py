@@ -416,7 +416,7 @@ def scans(tmp_path: Path) -> Path:
 def at_work(output: Path) -> Iterator[tuple[int, str]]:
     """Process and name of each pair that is being registered."""
     for path in list(output.glob(".[0-9]*")):
-        if found := re.fullmatch(r"\.(\d+)\.(p\d)", path.name):  # not the one within it, of register_files
+        if found := re.fullmatch(r"\.(\d+)-\w+\.(p\d)", path.name):  # not the one within it, of register_files
             yield int(found[1]), found[2]
 
 

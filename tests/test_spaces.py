@@ -1,4 +1,5 @@
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -448,3 +449,36 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             (folder / text).write_text(text)
         assert [path.name for path in target.iterdir()] == [text]
     assert list((tmp_path / "new").iterdir()) == [target]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobody_s_way(tmp_path: Path) -> None:
+    for name in ("out", "notes.txt"):  # as in a container, where every process has the number 1
+        (tmp_path / f".{os.getpid()}.{name}").mkdir()
+    with atomic_folder(tmp_path / "out") as folder, atomic_folder(tmp_path / "out") as other:
+        assert folder != other
+        (folder / "whole").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    with atomic(tmp_path / "notes.txt") as temporary, atomic(tmp_path / "notes.txt") as other:
+        assert temporary != other
+        temporary.write_text("whole")
+        other.write_text("whole")
+    assert (tmp_path / "notes.txt").read_text() == "whole"
+
+
+def test_a_folder_stays_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, replace = tmp_path / "out", os.replace
+    target.mkdir()
+    (target / "old").touch()
+
+    def fail_for_the_new_one(source: Path, to: Path) -> None:
+        if (source / "new").exists():
+            raise PermissionError("in use")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", fail_for_the_new_one)
+    with pytest.raises(PermissionError, match="in use"), atomic_folder(target) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -10,6 +10,7 @@ plane, ``(X, Y)`` and a 3 x 3 affine, with which the functions for ITK work as w
 """
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -444,6 +445,11 @@ def warp_scan(
     return warped
 
 
+def _mark() -> str:
+    """Beginning of a temporary name that nobody else uses: in a container every process may have the number 1."""
+    return f".{os.getpid()}-{secrets.token_hex(4)}."
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give the name of a temporary file in the folder of ``path`` to write; it takes the place of ``path`` at the end.
@@ -458,7 +464,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     ['notes.txt']
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending stays: writers choose the format by it
+    temporary = path.with_name(_mark() + path.name)  # the ending stays: writers choose the format by it
     try:
         yield temporary
         os.replace(temporary, path)
@@ -486,7 +492,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Nobody ever sees half of it: after an error the temporary folder is gone and ``path`` is what it was.
     """
     path = Path(path).absolute()
-    temporary, former = (path.with_name(f".{os.getpid()}.{path.name}{end}") for end in ("", ".former"))
+    temporary = path.with_name(_mark() + path.name)
+    former = temporary.with_name(f"{temporary.name}.former")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
     try:
@@ -494,9 +501,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, former)
         os.replace(temporary, path)
-        shutil.rmtree(former, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if former.exists() and not path.exists():
+            os.replace(former, path)
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
