@@ -88,7 +88,7 @@ def test_the_affine_alignment_stands_beside_the_published_one() -> None:
 
 
 def test_what_is_written_is_what_is_read(tmp_path) -> None:
-    save_evaluation(tmp_path / "training" / "evaluation", evaluation(), {"weights": "model.pt"})
+    save_evaluation(tmp_path / "training" / "evaluation", evaluation(), {"weights": "model.pt", "rate": float("nan")})
     folder = tmp_path / "training" / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"structures.csv", "pairs.csv", "summary.json", "dice.png"}
     for place in (folder, tmp_path / "training"):
@@ -99,8 +99,8 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
     text = (folder / "structures.csv").read_text().splitlines()
     assert text[0] == "moving,fixed,structure,dice_before,dice"
     assert text[2] == "0012,b,left thalamus,,"  # no value, no number
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["settings"] == {"weights": "model.pt"}
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["settings"] == {"weights": "model.pt", "rate": None}
     assert summary["pairs"] == 3
     dice = summary["measures"][2]
     assert (dice["measure"], dice["over"]) == ("dice", "structures")

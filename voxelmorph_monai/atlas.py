@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import corners, warp
+from voxelmorph_monai.files import atomic_folder
 from voxelmorph_monai.losses import box_sum
 from voxelmorph_monai.networks import VoxelMorph
 from voxelmorph_monai.preparation import Grid, check_brain, grid_affine, mni152, resample_intensities, rescale
 from voxelmorph_monai.refinement import refine
-from voxelmorph_monai.spaces import Affine, atomic_folder, read_image, save_image_like, transform_affine
+from voxelmorph_monai.spaces import Affine, read_image, save_image_like, transform_affine
 
 __all__ = [
     "MAX_LABELS",

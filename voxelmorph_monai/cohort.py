@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -20,10 +19,9 @@ from typing import Any, NamedTuple
 import psutil
 from filelock import FileLock, Timeout
 
-from voxelmorph_monai.preparation import stamp, write_json
+from voxelmorph_monai.files import atomic, atomic_folder, stamp, sweep, write_json
 from voxelmorph_monai.processes import Pool, Processes, attempt, failures
 from voxelmorph_monai.registration import load_network, register_files
-from voxelmorph_monai.spaces import atomic, atomic_folder
 
 __all__ = ["Cohort", "register_cohort"]
 
@@ -215,12 +213,6 @@ def _register_pair(pair: _Pair, output: Path, options: Mapping[str, Any], told: 
         write_json(folder / _RECORD, {"inputs": inputs, "options": told, "files": files, "numbers": numbers})
 
 
-def _sweep(output: Path) -> None:
-    """Remove what processes that were killed left, named by `atomic_folder`; nobody else is at work here."""
-    for leftover in output.glob(".[0-9]*.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _write_table(pairs: Sequence[_Pair], output: Path, told: Mapping[str, Any], errors: Mapping[str, str]) -> None:
     with atomic(output / _TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
@@ -343,13 +335,13 @@ def register_cohort(
     with _alone(output):
         _require_ours(output, listed, told, overwrite)  # another call may just have been here
         write_json(output / _OPTIONS, told)
-        _sweep(output)
+        sweep(output)
         todo = [pair for pair in listed if not _is_done(pair, output, told)]
         try:
             with _pool(jobs, scheduler, len(todo)) as pool:
                 for name, reason in _register_all(pool, todo, output, complete, told):
                     errors[name] = reason
         finally:
-            _sweep(output)
+            sweep(output)
             _write_table(listed, output, told, errors)
     return Cohort(output / _TABLE, len(listed), len(listed) - len(todo), errors)

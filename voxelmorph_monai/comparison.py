@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from voxelmorph_monai.evaluation import Evaluation, load_evaluation, scan_names
+from voxelmorph_monai.files import atomic_folder
 from voxelmorph_monai.pictures import save_box_plot
-from voxelmorph_monai.spaces import atomic_folder
 
 __all__ = ["Comparison", "PublishedTable", "compare", "compare_runs", "holm", "paired_statistics", "published"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from voxelmorph_monai.files import atomic_folder, write_json
 from voxelmorph_monai.pictures import save_box_plot
-from voxelmorph_monai.spaces import atomic_folder
 
 __all__ = [
     "Evaluation",
@@ -177,11 +177,6 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} must be what an evaluation wrote to be overwritten, but something else is there.")
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of NumPy as JSON knows them; NaN as null."""
-    return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
-
-
 def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Mean Dice before the registration, ``measured``, beside the ``published`` one of the affine alignment.
 
@@ -190,8 +185,7 @@ def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> di
     """
     found = summarise(evaluation)["mean"]
     return {
-        over: {"published": value, "measured": _plain(found["dice" + BEFORE, over])}
-        for over, value in published.items()
+        over: {"published": value, "measured": float(found["dice" + BEFORE, over])} for over, value in published.items()
     }
 
 
@@ -207,12 +201,11 @@ def save_evaluation(
         overwrite: replace the folder.
     """
     check_folder(folder, overwrite)
-    rows = summarise(evaluation).reset_index().to_dict("records")
     summary = {
         "settings": dict(settings),
         "pairs": len(evaluation.pairs),
         "groups": evaluation.groups,
-        "measures": [{key: _plain(value) for key, value in row.items()} for row in rows],
+        "measures": summarise(evaluation).reset_index().to_dict("records"),
     }
     with atomic_folder(folder) as temporary:
         evaluation.structures.to_csv(temporary / "structures.csv")
@@ -223,8 +216,7 @@ def save_evaluation(
                 shown = {name: evaluation.over(m) for name, m in stages.items() if m in evaluation.structures}
                 title = f"{len(evaluation.pairs)} pairs"
                 save_box_plot(temporary / f"{measure}.png", shown, label=measure, title=title)
-        text = json.dumps(summary, indent=2) + "\n"
-        (temporary / "summary.json").write_text(text, encoding="utf-8")
+        write_json(temporary / "summary.json", summary)
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:

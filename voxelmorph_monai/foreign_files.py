@@ -16,8 +16,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelmorph_monai.files import atomic
 from voxelmorph_monai.formats import reading
-from voxelmorph_monai.spaces import Affine, atomic, require_same_grid, save_nifti
+from voxelmorph_monai.spaces import Affine, require_same_grid, save_nifti
 
 __all__ = ["Grid", "read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
 

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from voxelmorph_monai.affine import register_affine
+from voxelmorph_monai.files import atomic, stamp, sweep, write_json
 from voxelmorph_monai.processes import Processes, failures
 from voxelmorph_monai.spaces import (
     Affine,
     Plane,
-    atomic,
     read_image,
     read_labels,
     require_right_angles,
@@ -48,8 +48,6 @@ __all__ = [
     "resample_intensities",
     "rescale",
     "sample",
-    "stamp",
-    "write_json",
 ]
 
 _ORANGE = [1.0, 0.35, 0.0]
@@ -69,12 +67,6 @@ class Grid(NamedTuple):
 
 
 LITERATURE = Grid()
-
-
-def stamp(path: Path) -> list[Any]:
-    """What tells whether a file is still the same, as JSON holds it: path, size in bytes, time of last change."""
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 class _Scan(NamedTuple):
@@ -310,12 +302,6 @@ def _check(scan: _Scan) -> None:
     _read(scan)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content``; whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _record(output: Path, name: str) -> Path:
     return output / "transforms" / f"{name}.json"
 
@@ -365,12 +351,10 @@ def _require_ours(output: Path, grid: Grid) -> None:
 
 def _claim(output: Path, grid: Grid) -> None:
     """Make ``output`` a folder of ours."""
-    for part in ("images", "labels", "transforms"):
-        (output / part).mkdir(parents=True, exist_ok=True)
+    for folder in (output, *(output / part for part in ("images", "labels", "transforms"))):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
     write_json(output / "grid.json", _grid_json(grid))
-    for leftover in output.glob("*/.[0-9]*.*"):  # named by `atomic`, of a process that was killed while it wrote
-        if leftover.is_file():
-            leftover.unlink()
 
 
 def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
@@ -415,7 +399,7 @@ def _write_datalist(scans: Sequence[_Scan], sections: Mapping[str, Sequence[str]
     content["grid"] = _grid_json(grid)
     path = output / "datalist.json"
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary, content)
         if path.exists() and path.read_bytes() != temporary.read_bytes():
             path.replace(output / "datalist.previous.json")  # it may have been edited
     return path

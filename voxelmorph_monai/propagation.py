@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import joint_weights
 from voxelmorph_monai.blocks import majority
-from voxelmorph_monai.preparation import mni152, rescale, stamp
+from voxelmorph_monai.files import atomic_folder, stamp
+from voxelmorph_monai.preparation import mni152, rescale
 from voxelmorph_monai.registration import register
 from voxelmorph_monai.results import correlation
-from voxelmorph_monai.spaces import atomic_folder, read_image, read_labels, require_same_grid, warp_scan
+from voxelmorph_monai.spaces import read_image, read_labels, require_same_grid, warp_scan
 
 __all__ = ["Study", "copy_label_app", "number_structures", "propagate", "rank", "renumbered", "structures"]
 

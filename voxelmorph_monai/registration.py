@@ -26,6 +26,7 @@ from torch import Tensor
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
+from voxelmorph_monai.files import atomic_folder
 from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
@@ -43,7 +44,6 @@ from voxelmorph_monai.spaces import (
     Affine,
     Composite,
     Plane,
-    atomic_folder,
     in_plane,
     linear_transform,
     read_image,

@@ -9,11 +9,7 @@ interpolate, and what is said of it holds for its whole thickness. :class:`Plane
 plane, ``(X, Y)`` and a 3 x 3 affine, with which the functions for ITK work as with 3-D ones.
 """
 
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from voxelmorph_monai.files import atomic
 from voxelmorph_monai.formats import (
     Volume,
     corner_distance,
@@ -36,8 +33,6 @@ from voxelmorph_monai.formats import (
 __all__ = [
     "Composite",
     "Plane",
-    "atomic",
-    "atomic_folder",
     "from_itk",
     "in_plane",
     "linear_transform",
@@ -445,33 +440,6 @@ def warp_scan(
     return warped
 
 
-def _mark() -> str:
-    """Beginning of a temporary name that nobody else uses: in a container every process may have the number 1."""
-    return f".{os.getpid()}-{secrets.token_hex(4)}."
-
-
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Give the name of a temporary file in the folder of ``path`` to write; it takes the place of ``path`` at the end.
-
-    Nobody ever sees half a file: after an error the temporary file is gone and ``path`` is what it was.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with atomic(f"{folder}/notes.txt") as temporary:
-    ...         number_of_characters = temporary.write_text("whole")
-    ...     os.listdir(folder)
-    ['notes.txt']
-    """
-    path = Path(path)
-    temporary = path.with_name(_mark() + path.name)  # the ending stays: writers choose the format by it
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
     """Have ITK write ``path``, whole or not at all, and raise an OSError if it cannot."""
     with atomic(path) as temporary:
@@ -483,29 +451,6 @@ def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
                 failed = True
         if failed:
             raise OSError(f"{path} cannot be written: is the disk full?")
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill; it takes the place of ``path``, and of all in it, at the end.
-
-    Nobody ever sees half of it: after an error the temporary folder is gone and ``path`` is what it was.
-    """
-    path = Path(path).absolute()
-    temporary = path.with_name(_mark() + path.name)
-    former = temporary.with_name(f"{temporary.name}.former")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, former)
-        os.replace(temporary, path)
-    finally:
-        if former.exists() and not path.exists():
-            os.replace(former, path)
-        for leftover in (temporary, former):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:

@@ -31,9 +31,10 @@ from voxelmorph_monai.chains import (
     matrix_of,
 )
 from voxelmorph_monai.chains import on_grid as sample
+from voxelmorph_monai.files import atomic
 from voxelmorph_monai.foreign_files import Grid, read_fsl, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.formats import silent_stderr
-from voxelmorph_monai.spaces import Affine, atomic, linear_transform, read_displacement, save_displacement
+from voxelmorph_monai.spaces import Affine, linear_transform, read_displacement, save_displacement
 
 __all__ = ["FORMATS", "Chain", "read_chain", "read_fsl_transform", "read_transform", "require_new", "save_chain"]
 

@@ -7,7 +7,6 @@ no error bar: a wrong affine alignment, scans unlike those of the training and o
 The noise is independent from voxel to voxel of the velocity, so integration and interpolation average much of it away.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from voxelmorph_monai.files import atomic_folder, write_json
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.preparation import Grid, grid_affine, resample_intensities, rescale
 from voxelmorph_monai.registration import Image, Labels, RegistrationResult, extended, load_network, register
-from voxelmorph_monai.spaces import (
-    Affine,
-    atomic_folder,
-    read_image,
-    read_labels,
-    require_same_grid,
-    save_image_like,
-    warp_scan,
-)
+from voxelmorph_monai.spaces import Affine, read_image, read_labels, require_same_grid, save_image_like, warp_scan
 
 __all__ = [
     "MEANING",
@@ -286,5 +278,5 @@ def uncertainty_files(
             for value, count in zip(found.labels[1:], found.counts[1:], strict=True):
                 share = count.astype(np.float32) / np.float32(num_samples)
                 save_image_like(folder / "probabilities" / f"{value}.nii.gz", share, fixed)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "summary.json", summary)
     return summary

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from voxelmorph_monai.files import atomic
 from voxelmorph_monai.networks import VoxelMorph
-from voxelmorph_monai.spaces import atomic
 
 __all__ = ["import_weights"]
 

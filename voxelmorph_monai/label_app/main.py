@@ -25,11 +25,12 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.train import TrainTask
 
 from voxelmorph_monai import __version__
+from voxelmorph_monai.files import atomic, write_json
 from voxelmorph_monai.networks import PRESETS
-from voxelmorph_monai.preparation import Grid, prepare, write_json
+from voxelmorph_monai.preparation import Grid, prepare
 from voxelmorph_monai.propagation import Study, number_structures, propagate, rank, renumbered, structures
 from voxelmorph_monai.registration import load_network, register_files, shipped_bundle, shipped_weights
-from voxelmorph_monai.spaces import atomic, open_volume, read_image, save_image, save_image_like, to_itk
+from voxelmorph_monai.spaces import open_volume, read_image, save_image, save_image_like, to_itk
 
 logger = logging.getLogger(__name__)
 
