@@ -73,9 +73,7 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
     assert main(["prepare", "a", "b.nii.gz", "out"]) == 0
     defaults = {"images": "*.nii.gz", "labels": None, "maps": False, "split": None, "seed": 0}
     defaults |= {"validation": 0.1, "test": 0.1}
-    assert calls == [
-        (([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": os.cpu_count(), **defaults})
-    ]
+    assert calls == [(([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": None, **defaults})]
     errors["x7"] = "no space left"
     words = "prepare a out --images *.mgz --labels *_l.mgz --size 80 96 112 --spacing 2 --split s.json "
     words += "--validation 0.2 --test 0.3 --seed 4 --jobs 3 --maps"

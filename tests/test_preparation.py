@@ -2,6 +2,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import itk
@@ -9,6 +10,7 @@ import make_sample
 import matplotlib.image
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from conftest import InThreads
 from monai.data import load_decathlon_datalist
@@ -455,6 +457,21 @@ def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:
         with pytest.raises(ValueError, match=message):
             prepare([scans], tmp_path / "out", **{**PATTERNS, **options})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [(None, 3), (2, 2)])
+def test_as_many_processes_as_find_processors_and_memory(
+    tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, jobs: int | None, expected: int
+) -> None:
+    def stop(jobs: int, threads: int) -> None:
+        raise InterruptedError(jobs, threads)
+
+    monkeypatch.setattr(preparation, "Processes", stop)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)), raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=99 * 2**30))
+    with pytest.raises(InterruptedError) as caught:
+        prepare([scans], tmp_path / "out", **PATTERNS, jobs=jobs)
+    assert caught.value.args == (expected, 1)
 
 
 def test_the_template_is_a_brain_whose_tissues_differ() -> None:

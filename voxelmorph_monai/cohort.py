@@ -16,11 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import psutil
 from filelock import FileLock, Timeout
 
 from voxelmorph_monai.files import atomic, atomic_folder, stamp, sweep, write_json
-from voxelmorph_monai.processes import Pool, Processes, attempt, failures
+from voxelmorph_monai.processes import Pool, Processes, attempt, default_jobs, failures, num_cpus
 from voxelmorph_monai.registration import load_network, register_files
 
 __all__ = ["Cohort", "register_cohort"]
@@ -34,7 +33,7 @@ _COLUMNS = (
     *("similarity_before", "similarity_affine", "similarity_after"),
     *("folding_percent", "sdlogj", "inverse_consistency_mm", "seconds", "moving", "fixed"),
 )
-_MEMORY = 5 * 2**30  # bytes a process may need: 2.7 to 3.9 GiB were seen for brains of 1 mm
+_MEMORY = 6 * 2**30  # bytes a process may need: 3.2 GiB were seen for brains of 1 mm, 4.4 GiB on grids of 256^3
 _LISTED = 20  # faults that are told of a list
 
 
@@ -265,20 +264,11 @@ class _Cluster:
         self._client.close()
 
 
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _default_jobs() -> int:
-    """As many as there are processors, and as find memory."""
-    return max(1, min(_num_cpus(), psutil.virtual_memory().available // _MEMORY))
-
-
 def _pool(jobs: int | None, scheduler: str | None, num_pairs: int) -> Processes | _Cluster:
     if scheduler is not None:
         return _Cluster(scheduler)
-    jobs = min(jobs or _default_jobs(), max(1, num_pairs))
-    return Processes(jobs, threads=max(1, _num_cpus() // jobs))
+    jobs = min(jobs or default_jobs(_MEMORY), max(1, num_pairs))
+    return Processes(jobs, threads=max(1, num_cpus() // jobs))
 
 
 def _register_all(
@@ -315,7 +305,7 @@ def register_cohort(
         pairs: CSV file with the columns ``moving`` and ``fixed``, and maybe ``name`` (default: ``MOVING_to_FIXED``),
             ``moving_labels``, ``fixed_labels``, ``moving_mask`` and ``fixed_mask``; paths are relative to its folder.
         output: a folder that is new, empty or of an earlier call.
-        jobs: number of processes (default: of processors, or fewer if they found less than 5 GiB of memory each).
+        jobs: number of processes (default: of processors, or fewer if they found less than 6 GiB of memory each).
         scheduler: address of a Dask scheduler, whose workers then do the work; they must see the same files.
         overwrite: let the results of other options be replaced.
         options: of :func:`~voxelmorph_monai.registration.register_files`, but for its files.

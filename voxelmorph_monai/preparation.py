@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.files import atomic, stamp, sweep, write_json
-from voxelmorph_monai.processes import Processes, failures
+from voxelmorph_monai.processes import Processes, default_jobs, failures
 from voxelmorph_monai.spaces import (
     Affine,
     Plane,
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 _ORANGE = [1.0, 0.35, 0.0]
+_MEMORY = 3 * 2**30  # bytes a process may need: 1.7 GiB were seen for a brain of 1 mm
 _LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: the direction (RAS) of an array axis
 
 
@@ -450,7 +451,7 @@ def prepare(
     validation: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
-    jobs: int = 1,
+    jobs: int | None = None,
 ) -> Prepared:
     """Align skull-stripped T1 scans to MNI152 and write them, with their labels, on one grid.
 
@@ -474,14 +475,14 @@ def prepare(
         validation: share of the scans that is drawn for validation.
         test: share of the scans that is drawn for the test.
         seed: of the drawing.
-        jobs: number of processes.
+        jobs: number of processes (default: of processors, or fewer if they found less than 3 GiB of memory each).
 
     Raises:
         ValueError: an input or an option cannot be used; the message says which and why.
         FileNotFoundError: an input does not exist.
     """
     output = Path(output).absolute()
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
     if seed < 0:  # Python's generator drops the sign
         raise ValueError(f"seed must be at least 0, got {seed}.")
@@ -493,7 +494,7 @@ def prepare(
     sections = _given_sections(Path(split), names) if split else _random_sections(names, validation, test, seed)
     _require_ours(output, grid)
     todo = [scan for scan in scans if not _is_done(scan, output)]
-    with Processes(jobs, threads=1) as pool:
+    with Processes(jobs or default_jobs(_MEMORY), threads=1) as pool:
         faults = dict(failures(pool, "check", "scan", _check, {scan.name: [scan] for scan in todo}))
         if faults:
             first = min(faults)

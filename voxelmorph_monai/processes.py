@@ -18,9 +18,10 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+import psutil
 from tqdm import tqdm
 
-__all__ = ["Pool", "Processes", "attempt", "failures", "keep_freed_memory"]
+__all__ = ["Pool", "Processes", "attempt", "default_jobs", "failures", "keep_freed_memory", "num_cpus"]
 
 _ATTEMPTS = 2  # a process may have been the victim of another one's hunger for memory
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
@@ -42,6 +43,16 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # (what, value) of glibc's malloc.h: M_MMAP_MAX, no block is a mapping of its own; M_TRIM_THRESHOLD, never shrink
     return mallopt is not None and all([mallopt(-4, 0), mallopt(-1, -1)])
+
+
+def num_cpus() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs(memory: int) -> int:
+    """How many processes to run at a time: one for each processor, or fewer so that each finds ``memory`` bytes."""
+    return max(1, min(num_cpus(), psutil.virtual_memory().available // memory))
 
 
 class Pool(Protocol):
