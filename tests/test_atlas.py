@@ -264,11 +264,11 @@ def test_a_refusal_reaches_the_client_of_monai_label(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_overwritten_unless_it_is_a_segmentation_and_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="must be new, or overwrite be true"):
+    with pytest.raises(FileExistsError, match="must be new, or be overwritten"):
         SaveSegmentationd(tmp_path).check()
     SaveSegmentationd(tmp_path, overwrite=True).check()
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="must hold a segmentation to be overwritten"):
+    with pytest.raises(ValueError, match="must be made by a segmentation to be overwritten"):
         SaveSegmentationd(tmp_path, overwrite=True).check()
 
 
@@ -351,7 +351,7 @@ def test_labelled_scans_make_a_bundle_that_segments_another(tmp_path: Path, name
     while error is not None:
         causes.append(str(error))
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    assert any("output_dir must be new" in cause for cause in causes), causes
+    assert any("out must be new" in cause for cause in causes), causes
     probability = nib.load(tmp_path / "out" / "probability.nii.gz").get_fdata()
     assert probability.min() > 1 / 3 - 1e-6  # of three the largest one
     assert probability.max() <= 1
@@ -396,7 +396,7 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
         make_atlas_bundle([], output, names=names)
     with pytest.raises(FileNotFoundError, match="names must be a CSV file, but there is no"):
         make_atlas_bundle([(scan, labels)], output, names=tmp_path / "nothing.csv")
-    with pytest.raises(FileExistsError, match="output must be new"):
+    with pytest.raises(FileExistsError, match="must be new, but it exists"):
         make_atlas_bundle([(scan, labels)], tmp_path, names=names)
     assert main(["make-atlas-bundle", str(scan), "--output", str(output)]) == 2
     assert "scans must come with labels, IMAGE LABELS, but there are 1 files" in capsys.readouterr().err

@@ -110,14 +110,14 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
 
 def test_nothing_is_replaced_silently(tmp_path) -> None:
     save_evaluation(tmp_path / "e", evaluation(), {})
-    with pytest.raises(FileExistsError, match=r"must be new, or overwrite be true, but it exists"):
+    with pytest.raises(FileExistsError, match=r"must be new, or be overwritten \(--overwrite\), but it exists"):
         save_evaluation(tmp_path / "e", evaluation(), {})
     one = tabulate(PATHS[:1], {"hd95_mm": DICE[:1]}, STRUCTURES)
     save_evaluation(tmp_path / "e", one, {}, overwrite=True)
     assert len(load_evaluation(tmp_path / "e").pairs) == 1
     assert not (tmp_path / "e" / "dice.png").exists()
     (tmp_path / "e" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"must be what an evaluation wrote to be overwritten"):
+    with pytest.raises(ValueError, match=r"must be made by an evaluation to be overwritten"):
         save_evaluation(tmp_path / "e", one, {}, overwrite=True)
     assert (tmp_path / "e" / "thesis.txt").exists()
 

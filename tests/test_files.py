@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from voxelmorph_monai.files import atomic, atomic_folder, sweep, write_json
+from voxelmorph_monai.files import atomic, atomic_folder, require_new, require_replaceable, sweep, write_json
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
@@ -79,6 +79,27 @@ def test_a_folder_stays_where_the_new_one_cannot_take_its_place(
         (folder / "new").touch()
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_may_be_written(tmp_path: Path) -> None:
+    new, folder, file = tmp_path / "new", tmp_path / "folder", tmp_path / "a.csv"
+    folder.mkdir()
+    for path in (file, folder / "a.csv", folder / "b1.png"):
+        path.touch()
+    for overwrite in (None, False, True):
+        require_new(new, overwrite)
+    require_new(file, True)
+    with pytest.raises(FileExistsError, match=r"a\.csv must be new, but it exists"):
+        require_new(file)
+    with pytest.raises(FileExistsError, match=r"a\.csv must be new, or be overwritten \(--overwrite\), but it exists"):
+        require_new(file, False)
+    require_replaceable(new, False, "us", ["a.csv"])
+    require_replaceable(folder, True, "us", ["a.csv", "*.png"])
+    with pytest.raises(FileExistsError, match=r"folder must be new, or be overwritten"):
+        require_replaceable(folder, False, "us", ["a.csv", "*.png"])
+    for path, patterns in ((folder, ["a.csv"]), (file, ["a.csv"])):
+        with pytest.raises(ValueError, match=f"{path.name} must be made by us to be overwritten, but something else"):
+            require_replaceable(path, True, "us", patterns)
 
 
 def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:

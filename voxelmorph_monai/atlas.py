@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import corners, warp
-from voxelmorph_monai.files import atomic_folder
+from voxelmorph_monai.files import atomic_folder, require_replaceable
 from voxelmorph_monai.losses import box_sum
 from voxelmorph_monai.networks import VoxelMorph
 from voxelmorph_monai.preparation import Grid, check_brain, grid_affine, mni152, resample_intensities, rescale
@@ -335,13 +335,7 @@ class SaveSegmentationd(SaveImaged):
 
         It is not the constructor that asks, as MONAI Label calls that one, and writes nothing.
         """
-        there = sorted(path.name for path in self.output_dir.iterdir()) if self.output_dir.is_dir() else []
-        if self.output_dir.exists() and not self.overwrite:
-            raise FileExistsError(f"output_dir must be new, or overwrite be true, but {self.output_dir} exists.")
-        if self.output_dir.exists() and (not self.output_dir.is_dir() or set(there) - set(self.FILES)):
-            raise ValueError(
-                f"output_dir must hold a segmentation to be overwritten, but {self.output_dir} holds {there}."
-            )
+        require_replaceable(self.output_dir, self.overwrite, "a segmentation", self.FILES)
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Write the files; ``data`` stays as it is."""

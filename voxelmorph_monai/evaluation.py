@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from voxelmorph_monai.files import atomic_folder, write_json
+from voxelmorph_monai.files import atomic_folder, require_replaceable, write_json
 from voxelmorph_monai.pictures import save_box_plot
 
 __all__ = [
@@ -167,14 +167,7 @@ def summarise(evaluation: Evaluation) -> pd.DataFrame:
 
 def check_folder(folder: str | Path, overwrite: bool) -> None:
     """Raise FileExistsError or ValueError where :func:`save_evaluation` would replace what it should not."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} must be new, or overwrite be true, but it exists.")
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if held - set(_FILES) - {name for name in held if name.endswith(".png")}:
-        raise ValueError(f"{folder} must be what an evaluation wrote to be overwritten, but something else is there.")
+    require_replaceable(folder, overwrite, "an evaluation", [*_FILES, "*.png"])
 
 
 def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -5,12 +5,13 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "atomic_folder", "stamp", "sweep", "write_json"]
+__all__ = ["atomic", "atomic_folder", "require_new", "require_replaceable", "stamp", "sweep", "write_json"]
 
 
 def _mark() -> str:
@@ -70,6 +71,30 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(former, path)
         for leftover in (temporary, former):
             _remove(leftover)
+
+
+def require_new(path: str | Path, overwrite: bool | None = None) -> None:
+    """Raise FileExistsError where ``path`` exists, unless it may be overwritten (None: there is no such option)."""
+    if Path(path).exists() and not overwrite:
+        choice = "" if overwrite is None else ", or be overwritten (--overwrite)"
+        raise FileExistsError(f"{path} must be new{choice}, but it exists.")
+
+
+def require_replaceable(folder: str | Path, overwrite: bool, maker: str, patterns: Iterable[str]) -> None:
+    """Raise FileExistsError or ValueError where writing ``folder`` would replace what it should not.
+
+    Args:
+        folder: to write; it may be new.
+        overwrite: whether an earlier one may be replaced.
+        maker: of the folder, to name in the error.
+        patterns: of the names of the files that this one writes; a folder that holds others is not replaced.
+    """
+    require_new(folder, overwrite)
+    folder = Path(folder)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if others or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} must be made by {maker} to be overwritten, but something else is there.")
 
 
 def sweep(folder: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import joint_weights
 from voxelmorph_monai.blocks import majority
-from voxelmorph_monai.files import atomic_folder, stamp
+from voxelmorph_monai.files import atomic_folder, require_new, stamp
 from voxelmorph_monai.preparation import mni152, rescale
 from voxelmorph_monai.registration import register
 from voxelmorph_monai.results import correlation
@@ -174,8 +174,7 @@ def copy_label_app(output: str | Path) -> None:
         FileExistsError: ``output`` exists.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} must be new, but it exists.")
+    require_new(output)
     with atomic_folder(output) as folder:
         for name in ("main.py", "requirements.txt"):
             shutil.copy(Path(__file__).with_name("label_app") / name, folder / name)

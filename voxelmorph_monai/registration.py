@@ -26,7 +26,7 @@ from torch import Tensor
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
-from voxelmorph_monai.files import atomic_folder
+from voxelmorph_monai.files import atomic_folder, require_replaceable
 from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
@@ -451,10 +451,7 @@ def _check_output(output: Path, inputs: Mapping[str, Path], names: Mapping[str, 
             raise ValueError(f"{output} must not hold an input, got {path}.")
         if path.is_dir() and path.absolute() in output.parents:
             raise ValueError(f"{output} must not lie within an input, got {path}.")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} must be new, or be overwritten (--overwrite), but it exists.")
-    if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - set(names.values())):
-        raise ValueError(f"{output} must be made by 'vxm register' to be overwritten, but something else is there.")
+    require_replaceable(output, overwrite, "'vxm register'", names.values())
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{output} must be a folder that can be made, but nothing can be written in {above}.")

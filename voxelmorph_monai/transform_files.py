@@ -31,12 +31,12 @@ from voxelmorph_monai.chains import (
     matrix_of,
 )
 from voxelmorph_monai.chains import on_grid as sample
-from voxelmorph_monai.files import atomic
+from voxelmorph_monai.files import atomic, require_new
 from voxelmorph_monai.foreign_files import Grid, read_fsl, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.formats import silent_stderr
 from voxelmorph_monai.spaces import Affine, linear_transform, read_displacement, save_displacement
 
-__all__ = ["FORMATS", "Chain", "read_chain", "read_fsl_transform", "read_transform", "require_new", "save_chain"]
+__all__ = ["FORMATS", "Chain", "check_output", "read_chain", "read_fsl_transform", "read_transform", "save_chain"]
 
 FORMATS = {
     "itk": "ITK transform: .h5, or .tfm, .txt, .mat where it is linear",
@@ -182,13 +182,12 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(f"{prefix.name}1Warp.nii.gz"), prefix.with_name(f"{prefix.name}0GenericAffine.mat")
 
 
-def require_new(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
     """Raise FileExistsError where writing ``path`` would replace something that may not be."""
     given = [_parse(each)[0] for each in inputs]
     if path.exists() and any(each.exists() and path.samefile(each) for each in given):
         raise FileExistsError(f"{path} must not be an input.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} must be new, or be overwritten (--overwrite), but it exists.")
+    require_new(path, overwrite)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path} must lie in a folder that exists.")
 
@@ -283,7 +282,7 @@ def save_chain(
     path = Path(path)
     form = _form_of(path, form)
     for each in _pair(path) if form == "ants" else [path]:
-        require_new(each, overwrite, inputs)
+        check_output(each, overwrite, inputs)
     if form in ("lta", "fsl"):
         if spatial_dims == 2:
             raise ValueError(f"a file of format {form} must be of a transform in 3-D, got one in 2-D.")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelmorph_monai.files import atomic_folder, write_json
+from voxelmorph_monai.files import atomic_folder, require_new, write_json
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.preparation import Grid, grid_affine, resample_intensities, rescale
 from voxelmorph_monai.registration import Image, Labels, RegistrationResult, extended, load_network, register
@@ -240,8 +240,7 @@ def uncertainty_files(
         What is in ``summary.json``.
     """
     output = Path(output).absolute()
-    if output.exists():
-        raise FileExistsError(f"{output} must be new, but it exists.")
+    require_new(output)
     if fixed_labels is not None and moving_labels is None:
         raise ValueError("fixed_labels must come with moving_labels, which are carried to them, got none.")
     images = read_image(moving), read_image(fixed)
