@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from voxelmorph_monai.files import atomic, atomic_folder, stamp, sweep, write_json
+from voxelmorph_monai.formats import scan_name
 from voxelmorph_monai.processes import Pool, Processes, attempt, default_jobs, failures, num_cpus
 from voxelmorph_monai.registration import load_network, register_files
 
@@ -85,13 +86,9 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return columns, rows[1:]
 
 
-def _stem(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem
-
-
 def _pair(cells: Mapping[str, str], folder: Path) -> _Pair:
     files = {role: Path(os.path.abspath(folder / cells[role])) for role in _FILES if cells.get(role)}
-    default = "_to_".join(_stem(files[role]) for role in _FILES[:2] if role in files)
+    default = "_to_".join(scan_name(files[role]) for role in _FILES[:2] if role in files)
     return _Pair(cells.get("name") or default, files)
 
 

@@ -200,7 +200,7 @@ def compare_runs(folders: Sequence[str | Path], output: str | Path, *, common: b
         ValueError: runs that cannot be compared.
     """
     require_new(output)
-    names = scan_names([f"{Path(folder).absolute()}.run" for folder in folders])  # no ending is cut off a folder
+    names = scan_names([Path(folder).absolute() for folder in folders])
     if len(set(names)) < len(names):
         raise ValueError(f"runs to compare must be in different folders, got {[str(folder) for folder in folders]}.")
     runs = dict(zip(names, map(load_evaluation, folders), strict=True))

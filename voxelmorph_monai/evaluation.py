@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from voxelmorph_monai.files import atomic_folder, require_replaceable, write_json
+from voxelmorph_monai.formats import scan_name
 from voxelmorph_monai.pictures import save_box_plot
 
 __all__ = [
@@ -59,7 +60,7 @@ class Evaluation(NamedTuple):
         return pd.DataFrame({name: table[members].mean(axis=1) for name, members in self.groups.items()})
 
 
-def scan_names(paths: Sequence[str]) -> list[str]:
+def scan_names(paths: Sequence[str | Path]) -> list[str]:
     """Short and unambiguous names for files: without folders and ending, with folders where they are needed.
 
     >>> scan_names(["/data/images/1005.nii.gz", "/data/atlas.mgz", "/data/images/1005.nii.gz"])
@@ -67,11 +68,11 @@ def scan_names(paths: Sequence[str]) -> list[str]:
     >>> scan_names(["/data/sub-01/t1.nii.gz", "/data/sub-02/t1.nii.gz"])
     ['sub-01/t1', 'sub-02/t1']
     """
-    bare = {path: path.removesuffix(".gz").rpartition(".")[0] or path for path in paths}
-    if len({Path(name).name for name in bare.values()}) == len(bare):
-        return [Path(bare[path]).name for path in paths]
+    names = {path: scan_name(path) for path in paths}
+    if len(set(names.values())) == len(names):
+        return [names[path] for path in paths]
     common = commonpath([str(Path(path).parent) for path in paths])
-    return [Path(bare[path]).relative_to(common).as_posix() for path in paths]
+    return [Path(path).with_name(names[path]).relative_to(common).as_posix() for path in paths]
 
 
 def merge_sides(structures: Iterable[str]) -> dict[str, list[str]]:

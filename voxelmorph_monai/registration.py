@@ -27,7 +27,7 @@ from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
 from voxelmorph_monai.files import atomic_folder, require_replaceable
-from voxelmorph_monai.formats import spatial_dims_of
+from voxelmorph_monai.formats import scan_name, spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
     Grid,
@@ -416,10 +416,6 @@ def _save(
     save_results(folder, images, result.ddf, affine, summary, bend=bend, names=names, spatial_dims=spatial_dims)
 
 
-def _stem(path: Path) -> str:
-    return re.sub(r"(\.nii|\.hdr)?(\.gz)?$|\.\w+$", "", path.name)
-
-
 def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     """Names of the files as derivatives of the moving scan (BIDS 1.10, and its proposal 14 for transforms).
 
@@ -427,8 +423,8 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     >>> names["warped"], names["forward"]
     ('sub-01_ses-2_space-tplMNI152T1w_T1w.nii.gz', 'sub-01_ses-2_from-sub01ses2T1w_to-tplMNI152T1w_mode-image_xfm.h5')
     """
-    spaces = [re.sub("[^0-9A-Za-z]", "", _stem(path)) for path in (moving, fixed)]
-    match = _BIDS.fullmatch(_stem(moving))
+    spaces = [re.sub("[^0-9A-Za-z]", "", scan_name(path)) for path in (moving, fixed)]
+    match = _BIDS.fullmatch(scan_name(moving))
     entities, suffix = match.groups() if match else (f"sub-{spaces[0]}", "T1w")
     there, back = (f"{entities}_from-{a}_to-{b}_mode-image" for a, b in (spaces, spaces[::-1]))
     here = f"{entities}_space-{spaces[1]}"
