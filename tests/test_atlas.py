@@ -30,7 +30,7 @@ from voxelmorph_monai.atlas import (
 from voxelmorph_monai.atlas_bundle import make_atlas_bundle
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import Grid, sample
+from voxelmorph_monai.preparation import Grid, sample_scan
 from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import linear_transform, read_labels, save_image
 
@@ -437,14 +437,14 @@ def test_the_shipped_bundle_segments_colin27(tmp_path: Path, monkeypatch: pytest
         meta_file="configs/metadata.json",
         logging_file=False,
         workflow_type="infer",
-        image=str(sample("colin27")),
+        image=str(sample_scan("colin27")),
         output_dir=str(tmp_path / "out"),
     )
     run.initialize()
     assert run.check_properties() == []
     run.run()
     found, _ = read_labels(tmp_path / "out" / "segmentation.nii.gz")
-    truth, _ = read_labels(sample("colin27_tissue"))
+    truth, _ = read_labels(sample_scan("colin27_tissue"))
     dice = overlap({"found": found}, truth)["found"]
     assert dice["2"] > 0.72  # 0.68 and 0.70 after the affine alignment alone
     assert dice["3"] > 0.74

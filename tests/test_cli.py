@@ -12,7 +12,7 @@ import pytest
 
 from voxelmorph_monai import cli, comparison, preparation, registration, uncertainty
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import Grid, Prepared, sample
+from voxelmorph_monai.preparation import Grid, Prepared, sample_scan
 from voxelmorph_monai.refinement import SIMILARITIES
 
 
@@ -218,7 +218,14 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 def test_ctrl_c_stops_the_processes_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "voxelmorph_monai.cli", "prepare", str(sample("colin27")), str(tmp_path / "out")]
+    words = [
+        sys.executable,
+        "-m",
+        "voxelmorph_monai.cli",
+        "prepare",
+        str(sample_scan("colin27")),
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 240  # the imports of two processes, on a machine that is busy

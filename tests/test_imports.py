@@ -36,7 +36,7 @@ ALLOWED = {
     "comparison": {"evaluation", "files", "pictures"},
     "handlers": {"data", "engines", "evaluation", "files"},
     "distribution": {"files", "networks"},
-    "quickstart": {"preparation", "registration", "spaces"},
+    "quickstart": {"atlas_bundle", "preparation", "registration", "spaces"},
     "weights": {"files", "networks"},
     "registration": {
         "__init__",

@@ -19,7 +19,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import preparation
-from voxelmorph_monai.preparation import Grid, check_brain, mni152, mni152_tissue, prepare, resample, sample
+from voxelmorph_monai.preparation import Grid, check_brain, mni152, mni152_tissue, prepare, resample, sample_scan
 from voxelmorph_monai.spaces import Affine, from_itk, read_image, read_labels, save_image, to_itk, transform_affine
 
 GRID = Grid((54, 60, 70), 3.0)
@@ -436,7 +436,7 @@ def test_bad_scans_are_found_before_the_work(
 def test_a_resampled_brain_may_have_a_rim() -> None:
     grid = Grid((80, 96, 112), 2.0)
     affine, larger = preparation.grid_affine(grid), np.diag([0.93, 0.93, 0.93, 1.0])  # in MNI152 a brain gains a third
-    image = preparation.resample_intensities(read_image(sample("colin27")), grid.size, affine, larger)
+    image = preparation.resample_intensities(read_image(sample_scan("colin27")), grid.size, affine, larger)
     assert np.count_nonzero(image > 0) * 8e-6 > 2.5  # litres
     check_brain((image, affine), "the brain")
 
@@ -486,13 +486,13 @@ def test_the_template_is_a_brain_whose_tissues_differ() -> None:
 
 
 def test_the_sample_is_a_brain_whose_tissues_differ() -> None:
-    image, affine = read_image(sample("colin27"))
-    tissue, tissue_affine = read_labels(sample("colin27_tissue"))
+    image, affine = read_image(sample_scan("colin27"))
+    tissue, tissue_affine = read_labels(sample_scan("colin27_tissue"))
     np.testing.assert_array_equal(affine, tissue_affine)
     check_tissue(image, tissue)
     with pytest.raises(ValueError, match=r"sample must be one of \['colin27', 'colin27_tissue'\], got 'colin'"):
-        sample("colin")
-    assert "MRIcron" in sample("colin27").with_name("NOTICE.txt").read_text()
+        sample_scan("colin")
+    assert "MRIcron" in sample_scan("colin27").with_name("NOTICE.txt").read_text()
 
 
 def check_tissue(image: NDArray[Any], tissue: NDArray[Any]) -> None:
@@ -505,8 +505,8 @@ def check_tissue(image: NDArray[Any], tissue: NDArray[Any]) -> None:
 
 
 def test_the_tissue_of_the_sample_can_be_computed_again() -> None:
-    image, affine = read_image(sample("colin27"))
-    tissue, _ = read_labels(sample("colin27_tissue"))
+    image, affine = read_image(sample_scan("colin27"))
+    tissue, _ = read_labels(sample_scan("colin27_tissue"))
     part = (slice(20, 160), slice(60, 130), slice(30, 110))
     again = make_sample.tissue(image[part], affine)
     assert np.mean(again == tissue[part]) > 0.95  # the means of a part differ a little: 0.97 was seen

@@ -27,6 +27,7 @@ from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.points import read_points, save_points
 from voxelmorph_monai.spaces import (
     Affine,
+    ImageGrid,
     open_volume,
     read_image,
     read_labels,
@@ -41,7 +42,7 @@ SIDES = ("fixed", "moving")
 """The image that points were drawn in."""
 
 
-def read_grid(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
+def read_grid(path: str | Path) -> ImageGrid:
     """Size and affine (RAS, mm) of an image; its voxels are not read.
 
     Raises:
@@ -50,8 +51,7 @@ def read_grid(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
     """
     volume, affine = open_volume(path, planar=True)
     require_right_angles(affine, str(path))
-    x, y, z = volume.shape
-    return (x, y, z), affine
+    return ImageGrid(volume.shape, affine)
 
 
 def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:

@@ -47,7 +47,7 @@ __all__ = [
     "resample",
     "resample_intensities",
     "rescale",
-    "sample",
+    "sample_scan",
 ]
 
 _ORANGE = [1.0, 0.35, 0.0]
@@ -121,7 +121,7 @@ def mni152_tissue() -> tuple[NDArray[np.uint8], Affine]:
 _mni152 = cache(mni152)  # for this module, which never writes into it
 
 
-def sample(name: str) -> Path:
+def sample_scan(name: str) -> Path:
     """Path of a scan that comes with the package: ``"colin27"``, or ``"colin27_tissue"``, coded as MNI152's tissue."""
     folder = Path(__file__).parent / "sample"
     names = sorted(path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
