@@ -57,6 +57,8 @@ from voxelmorph_monai.spaces import (
 )
 
 __all__ = [
+    "SPACES",
+    "TRANSFORMS",
     "RegistrationResult",
     "extended",
     "load_network",
@@ -69,8 +71,8 @@ __all__ = [
 Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
 
-_SPACES = ("mni152", "fixed")
-_TRANSFORMS = ("affine", "rigid", "none")
+SPACES = ("mni152", "fixed")
+TRANSFORMS = ("affine", "rigid", "none")
 _FADE = 16  # voxels around the network's grid within which its displacement fades to 0
 _NUM_POINTS = 100_000  # at which the inverse is checked
 _NAMES = {
@@ -153,10 +155,10 @@ def _is_slice(image: Labels) -> bool:
 
 
 def _check_options(network: Registration | None, space: str, transform: str, spatial_dims: int) -> None:
-    if space not in _SPACES:
-        raise ValueError(f"space must be one of {', '.join(_SPACES)}, got '{space}'.")
-    if transform not in _TRANSFORMS:
-        raise ValueError(f"transform must be one of {', '.join(_TRANSFORMS)}, got '{transform}'.")
+    if space not in SPACES:
+        raise ValueError(f"space must be one of {', '.join(SPACES)}, got '{space}'.")
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got '{transform}'.")
     if network is not None and network.training:
         raise ValueError("network must be in evaluation mode: call network.eval() first.")
     if network is not None and (network.network.spatial_dims, network.network.in_channels) != (spatial_dims, 2):
