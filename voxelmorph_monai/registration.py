@@ -72,7 +72,11 @@ Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
 
 SPACES = ("mni152", "fixed")
+"""Where the network works."""
+
 TRANSFORMS = ("affine", "rigid", "none")
+"""What aligns the scans before it does."""
+
 _FADE = 16  # voxels around the network's grid within which its displacement fades to 0
 _NUM_POINTS = 100_000  # at which the inverse is checked
 _NAMES = {
