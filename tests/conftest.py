@@ -25,7 +25,7 @@ with warnings.catch_warnings():  # Ignite imports optimisers of torch that torch
     warnings.filterwarnings("ignore", r"`torch\.jit\..* is deprecated", DeprecationWarning)
     import ignite.handlers  # noqa: F401
 
-from voxelmorph_monai.preparation import Grid, grid_affine, mni152, resample_intensities, rescale, sample
+from voxelmorph_monai.preparation import Grid, grid_affine, mni152, resample_intensities, rescale, sample_scan
 from voxelmorph_monai.processes import attempt
 from voxelmorph_monai.spaces import read_image, save_image
 
@@ -159,7 +159,7 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Colin27 (``moving``) and MNI152 (``fixed``), on one grid of 2 mm where their headers put them."""
     grid, folder = Grid((80, 96, 112), 2.0), tmp_path_factory.mktemp("real")
     paths = {role: folder / f"{role}.nii.gz" for role in ("moving", "fixed")}
-    for path, scan in zip(paths.values(), (read_image(sample("colin27")), mni152()), strict=True):
+    for path, scan in zip(paths.values(), (read_image(sample_scan("colin27")), mni152()), strict=True):
         affine = grid_affine(grid)
         save_image(path, rescale(resample_intensities(scan, grid.size, affine, np.eye(4))), affine)
     return paths

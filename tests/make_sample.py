@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 
-from voxelmorph_monai.preparation import sample
+from voxelmorph_monai.preparation import sample_scan
 from voxelmorph_monai.spaces import Affine, from_itk, read_image, save_image, to_itk
 
 CLASSES = (1, 2, 3)  # fluid, grey, white: in the order of their intensities
@@ -44,7 +44,7 @@ def tissue(image: NDArray[np.float32], affine: Affine, num_passes: int = 8) -> N
 
 
 def main() -> None:
-    path = sample("colin27")
+    path = sample_scan("colin27")
     image, affine = read_image(path)
     save_image(path.with_name("colin27_tissue.nii.gz"), tissue(image, affine), affine)
 

@@ -282,8 +282,8 @@ EVALUATION = [
     ),
     ("_check_groups(groups or {}, structures)", "pass", "a group of what is not measured"),
     ('.removeprefix("right ")', "", "sides not merged"),
-    ("    check_folder(folder, overwrite)\n    rows", "    rows", "an evaluation is replaced silently"),
-    ("if not overwrite:", "if overwrite:", "an evaluation is replaced silently"),
+    ("    check_folder(folder, overwrite)\n    summary", "    summary", "an evaluation is replaced silently"),
+    ('(folder, overwrite, "an', '(folder, True, "an', "an evaluation is replaced silently"),
 ]
 
 COMPARISON = [

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai.affine import _transform, register_affine
-from voxelmorph_monai.preparation import mni152, sample
+from voxelmorph_monai.preparation import mni152, sample_scan
 from voxelmorph_monai.spaces import Affine, read_image, transform_affine
 
 Image = tuple[NDArray[Any], Affine]
@@ -29,7 +29,7 @@ def template() -> Image:
 
 @cache
 def other_brain() -> Image:
-    return thinned(*read_image(sample("colin27")))
+    return thinned(*read_image(sample_scan("colin27")))
 
 
 @cache

@@ -30,7 +30,7 @@ from voxelmorph_monai.atlas import (
 from voxelmorph_monai.atlas_bundle import make_atlas_bundle
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import Grid, sample
+from voxelmorph_monai.preparation import Grid, sample_scan
 from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import linear_transform, read_labels, save_image
 
@@ -264,11 +264,11 @@ def test_a_refusal_reaches_the_client_of_monai_label(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_overwritten_unless_it_is_a_segmentation_and_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="must be new, or overwrite be true"):
+    with pytest.raises(FileExistsError, match="must be new, or be overwritten"):
         SaveSegmentationd(tmp_path).check()
     SaveSegmentationd(tmp_path, overwrite=True).check()
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="must hold a segmentation to be overwritten"):
+    with pytest.raises(ValueError, match="must hold only what a segmentation writes here, to be overwritten"):
         SaveSegmentationd(tmp_path, overwrite=True).check()
 
 
@@ -351,7 +351,7 @@ def test_labelled_scans_make_a_bundle_that_segments_another(tmp_path: Path, name
     while error is not None:
         causes.append(str(error))
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    assert any("output_dir must be new" in cause for cause in causes), causes
+    assert any("out must be new" in cause for cause in causes), causes
     probability = nib.load(tmp_path / "out" / "probability.nii.gz").get_fdata()
     assert probability.min() > 1 / 3 - 1e-6  # of three the largest one
     assert probability.max() <= 1
@@ -396,7 +396,7 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
         make_atlas_bundle([], output, names=names)
     with pytest.raises(FileNotFoundError, match="names must be a CSV file, but there is no"):
         make_atlas_bundle([(scan, labels)], output, names=tmp_path / "nothing.csv")
-    with pytest.raises(FileExistsError, match="output must be new"):
+    with pytest.raises(FileExistsError, match="must be new, but it exists"):
         make_atlas_bundle([(scan, labels)], tmp_path, names=names)
     assert main(["make-atlas-bundle", str(scan), "--output", str(output)]) == 2
     assert "scans must come with labels, IMAGE LABELS, but there are 1 files" in capsys.readouterr().err
@@ -437,14 +437,14 @@ def test_the_shipped_bundle_segments_colin27(tmp_path: Path, monkeypatch: pytest
         meta_file="configs/metadata.json",
         logging_file=False,
         workflow_type="infer",
-        image=str(sample("colin27")),
+        image=str(sample_scan("colin27")),
         output_dir=str(tmp_path / "out"),
     )
     run.initialize()
     assert run.check_properties() == []
     run.run()
     found, _ = read_labels(tmp_path / "out" / "segmentation.nii.gz")
-    truth, _ = read_labels(sample("colin27_tissue"))
+    truth, _ = read_labels(sample_scan("colin27_tissue"))
     dice = overlap({"found": found}, truth)["found"]
     assert dice["2"] > 0.72  # 0.68 and 0.70 after the affine alignment alone
     assert dice["3"] > 0.74

@@ -332,10 +332,10 @@ def test_outputs_that_would_harm_or_cannot_be_are_refused(
     text(folder / "theirs" / "thesis.txt")
     save_dicom(folder / "series", blob(), AFFINE)
     for output, words, message in (
-        ("labels.nii.gz", ["--overwrite"], "must hold nothing but what this call writes to be overwritten"),
+        ("labels.nii.gz", ["--overwrite"], "must hold only what 'vxm register' writes here, to be overwritten"),
         ("labels.nii.gz/out", [], "must be a folder that can be made"),
         ("theirs", [], "must be new, or be overwritten"),
-        ("theirs", ["--overwrite"], "must hold nothing but what this call writes to be overwritten"),
+        ("theirs", ["--overwrite"], "must hold only what 'vxm register' writes here, to be overwritten"),
         (".", ["--overwrite"], "must not hold an input"),
         ("moving.nii.gz", ["--overwrite"], "must not hold an input"),
     ):

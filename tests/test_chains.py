@@ -161,7 +161,7 @@ def test_labels_are_the_largest_share_of_all_one_hot_images(ours: Any, peer: sit
 def test_slabs_do_not_show(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.random.default_rng(1).integers(0, 5, MOVING)
     whole = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE)
-    monkeypatch.setattr("voxelmorph_monai.chains._SLAB", 4 * FIXED[1] * FIXED[2])
+    monkeypatch.setattr("voxelmorph_monai.spaces._SLAB_VOXELS", 4 * FIXED[1] * FIXED[2])
     parts = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE)
     assert (whole != parts).mean() < 1e-3  # origins of slabs are rounded differently
 

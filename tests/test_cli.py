@@ -12,7 +12,7 @@ import pytest
 
 from voxelmorph_monai import cli, comparison, preparation, registration, uncertainty
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import Grid, Prepared, sample
+from voxelmorph_monai.preparation import Grid, Prepared, sample_scan
 from voxelmorph_monai.refinement import SIMILARITIES
 
 
@@ -73,9 +73,7 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
     assert main(["prepare", "a", "b.nii.gz", "out"]) == 0
     defaults = {"images": "*.nii.gz", "labels": None, "maps": False, "split": None, "seed": 0}
     defaults |= {"validation": 0.1, "test": 0.1}
-    assert calls == [
-        (([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": os.cpu_count(), **defaults})
-    ]
+    assert calls == [(([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": None, **defaults})]
     errors["x7"] = "no space left"
     words = "prepare a out --images *.mgz --labels *_l.mgz --size 80 96 112 --spacing 2 --split s.json "
     words += "--validation 0.2 --test 0.3 --seed 4 --jobs 3 --maps"
@@ -174,7 +172,7 @@ def test_brains_alone_get_the_shipped_weights(
     ],
 )
 def test_options_that_would_change_nothing_are_refused(words: str, match: str, capsys: Any) -> None:
-    scan = str(sample("colin27"))
+    scan = str(sample_scan("colin27"))
     assert main(["register", scan, scan, "--output", "never", *words.split()]) != 0
     assert match in capsys.readouterr().err
     assert not Path("never").exists()
@@ -268,7 +266,14 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 def test_ctrl_c_stops_the_processes_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "voxelmorph_monai.cli", "prepare", str(sample("colin27")), str(tmp_path / "out")]
+    words = [
+        sys.executable,
+        "-m",
+        "voxelmorph_monai.cli",
+        "prepare",
+        str(sample_scan("colin27")),
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 240  # the imports of two processes, on a machine that is busy

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import InThreads
@@ -366,14 +367,14 @@ def test_a_file_that_changes_meanwhile_counts_as_changed(
 
 @pytest.mark.parametrize(
     ("cpus", "gib", "pairs", "jobs", "threads"),
-    [(16, 500, 99, 16, 1), (16, 23, 99, 4, 4), (16, 500, 3, 3, 5), (4, 1, 99, 1, 4)],
+    [(16, 500, 99, 16, 1), (16, 25, 99, 4, 4), (16, 500, 3, 3, 5), (4, 1, 99, 1, 4)],
 )
 def test_as_many_processes_as_find_processors_and_memory(
     monkeypatch: pytest.MonkeyPatch, cpus: int, gib: int, pairs: int, jobs: int, threads: int
 ) -> None:
     monkeypatch.setattr(cohort, "Processes", lambda jobs, threads: (jobs, threads))
-    monkeypatch.setattr(cohort.os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
-    monkeypatch.setattr(cohort.psutil, "virtual_memory", lambda: SimpleNamespace(available=gib * 2**30))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gib * 2**30))
     assert cohort._pool(None, None, pairs) == (jobs, threads)
     assert cohort._pool(2, None, 99) == (2, cpus // 2)
 
@@ -416,7 +417,7 @@ def scans(tmp_path: Path) -> Path:
 def at_work(output: Path) -> Iterator[tuple[int, str]]:
     """Process and name of each pair that is being registered."""
     for path in list(output.glob(".[0-9]*")):
-        if found := re.fullmatch(r"\.(\d+)\.(p\d)", path.name):  # not the one within it, of register_files
+        if found := re.fullmatch(r"\.(\d+)-\w+\.(p\d)", path.name):  # not the one within it, of register_files
             yield int(found[1]), found[2]
 
 

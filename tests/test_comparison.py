@@ -104,18 +104,18 @@ def test_what_is_not_alike_is_compared_only_when_asked() -> None:
 
 
 def test_what_is_written(tmp_path) -> None:
-    for name, seed in (("first", 1), ("second", 2)):
+    for name, seed in (("run.1", 1), ("run.2", 2)):
         save_evaluation(tmp_path / name / "evaluation", run(seed), {})
-    found = compare_runs([tmp_path / "first", tmp_path / "second"], tmp_path / "out")
+    found = compare_runs([tmp_path / "run.1", tmp_path / "run.2"], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"measures.csv", "structures.csv", "dice.png"}
     table = pd.read_csv(tmp_path / "out" / "measures.csv", index_col=[0, 1, 2])
     pd.testing.assert_frame_equal(table, found.measures)
-    assert list(found.measures.index.unique("run")) == ["first", "second"]
+    assert list(found.measures.index.unique("run")) == ["run.1", "run.2"]
     with pytest.raises(FileExistsError, match="must be new"):
-        compare_runs([tmp_path / "first"], tmp_path / "out")
+        compare_runs([tmp_path / "run.1"], tmp_path / "out")
     with pytest.raises(ValueError, match="must be in different folders"):
-        compare_runs([tmp_path / "first", tmp_path / "first"], tmp_path / "other")
-    alone = compare_runs([tmp_path / "first"], tmp_path / "alone")
+        compare_runs([tmp_path / "run.1", tmp_path / "run.1"], tmp_path / "other")
+    alone = compare_runs([tmp_path / "run.1"], tmp_path / "alone")
     assert alone.measures["difference"].isna().all()
 
 

@@ -88,7 +88,7 @@ def test_the_affine_alignment_stands_beside_the_published_one() -> None:
 
 
 def test_what_is_written_is_what_is_read(tmp_path) -> None:
-    save_evaluation(tmp_path / "training" / "evaluation", evaluation(), {"weights": "model.pt"})
+    save_evaluation(tmp_path / "training" / "evaluation", evaluation(), {"weights": "model.pt", "rate": float("nan")})
     folder = tmp_path / "training" / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"structures.csv", "pairs.csv", "summary.json", "dice.png"}
     for place in (folder, tmp_path / "training"):
@@ -99,8 +99,8 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
     text = (folder / "structures.csv").read_text().splitlines()
     assert text[0] == "moving,fixed,structure,dice_before,dice"
     assert text[2] == "0012,b,left thalamus,,"  # no value, no number
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["settings"] == {"weights": "model.pt"}
+    summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["settings"] == {"weights": "model.pt", "rate": None}
     assert summary["pairs"] == 3
     dice = summary["measures"][2]
     assert (dice["measure"], dice["over"]) == ("dice", "structures")
@@ -110,14 +110,14 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
 
 def test_nothing_is_replaced_silently(tmp_path) -> None:
     save_evaluation(tmp_path / "e", evaluation(), {})
-    with pytest.raises(FileExistsError, match=r"must be new, or overwrite be true, but it exists"):
+    with pytest.raises(FileExistsError, match=r"must be new, or be overwritten \(--overwrite\), but it exists"):
         save_evaluation(tmp_path / "e", evaluation(), {})
     one = tabulate(PATHS[:1], {"hd95_mm": DICE[:1]}, STRUCTURES)
     save_evaluation(tmp_path / "e", one, {}, overwrite=True)
     assert len(load_evaluation(tmp_path / "e").pairs) == 1
     assert not (tmp_path / "e" / "dice.png").exists()
     (tmp_path / "e" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"must be what an evaluation wrote to be overwritten"):
+    with pytest.raises(ValueError, match=r"must hold only what an evaluation writes here, to be overwritten"):
         save_evaluation(tmp_path / "e", one, {}, overwrite=True)
     assert (tmp_path / "e" / "thesis.txt").exists()
 

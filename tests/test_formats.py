@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from voxelmorph_monai.formats import spatial_dims_of
+from voxelmorph_monai.formats import scan_name, spatial_dims_of
 from voxelmorph_monai.spaces import Affine, open_volume, read_image, read_labels, save_image, save_image_like
 
 SIZE = (9, 12, 7)
@@ -169,3 +169,25 @@ def test_a_2d_image_off_its_plane_is_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "slice.nii", noise()[..., :1], oblique())  # a slice may
     assert open_volume(tmp_path / "slice.nii", planar=True)[0].shape == (9, 12, 1)
     assert spatial_dims_of(tmp_path / "slice.nii") == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/d.1/sub-01.v2.nii.gz", "sub-01.v2"),
+        ("a.NII.GZ", "a"),
+        ("a.mgh.gz", "a"),
+        ("a.hdr", "a"),
+        ("a.nrrd", "a"),
+        ("a", "a"),
+        (".a.nii", ".a"),
+    ],
+)
+def test_a_scan_is_called_by_its_file_without_the_ending(path: str, name: str) -> None:
+    assert scan_name(path) == name
+    assert scan_name(Path(path)) == name
+
+
+def test_a_series_is_called_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "visit.01").mkdir()
+    assert scan_name(tmp_path / "visit.01") == "visit.01"

@@ -19,28 +19,30 @@ ALLOWED = {
     "networks": {"blocks"},
     "losses": {"blocks"},
     "metrics": {"blocks"},
+    "files": set(),
     "formats": set(),
-    "spaces": {"formats"},
+    "spaces": {"files", "formats"},
     "data": {"spaces"},
-    "datasets": {"data", "spaces"},
-    "pictures": {"spaces"},
-    "results": {"blocks", "metrics", "pictures", "spaces"},
+    "datasets": {"data", "files", "spaces"},
+    "pictures": {"files", "spaces"},
+    "results": {"blocks", "files", "metrics", "pictures", "spaces"},
     "transforms": {"blocks", "metrics", "results", "spaces"},
     "affine": {"spaces"},
     "synthesis": {"blocks", "losses"},
     "processes": set(),
-    "preparation": {"affine", "processes", "spaces", "synthesis"},
+    "preparation": {"affine", "files", "processes", "spaces", "synthesis"},
     "engines": {"networks"},
-    "evaluation": {"pictures", "spaces"},
-    "comparison": {"evaluation", "pictures", "spaces"},
-    "handlers": {"data", "engines", "evaluation", "networks", "spaces"},
-    "distribution": {"networks", "preparation", "spaces"},
-    "quickstart": {"preparation", "registration", "spaces"},
-    "weights": {"networks", "spaces"},
+    "evaluation": {"files", "formats", "pictures"},
+    "comparison": {"evaluation", "files", "pictures"},
+    "handlers": {"data", "engines", "evaluation", "files", "networks"},
+    "distribution": {"files", "networks"},
+    "quickstart": {"atlas_bundle", "preparation", "registration", "spaces"},
+    "weights": {"files", "networks"},
     "registration": {
         "__init__",
         "affine",
         "blocks",
+        "files",
         "formats",
         "networks",
         "preparation",
@@ -48,16 +50,16 @@ ALLOWED = {
         "results",
         "spaces",
     },
-    "propagation": {"atlas", "blocks", "preparation", "registration", "results", "spaces"},
-    "atlas": {"affine", "blocks", "losses", "networks", "preparation", "refinement", "spaces"},
-    "atlas_bundle": {"atlas", "networks", "preparation", "registration", "spaces", "transforms"},
-    "cohort": {"preparation", "processes", "registration", "spaces"},
-    "uncertainty": {"networks", "preparation", "registration", "spaces"},
+    "propagation": {"atlas", "blocks", "files", "preparation", "registration", "results", "spaces"},
+    "atlas": {"affine", "blocks", "files", "losses", "networks", "preparation", "refinement", "spaces"},
+    "atlas_bundle": {"atlas", "files", "networks", "preparation", "registration", "spaces", "transforms"},
+    "cohort": {"files", "formats", "processes", "registration"},
+    "uncertainty": {"files", "networks", "preparation", "registration", "spaces"},
     "refinement": {"blocks", "losses", "metrics", "networks"},
     "chains": {"blocks", "spaces"},
-    "foreign_files": {"formats", "spaces"},
-    "transform_files": {"chains", "foreign_files", "formats", "spaces"},
-    "points": {"spaces"},
+    "foreign_files": {"files", "formats", "spaces"},
+    "transform_files": {"chains", "files", "foreign_files", "formats", "spaces"},
+    "points": {"files", "spaces"},
     "apply": {"blocks", "chains", "formats", "points", "spaces", "transform_files"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
@@ -93,11 +95,11 @@ import torch.nn as nn
 import voxelmorph_monai.losses
 from voxelmorph_monai import blocks, __version__
 from . import metrics
-from .spaces import atomic
+from .files import atomic
 def f():
     from voxelmorph_monai.networks import UNet
 """
-    expected = {"losses", "blocks", "__init__", "metrics", "spaces", "networks"}
+    expected = {"losses", "blocks", "__init__", "metrics", "files", "networks"}
     assert ours(ast.parse(source)) == expected
     assert "torch.nn" in imported(ast.parse(source))
 

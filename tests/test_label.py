@@ -26,7 +26,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import mni152, mni152_tissue, resample, sample
+from voxelmorph_monai.preparation import mni152, mni152_tissue, resample, sample_scan
 from voxelmorph_monai.registration import load_network, shipped_bundle
 from voxelmorph_monai.results import overlap
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
@@ -354,10 +354,10 @@ def test_many_at_once_get_what_each_asked_for(url: str, tmp_path: Path) -> None:
 
 def test_real_brains_by_the_network(app: Path, tmp_path: Path) -> None:
     """Colin27's tissues for MNI152, both at 2 mm, as the server does it by itself but for the refinement."""
-    studies, tissue = tmp_path / "studies", thinned(*read_labels(sample("colin27_tissue")))
+    studies, tissue = tmp_path / "studies", thinned(*read_labels(sample_scan("colin27_tissue")))
     (studies / "labels" / "final").mkdir(parents=True)
     save_image(studies / "labels" / "final" / "colin27.nii.gz", *tissue)
-    for name, scan in (("colin27", read_image(sample("colin27"))), ("mni152", mni152())):
+    for name, scan in (("colin27", read_image(sample_scan("colin27"))), ("mni152", mni152())):
         save_image(studies / f"{name}.nii.gz", *thinned(*scan))
     with serving(tmp_path, app, studies, {"budget": "0"}) as url:
         found, told = client(url, tmp_path).infer("label_propagation", "mni152", dict(SLICER))

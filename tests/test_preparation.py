@@ -2,6 +2,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import itk
@@ -9,6 +10,7 @@ import make_sample
 import matplotlib.image
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from conftest import InThreads
 from monai.data import load_decathlon_datalist
@@ -17,7 +19,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import preparation
-from voxelmorph_monai.preparation import Grid, check_brain, mni152, mni152_tissue, prepare, resample, sample
+from voxelmorph_monai.preparation import Grid, check_brain, mni152, mni152_tissue, prepare, resample, sample_scan
 from voxelmorph_monai.spaces import Affine, from_itk, read_image, read_labels, save_image, to_itk, transform_affine
 
 GRID = Grid((54, 60, 70), 3.0)
@@ -434,7 +436,7 @@ def test_bad_scans_are_found_before_the_work(
 def test_a_resampled_brain_may_have_a_rim() -> None:
     grid = Grid((80, 96, 112), 2.0)
     affine, larger = preparation.grid_affine(grid), np.diag([0.93, 0.93, 0.93, 1.0])  # in MNI152 a brain gains a third
-    image = preparation.resample_intensities(read_image(sample("colin27")), grid.size, affine, larger)
+    image = preparation.resample_intensities(read_image(sample_scan("colin27")), grid.size, affine, larger)
     assert np.count_nonzero(image > 0) * 8e-6 > 2.5  # litres
     check_brain((image, affine), "the brain")
 
@@ -457,6 +459,21 @@ def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("jobs", "expected"), [(None, 3), (2, 2)])
+def test_as_many_processes_as_find_processors_and_memory(
+    tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, jobs: int | None, expected: int
+) -> None:
+    def stop(jobs: int, threads: int) -> None:
+        raise InterruptedError(jobs, threads)
+
+    monkeypatch.setattr(preparation, "Processes", stop)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)), raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=99 * 2**30))
+    with pytest.raises(InterruptedError) as caught:
+        prepare([scans], tmp_path / "out", **PATTERNS, jobs=jobs)
+    assert caught.value.args == (expected, 1)
+
+
 def test_the_template_is_a_brain_whose_tissues_differ() -> None:
     image, affine = mni152()
     tissue, tissue_affine = mni152_tissue()
@@ -469,13 +486,13 @@ def test_the_template_is_a_brain_whose_tissues_differ() -> None:
 
 
 def test_the_sample_is_a_brain_whose_tissues_differ() -> None:
-    image, affine = read_image(sample("colin27"))
-    tissue, tissue_affine = read_labels(sample("colin27_tissue"))
+    image, affine = read_image(sample_scan("colin27"))
+    tissue, tissue_affine = read_labels(sample_scan("colin27_tissue"))
     np.testing.assert_array_equal(affine, tissue_affine)
     check_tissue(image, tissue)
     with pytest.raises(ValueError, match=r"sample must be one of \['colin27', 'colin27_tissue'\], got 'colin'"):
-        sample("colin")
-    assert "MRIcron" in sample("colin27").with_name("NOTICE.txt").read_text()
+        sample_scan("colin")
+    assert "MRIcron" in sample_scan("colin27").with_name("NOTICE.txt").read_text()
 
 
 def check_tissue(image: NDArray[Any], tissue: NDArray[Any]) -> None:
@@ -488,8 +505,8 @@ def check_tissue(image: NDArray[Any], tissue: NDArray[Any]) -> None:
 
 
 def test_the_tissue_of_the_sample_can_be_computed_again() -> None:
-    image, affine = read_image(sample("colin27"))
-    tissue, _ = read_labels(sample("colin27_tissue"))
+    image, affine = read_image(sample_scan("colin27"))
+    tissue, _ = read_labels(sample_scan("colin27_tissue"))
     part = (slice(20, 160), slice(60, 130), slice(30, 110))
     again = make_sample.tissue(image[part], affine)
     assert np.mean(again == tissue[part]) > 0.95  # the means of a part differ a little: 0.97 was seen

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,20 @@ def test_a_killed_process_takes_nothing_else_down(tmp_path: Path) -> None:
     errors = run(tmp_path, names)
     assert errors == {"killed": "its process died 2 times (exit code -9): was there too little memory?"}
     assert calls(tmp_path) == {**dict.fromkeys(names, 1), "victim": 2, "killed": 2}
+
+
+def test_nothing_starts_while_it_is_asked_how_a_process_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start elsewhere asks all children, too, and who is second gets no status."""
+    alone, join = [], BaseProcess.join
+
+    def noted(process: BaseProcess, timeout: float | None = None) -> None:
+        alone.append(pool._lock.locked())
+        join(process, timeout)
+
+    monkeypatch.setattr(BaseProcess, "join", noted)
+    with Processes(1, threads=1) as pool:
+        assert "exit code -9" in str(pool.submit(work, tmp_path, "killed").result(DEADLINE))
+        assert alone == [True, True]
 
 
 def test_jobs_run_side_by_side(tmp_path: Path) -> None:
@@ -181,7 +196,9 @@ print(faults(), keep_freed_memory(), faults(), min(faults() for _ in range(9))) 
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt"
+)
 def test_freed_memory_is_kept() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, taken, _, after = done.stdout.split()
@@ -192,4 +209,14 @@ def test_freed_memory_is_kept() -> None:
 
 def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_other_systems_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    def refuse(name: None) -> None:  # as on Windows
+        raise TypeError("argument 1 must be str, not None")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(sys, "platform", platform)
     assert not keep_freed_memory()

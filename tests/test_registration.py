@@ -24,7 +24,7 @@ from voxelmorph_monai import registration
 from voxelmorph_monai.blocks import jacobian_determinant
 from voxelmorph_monai.losses import LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.networks import Registration, VoxelMorph
-from voxelmorph_monai.preparation import Grid, fitting_grid, grid_affine, sample
+from voxelmorph_monai.preparation import Grid, fitting_grid, grid_affine, sample_scan
 from voxelmorph_monai.refinement import Refinement, refine
 from voxelmorph_monai.registration import load_network, register, register_files, shipped_weights
 from voxelmorph_monai.spaces import Affine, read_image, save_image, spacing
@@ -316,7 +316,7 @@ def test_derivatives_are_named_as_bids_has_it(tmp_path: Path, write: Write) -> N
         f"{there}_desc-registration_summary.json",
     }
     register_files(moving, fixed, out, overwrite=True, **options)
-    with pytest.raises(ValueError, match="must hold nothing but what this call writes to be overwritten"):
+    with pytest.raises(ValueError, match="must hold only what 'vxm register' writes here, to be overwritten"):
         register_files(moving, fixed, out, overwrite=True, **ALIGNED)  # type: ignore[arg-type]
 
 
@@ -353,7 +353,7 @@ def test_the_map_is_that_of_the_three_parts_and_the_network_sees_aligned_scans(
 
 
 def test_a_real_scan_is_found_again_where_it_is_and_in_another_pose() -> None:
-    array, affine = read_image(sample("colin27"))
+    array, affine = read_image(sample_scan("colin27"))
     small = ndimage.uniform_filter(array, 3)[::3, ::3, ::3], affine @ np.diag([3, 3, 3, 1])
     pose = np.eye(4)
     pose[:3, :3] = Rotation.from_euler("xyz", (25, -20, 30), degrees=True).as_matrix()
@@ -469,7 +469,7 @@ def test_refining_brings_the_scans_closer(given: bool) -> None:
 
 def test_a_scan_against_itself_stays_where_it_is() -> None:
     """Whatever the network says of it."""
-    array, affine = read_image(sample("colin27"))
+    array, affine = read_image(sample_scan("colin27"))
     scan = ndimage.uniform_filter(array, 4)[::4, ::4, ::4], affine @ np.diag([4, 4, 4, 1])
     options: dict[str, Any] = {**ALIGNED, "grid": Grid((48, 56, 48), 4.0), "network": network()}
     assert np.abs(register(scan, scan, **options).ddf).max() > 0.5

@@ -15,8 +15,6 @@ from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.spaces import (
     Affine,
     Composite,
-    atomic,
-    atomic_folder,
     from_itk,
     linear_transform,
     read_image,
@@ -336,26 +334,6 @@ def test_saving_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("old")
-
-    def fail() -> None:
-        with atomic(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError("disk")
-
-    with pytest.raises(RuntimeError, match="disk"):
-        fail()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
-    assert path.read_text() == "old"
-    with atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
-    assert path.read_text() == "new"
-
-
 def bent(affine: Affine) -> Composite:
     """Linear, displaced and linear again; the field ends in zeros."""
     rng = np.random.default_rng(5)
@@ -429,22 +407,3 @@ def test_a_scan_is_warped_as_simpleitk_warps_it(tmp_path: Path, moving: str, fix
 def test_a_matrix_becomes_the_transform_that_has_it() -> None:
     matrix = np.array([[0.9, 0.1, 0, 4], [-0.2, 1.1, 0.3, -7], [0.05, 0, 1, 12], [0, 0, 0, 1]])
     np.testing.assert_allclose(transform_affine(linear_transform(matrix)), matrix, atol=1e-12)  # double
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "out"
-
-    def fail() -> None:
-        with atomic_folder(target) as folder:
-            (folder / "half").write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert list((tmp_path / "new").iterdir()) == []
-    for text in ("first", "second"):
-        with atomic_folder(target) as folder:
-            assert folder.parent == target.parent  # one file system: a rename is enough
-            (folder / text).write_text(text)
-        assert [path.name for path in target.iterdir()] == [text]
-    assert list((tmp_path / "new").iterdir()) == [target]

@@ -27,13 +27,14 @@ from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.points import read_points, save_points
 from voxelmorph_monai.spaces import (
     Affine,
+    ImageGrid,
     open_volume,
     read_image,
     read_labels,
     require_right_angles,
     save_image_like,
 )
-from voxelmorph_monai.transform_files import Chain, read_chain, require_new
+from voxelmorph_monai.transform_files import Chain, check_output, read_chain
 
 __all__ = ["SIDES", "jacobian_file", "pull_file", "read_grid", "take_points"]
 
@@ -41,7 +42,7 @@ SIDES = ("fixed", "moving")
 """The image that points were drawn in."""
 
 
-def read_grid(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
+def read_grid(path: str | Path) -> ImageGrid:
     """Size and affine (RAS, mm) of an image; its voxels are not read.
 
     Raises:
@@ -50,14 +51,13 @@ def read_grid(path: str | Path) -> tuple[tuple[int, int, int], Affine]:
     """
     volume, affine = open_volume(path, planar=True)
     require_right_angles(affine, str(path))
-    x, y, z = volume.shape
-    return (x, y, z), affine
+    return ImageGrid(volume.shape, affine)
 
 
-def _check_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
+def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
     if not str(output).endswith((".nii", ".nii.gz")):
         raise ValueError(f"an image is saved as .nii or .nii.gz, got {output}.")
-    require_new(Path(output), overwrite, inputs)
+    check_output(Path(output), overwrite, inputs)
 
 
 def _open(transforms: Sequence[str], *images: str | Path) -> Chain:
@@ -117,7 +117,7 @@ def pull_file(
     interpolation = interpolation or next(iter(interpolations))
     if interpolation not in interpolations:
         raise ValueError(f"{kind} must be interpolated by one of {', '.join(interpolations)}, got '{interpolation}'.")
-    _check_output(output, overwrite, [moving, reference, *transforms])
+    _check_image_output(output, overwrite, [moving, reference, *transforms])
     array, affine = read(moving, planar=True)
     require_right_angles(affine, str(moving))
     grid = read_grid(reference)
@@ -146,7 +146,7 @@ def jacobian_file(
     Raises:
         ValueError: the logarithm of a transform that folds; and for wrong input.
     """
-    _check_output(output, overwrite, [reference, *transforms])
+    _check_image_output(output, overwrite, [reference, *transforms])
     grid = read_grid(reference)
     ddf = on_grid(_open(transforms, reference).transform, *grid)
     determinant = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
@@ -191,7 +191,7 @@ def take_points(
     ending = "".join(Path(points).suffixes[-2:]) if str(points).endswith(".json") else Path(points).suffix
     if not str(output).endswith(ending):
         raise ValueError(f"moved points are saved in the format they come in, {ending}, got {output}.")
-    require_new(Path(output), overwrite, [points, *transforms])
+    check_output(Path(output), overwrite, [points, *transforms])
     transform, residual, _ = read_chain(transforms)
     if drawn_in == "fixed":
         moved = map_points(transform, given.points)

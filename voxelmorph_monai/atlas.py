@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import corners, warp
+from voxelmorph_monai.files import atomic_folder, require_replaceable
 from voxelmorph_monai.losses import box_sum
 from voxelmorph_monai.networks import VoxelMorph
 from voxelmorph_monai.preparation import Grid, check_brain, grid_affine, mni152, resample_intensities, rescale
 from voxelmorph_monai.refinement import refine
-from voxelmorph_monai.spaces import Affine, atomic_folder, read_image, save_image_like, transform_affine
+from voxelmorph_monai.spaces import Affine, read_image, save_image_like, transform_affine
 
 __all__ = [
     "MAX_LABELS",
@@ -49,7 +50,7 @@ __all__ = [
 
 MAX_LABELS = 255  # they are kept in one byte a voxel
 
-_SLAB = 16  # planes whose votes are counted, or whose labels are chosen, at a time
+_SLAB_PLANES = 16  # whose votes are counted, or whose labels are chosen, at a time
 
 Data = dict[Hashable, object]
 
@@ -102,7 +103,7 @@ class AtlasSegmentation(nn.Module):
         window: side in voxels, odd, of the window in which the scan and a warped atlas are compared.
     """
 
-    _slab: Final[int] = _SLAB  # TorchScript sees no constants of the module
+    _slab_planes: Final[int] = _SLAB_PLANES  # TorchScript sees no constants of the module
 
     images: Tensor
     labels: Tensor
@@ -171,8 +172,8 @@ class AtlasSegmentation(nn.Module):
         votes = weights.new_zeros([batch, self.num_labels + 1, x, y, z])
         for atlas in range(self.num_atlases):
             labels = self.labels_of(atlas).flatten(1).expand(batch, -1)
-            for start in range(0, self.size[0], self._slab):
-                planes = min(self._slab, self.size[0] - start)
+            for start in range(0, self.size[0], self._slab_planes):
+                planes = min(self._slab_planes, self.size[0] - start)
                 ddf = ddfs[atlas].narrow(2, start, planes)
                 ddf = torch.cat([ddf[:, :1] + float(start), ddf[:, 1:]], dim=1)  # points count in the whole grid
                 weight = weights.narrow(1, atlas, 1).narrow(2, start, planes)
@@ -299,10 +300,10 @@ class RestoreLabelsd(Transform):
         source = MetaTensor(pred.as_subclass(Tensor), affine=scan.affine)
         resample = SpatialResample(padding_mode="zeros", align_corners=True, dtype="float32")
         labels, probability = [], []
-        for start in range(0, shape[0], _SLAB):
+        for start in range(0, shape[0], _SLAB_PLANES):
             here = affine.clone()
             here[:3, 3] += start * affine[:3, 0]
-            size = [min(_SLAB, shape[0] - start), *shape[1:]]
+            size = [min(_SLAB_PLANES, shape[0] - start), *shape[1:]]
             part = resample(source, here, size).as_subclass(Tensor)
             part[0] += 1 - part.sum(0)  # what lies beyond the grid is background
             most, label = part.max(0)
@@ -334,13 +335,7 @@ class SaveSegmentationd(SaveImaged):
 
         It is not the constructor that asks, as MONAI Label calls that one, and writes nothing.
         """
-        there = sorted(path.name for path in self.output_dir.iterdir()) if self.output_dir.is_dir() else []
-        if self.output_dir.exists() and not self.overwrite:
-            raise FileExistsError(f"output_dir must be new, or overwrite be true, but {self.output_dir} exists.")
-        if self.output_dir.exists() and (not self.output_dir.is_dir() or set(there) - set(self.FILES)):
-            raise ValueError(
-                f"output_dir must hold a segmentation to be overwritten, but {self.output_dir} holds {there}."
-            )
+        require_replaceable(self.output_dir, self.overwrite, "a segmentation", self.FILES)
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Write the files; ``data`` stays as it is."""

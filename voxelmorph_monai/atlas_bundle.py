@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import MAX_LABELS, AtlasSegmentation, aligned
+from voxelmorph_monai.files import atomic_folder, require_new, write_json
 from voxelmorph_monai.networks import load_weights
-from voxelmorph_monai.preparation import Grid, check_brain, grid_affine, mni152, mni152_tissue, resample, write_json
+from voxelmorph_monai.preparation import Grid, check_brain, grid_affine, mni152, mni152_tissue, resample
 from voxelmorph_monai.registration import shipped_weights
-from voxelmorph_monai.spaces import Affine, atomic_folder, read_image, read_labels, require_same_grid
+from voxelmorph_monai.spaces import Affine, read_image, read_labels, require_same_grid
 from voxelmorph_monai.transforms import MergeLabelsd
 
 __all__ = ["TISSUES", "make_atlas_bundle", "segmentation_network"]
@@ -337,8 +338,7 @@ def make_atlas_bundle(
         ValueError: an input cannot be used; the message says which and why.
     """
     output = Path(output).absolute()
-    if output.exists():
-        raise FileExistsError(f"output must be new, but there is a {output}.")
+    require_new(output)
     if not atlases and (names or licence):
         raise ValueError("names and a licence must come with atlases; those of MNI152 are known.")
     if atlases and names is None:

@@ -21,11 +21,14 @@ from voxelmorph_monai.blocks import compose, corners, invert, jacobian_determina
 from voxelmorph_monai.spaces import (
     Affine,
     Plane,
+    apply_affine,
     from_itk,
     in_plane,
+    inside,
     linear_transform,
     points_to_lps,
     require_right_angles,
+    slabs,
     spacing,
     to_itk,
 )
@@ -51,7 +54,6 @@ __all__ = [
 
 _Vectors = itk.Image[itk.Vector[itk.F, 3], 3]
 _Scalars = itk.Image[itk.F, 3]
-_SLAB = 2**20  # voxels at a time
 _MISS = 1e-3  # mm by which an inverse point may miss; finer than any image
 
 INTERPOLATIONS = {
@@ -245,24 +247,19 @@ def pull_labels(
     if interpolation not in LABEL_INTERPOLATIONS:
         known = ", ".join(LABEL_INTERPOLATIONS)
         raise ValueError(f"interpolation of labels must be one of {known}, got '{interpolation}'.")
-    array = labels[0]
+    array, to_voxels = labels[0], np.linalg.inv(labels[1]) @ affine
     flat = torch.from_numpy(array.astype(np.int64)).flatten()
-    end = np.reshape(array.shape, (3, 1, 1, 1)) - 0.5
     pulled = np.zeros(size, dtype=array.dtype)
-    step = max(1, _SLAB // (size[1] * size[2]))
-    for start in range(0, size[0], step):
-        slab = (min(step, size[0] - start), *size[1:])
-        there = _shift(affine, (start, 0, 0))
-        index = np.indices(slab, dtype=np.float64)
-        to_voxels = np.linalg.inv(labels[1]) @ there
-        at = np.tensordot(to_voxels[:3, :3], index + on_grid(transform, slab, there), axes=1)
-        at += to_voxels[:3, 3].reshape(3, 1, 1, 1)
+    for part, index in slabs(size):
+        ddf = on_grid(transform, index.shape[1:], _shift(affine, (part.start, 0, 0)))
+        at = apply_affine(to_voxels, index + ddf)
         if interpolation == "nearest":
             at = np.floor(at + 0.5)  # halves go up, as in ITK
+        index[0] -= part.start  # for `corners` the slab is all there is
         found = corners(torch.from_numpy(at - index)[None], list(array.shape))
         votes = torch.stack([flat[voxel] for voxel, _ in found], dim=1)
         best = majority(votes, torch.stack([weight for _, weight in found], dim=1))[0, 0].numpy()
-        pulled[start : start + step] = np.where(((at >= -0.5) & (at < end)).all(axis=0), best, 0)
+        pulled[part] = np.where(inside(at, array.shape), best, 0)
     return pulled
 
 
@@ -297,8 +294,8 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[itk.Tr
     _require_no_folds(torch.from_numpy(ddf)[None])
     back = np.linalg.inv(fit)
     index = np.indices(ddf.shape[1:], dtype=np.float64)
-    rest = np.tensordot(back[:3, :3], index + ddf, axes=1) + back[:3, 3].reshape(3, 1, 1, 1) - index
-    outermost = max(np.abs(rest[(slice(None), *[slice(None)] * axis, [0, -1])]).max() for axis in range(3))
+    rest = apply_affine(back, index + ddf) - index
+    outermost = max(np.abs(rest.take([0, -1], axis + 1)).max() for axis in range(3))
     margin = int(np.ceil(outermost - 1e-6))  # the fit of a border of zeros is off by rounding
     margins = [margin if n > 1 else 0 for n in ddf.shape[1:]]  # a slice stays one
     wider = torch.from_numpy(np.pad(rest, [(0, 0), *[(m, m) for m in margins]], mode="edge"))[None]

@@ -59,7 +59,7 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
     parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="processes (default: by processors and memory)")
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -17,13 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import psutil
 from filelock import FileLock, Timeout
 
-from voxelmorph_monai.preparation import stamp, write_json
-from voxelmorph_monai.processes import Pool, Processes, attempt, failures
+from voxelmorph_monai.files import atomic, atomic_folder, stamp, sweep, write_json
+from voxelmorph_monai.formats import scan_name
+from voxelmorph_monai.processes import Pool, Processes, attempt, default_jobs, failures, num_cpus
 from voxelmorph_monai.registration import load_network, register_files
-from voxelmorph_monai.spaces import atomic, atomic_folder
 
 __all__ = ["Cohort", "register_cohort"]
 
@@ -36,7 +34,7 @@ _COLUMNS = (
     *("similarity_before", "similarity_affine", "similarity_after"),
     *("folding_percent", "sdlogj", "inverse_consistency_mm", "seconds", "moving", "fixed"),
 )
-_MEMORY = 5 * 2**30  # bytes a process may need: 2.7 to 3.9 GiB were seen for brains of 1 mm
+_MEMORY = 6 * 2**30  # bytes a process may need: 3.2 GiB were seen for brains of 1 mm, 4.4 GiB on grids of 256^3
 _LISTED = 20  # faults that are told of a list
 
 
@@ -88,13 +86,9 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return columns, rows[1:]
 
 
-def _stem(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem
-
-
 def _pair(cells: Mapping[str, str], folder: Path) -> _Pair:
     files = {role: Path(os.path.abspath(folder / cells[role])) for role in _FILES if cells.get(role)}
-    default = "_to_".join(_stem(files[role]) for role in _FILES[:2] if role in files)
+    default = "_to_".join(scan_name(files[role]) for role in _FILES[:2] if role in files)
     return _Pair(cells.get("name") or default, files)
 
 
@@ -215,12 +209,6 @@ def _register_pair(pair: _Pair, output: Path, options: Mapping[str, Any], told: 
         write_json(folder / _RECORD, {"inputs": inputs, "options": told, "files": files, "numbers": numbers})
 
 
-def _sweep(output: Path) -> None:
-    """Remove what processes that were killed left, named by `atomic_folder`; nobody else is at work here."""
-    for leftover in output.glob(".[0-9]*.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _write_table(pairs: Sequence[_Pair], output: Path, told: Mapping[str, Any], errors: Mapping[str, str]) -> None:
     with atomic(output / _TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
@@ -273,20 +261,11 @@ class _Cluster:
         self._client.close()
 
 
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _default_jobs() -> int:
-    """As many as there are processors, and as find memory."""
-    return max(1, min(_num_cpus(), psutil.virtual_memory().available // _MEMORY))
-
-
 def _pool(jobs: int | None, scheduler: str | None, num_pairs: int) -> Processes | _Cluster:
     if scheduler is not None:
         return _Cluster(scheduler)
-    jobs = min(jobs or _default_jobs(), max(1, num_pairs))
-    return Processes(jobs, threads=max(1, _num_cpus() // jobs))
+    jobs = min(jobs or default_jobs(_MEMORY), max(1, num_pairs))
+    return Processes(jobs, threads=max(1, num_cpus() // jobs))
 
 
 def _register_all(
@@ -323,7 +302,7 @@ def register_cohort(
         pairs: CSV file with the columns ``moving`` and ``fixed``, and maybe ``name`` (default: ``MOVING_to_FIXED``),
             ``moving_labels``, ``fixed_labels``, ``moving_mask`` and ``fixed_mask``; paths are relative to its folder.
         output: a folder that is new, empty or of an earlier call.
-        jobs: number of processes (default: of processors, or fewer if they found less than 5 GiB of memory each).
+        jobs: number of processes (default: of processors, or fewer if they found less than 6 GiB of memory each).
         scheduler: address of a Dask scheduler, whose workers then do the work; they must see the same files.
         overwrite: let the results of other options be replaced.
         options: of :func:`~voxelmorph_monai.registration.register_files`, but for its files.
@@ -343,13 +322,13 @@ def register_cohort(
     with _alone(output):
         _require_ours(output, listed, told, overwrite)  # another call may just have been here
         write_json(output / _OPTIONS, told)
-        _sweep(output)
+        sweep(output)
         todo = [pair for pair in listed if not _is_done(pair, output, told)]
         try:
             with _pool(jobs, scheduler, len(todo)) as pool:
                 for name, reason in _register_all(pool, todo, output, complete, told):
                     errors[name] = reason
         finally:
-            _sweep(output)
+            sweep(output)
             _write_table(listed, output, told, errors)
     return Cohort(output / _TABLE, len(listed), len(listed) - len(todo), errors)

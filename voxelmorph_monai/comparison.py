@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from voxelmorph_monai.evaluation import Evaluation, load_evaluation, scan_names
+from voxelmorph_monai.files import atomic_folder, require_new
 from voxelmorph_monai.pictures import save_box_plot
-from voxelmorph_monai.spaces import atomic_folder
 
 __all__ = ["Comparison", "PublishedTable", "compare", "compare_runs", "holm", "paired_statistics", "published"]
 
@@ -199,9 +199,8 @@ def compare_runs(folders: Sequence[str | Path], output: str | Path, *, common: b
         FileExistsError: ``output`` exists.
         ValueError: runs that cannot be compared.
     """
-    if Path(output).exists():
-        raise FileExistsError(f"{output} must be new, but it exists.")
-    names = scan_names([f"{Path(folder).absolute()}.run" for folder in folders])  # no ending is cut off a folder
+    require_new(output)
+    names = scan_names([Path(folder).absolute() for folder in folders])
     if len(set(names)) < len(names):
         raise ValueError(f"runs to compare must be in different folders, got {[str(folder) for folder in folders]}.")
     runs = dict(zip(names, map(load_evaluation, folders), strict=True))

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from voxelmorph_monai.data import pair, take_apart
-from voxelmorph_monai.spaces import atomic, save_image
+from voxelmorph_monai.files import atomic, write_json
+from voxelmorph_monai.spaces import save_image
 
 __all__ = ["LAYOUTS", "SaveSubmission", "load_submission", "read_pickle", "write_datalist"]
 
@@ -340,8 +341,7 @@ def write_datalist(
         sections = {name: [_to_nifti(item, output) for item in items] for name, items in sections.items()}
     # Without empty sections, of which MONAI makes an IndexError.
     content = {name: [_relative(item, output) for item in items] for name, items in sections.items() if items}
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path
 
 

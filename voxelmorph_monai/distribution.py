@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from monai.bundle import ConfigParser
 
+from voxelmorph_monai.files import atomic, write_json
 from voxelmorph_monai.networks import load_weights
-from voxelmorph_monai.preparation import write_json
-from voxelmorph_monai.spaces import atomic
 
 __all__ = ["Packed", "pack_bundle"]
 

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from voxelmorph_monai.files import atomic_folder, require_replaceable, write_json
+from voxelmorph_monai.formats import scan_name
 from voxelmorph_monai.pictures import save_box_plot
-from voxelmorph_monai.spaces import atomic_folder
 
 __all__ = [
     "Evaluation",
@@ -59,7 +60,7 @@ class Evaluation(NamedTuple):
         return pd.DataFrame({name: table[members].mean(axis=1) for name, members in self.groups.items()})
 
 
-def scan_names(paths: Sequence[str]) -> list[str]:
+def scan_names(paths: Sequence[str | Path]) -> list[str]:
     """Short and unambiguous names for files: without folders and ending, with folders where they are needed.
 
     >>> scan_names(["/data/images/1005.nii.gz", "/data/atlas.mgz", "/data/images/1005.nii.gz"])
@@ -67,11 +68,11 @@ def scan_names(paths: Sequence[str]) -> list[str]:
     >>> scan_names(["/data/sub-01/t1.nii.gz", "/data/sub-02/t1.nii.gz"])
     ['sub-01/t1', 'sub-02/t1']
     """
-    bare = {path: path.removesuffix(".gz").rpartition(".")[0] or path for path in paths}
-    if len({Path(name).name for name in bare.values()}) == len(bare):
-        return [Path(bare[path]).name for path in paths]
+    names = {path: scan_name(path) for path in paths}
+    if len(set(names.values())) == len(names):
+        return [names[path] for path in paths]
     common = commonpath([str(Path(path).parent) for path in paths])
-    return [Path(bare[path]).relative_to(common).as_posix() for path in paths]
+    return [Path(path).with_name(names[path]).relative_to(common).as_posix() for path in paths]
 
 
 def merge_sides(structures: Iterable[str]) -> dict[str, list[str]]:
@@ -167,19 +168,7 @@ def summarise(evaluation: Evaluation) -> pd.DataFrame:
 
 def check_folder(folder: str | Path, overwrite: bool) -> None:
     """Raise FileExistsError or ValueError where :func:`save_evaluation` would replace what it should not."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} must be new, or overwrite be true, but it exists.")
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if held - set(_FILES) - {name for name in held if name.endswith(".png")}:
-        raise ValueError(f"{folder} must be what an evaluation wrote to be overwritten, but something else is there.")
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of NumPy as JSON knows them; NaN as null."""
-    return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
+    require_replaceable(folder, overwrite, "an evaluation", [*_FILES, "*.png"])
 
 
 def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -190,8 +179,7 @@ def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> di
     """
     found = summarise(evaluation)["mean"]
     return {
-        over: {"published": value, "measured": _plain(found["dice" + BEFORE, over])}
-        for over, value in published.items()
+        over: {"published": value, "measured": float(found["dice" + BEFORE, over])} for over, value in published.items()
     }
 
 
@@ -207,12 +195,11 @@ def save_evaluation(
         overwrite: replace the folder.
     """
     check_folder(folder, overwrite)
-    rows = summarise(evaluation).reset_index().to_dict("records")
     summary = {
         "settings": dict(settings),
         "pairs": len(evaluation.pairs),
         "groups": evaluation.groups,
-        "measures": [{key: _plain(value) for key, value in row.items()} for row in rows],
+        "measures": summarise(evaluation).reset_index().to_dict("records"),
     }
     with atomic_folder(folder) as temporary:
         evaluation.structures.to_csv(temporary / "structures.csv")
@@ -223,8 +210,7 @@ def save_evaluation(
                 shown = {name: evaluation.over(m) for name, m in stages.items() if m in evaluation.structures}
                 title = f"{len(evaluation.pairs)} pairs"
                 save_box_plot(temporary / f"{measure}.png", shown, label=measure, title=title)
-        text = json.dumps(summary, indent=2) + "\n"
-        (temporary / "summary.json").write_text(text, encoding="utf-8")
+        write_json(temporary / "summary.json", summary)
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:

@@ -3,12 +3,10 @@ r"""Transforms of FSL and FreeSurfer, by the libraries of those who know their f
 FSL's files hold no place in space: their numbers count in scaled voxels of the fixed and of the moving image, the first
 axis turned around where an affine has a positive determinant. They mean something only together with both images. A
 FLIRT matrix takes points of the *moving* image to those of the fixed one, which is the way of the image; a FNIRT warp
-goes the way of ITK's, and so does what is read and written here. A grid is the size and the affine (RAS, mm) of an
-image.
+goes the way of ITK's, and so does what is read and written here.
 """
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelmorph_monai.files import atomic
 from voxelmorph_monai.formats import reading
-from voxelmorph_monai.spaces import Affine, atomic, require_same_grid, save_nifti
+from voxelmorph_monai.spaces import Affine, ImageGrid, require_same_grid, save_nifti
 
-__all__ = ["Grid", "read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
-
-Grid = tuple[Sequence[int], Affine]
-"""Size and affine (RAS, mm) of an image."""
+__all__ = ["read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
 
 
 def _library(name: str) -> Any:
@@ -36,16 +32,16 @@ def _library(name: str) -> Any:
         ) from error
 
 
-def _header(grid: Grid) -> nib.Nifti1Image:
+def _header(grid: ImageGrid) -> nib.Nifti1Image:
     """Image of this grid whose voxels nobody reads."""
-    return nib.Nifti1Image(np.broadcast_to(np.uint8(0), tuple(grid[0])), grid[1])
+    return nib.Nifti1Image(np.broadcast_to(np.uint8(0), tuple(grid.size)), grid.affine)
 
 
-def _nifti(grid: Grid) -> Any:
+def _nifti(grid: ImageGrid) -> Any:
     return _library("fsl.data.image").Nifti(_header(grid).header)
 
 
-def _read_flirt(path: Path, fixed: Grid, moving: Grid) -> Affine:
+def _read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
     flirt = _library("fsl.transform.flirt")
     try:
         matrix = flirt.readFlirt(path)
@@ -56,14 +52,14 @@ def _read_flirt(path: Path, fixed: Grid, moving: Grid) -> Affine:
     return np.linalg.inv(flirt.fromFlirt(matrix, _nifti(moving), _nifti(fixed), "world", "world"))
 
 
-def _read_fnirt(path: Path, fixed: Grid, moving: Grid) -> tuple[NDArray[np.float64], Affine]:
+def _read_fnirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> tuple[NDArray[np.float64], Affine]:
     fnirt = _library("fsl.transform.fnirt")
     with reading(path):
         read = fnirt.readFnirt(str(path), _nifti(moving), _nifti(fixed))
         found = fnirt.fromFnirt(read, "world", "world")
         vectors = np.asarray(found.data, dtype=np.float64)
     affine = np.asarray(found.voxToWorldMat)
-    require_same_grid((vectors[..., 0], affine), (_header(fixed).dataobj, fixed[1]), (str(path), "the fixed image"))
+    require_same_grid((vectors[..., 0], affine), (_header(fixed).dataobj, fixed.affine), (str(path), "the fixed image"))
     if found.absolute:
         vectors = vectors - np.moveaxis(np.tensordot(affine[:3, :3], np.indices(vectors.shape[:3]), 1), 0, -1)
         vectors -= affine[:3, 3]
@@ -72,7 +68,7 @@ def _read_fnirt(path: Path, fixed: Grid, moving: Grid) -> tuple[NDArray[np.float
     return np.einsum("ij,...j->i...", np.linalg.inv(affine[:3, :3]), vectors), affine
 
 
-def read_fsl(path: str | Path, fixed: Grid, moving: Grid) -> Affine | tuple[NDArray[np.float64], Affine]:
+def read_fsl(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Affine | tuple[NDArray[np.float64], Affine]:
     """Read a FLIRT matrix, or a FNIRT warp or file of coefficients (``.nii``, ``.nii.gz``).
 
     Args:
@@ -88,7 +84,7 @@ def read_fsl(path: str | Path, fixed: Grid, moving: Grid) -> Affine | tuple[NDAr
     return (_read_fnirt if path.name.endswith((".nii", ".nii.gz")) else _read_flirt)(path, fixed, moving)
 
 
-def save_flirt(path: Path, matrix: Affine, fixed: Grid, moving: Grid) -> None:
+def save_flirt(path: Path, matrix: Affine, fixed: ImageGrid, moving: ImageGrid) -> None:
     """Write a map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), as a FLIRT matrix."""
     flirt = _library("fsl.transform.flirt")
     written = flirt.toFlirt(np.linalg.inv(matrix), _nifti(moving), _nifti(fixed), "world", "world")
@@ -96,15 +92,21 @@ def save_flirt(path: Path, matrix: Affine, fixed: Grid, moving: Grid) -> None:
         flirt.writeFlirt(written, temporary)
 
 
-def save_fnirt(path: Path, ddf: NDArray[np.floating[Any]], fixed: Grid, moving: Grid) -> None:
+def save_fnirt(path: Path, ddf: NDArray[np.floating[Any]], fixed: ImageGrid, moving: ImageGrid) -> None:
     """Write a displacement ``(3, X, Y, Z)`` in voxels of the fixed grid as a FNIRT warp of relative displacements."""
     nonlinear = _library("fsl.transform.nonlinear")
-    vectors = np.einsum("ij,j...->...i", fixed[1][:3, :3], ddf)
+    vectors = np.einsum("ij,j...->...i", fixed.affine[:3, :3], ddf)
     ours = nonlinear.DeformationField(
-        vectors, _nifti(moving), _nifti(fixed), xform=fixed[1], srcSpace="world", refSpace="world", defType="relative"
+        vectors,
+        _nifti(moving),
+        _nifti(fixed),
+        xform=fixed.affine,
+        srcSpace="world",
+        refSpace="world",
+        defType="relative",
     )
     theirs = _library("fsl.transform.fnirt").toFnirt(ours)
-    image = nib.Nifti1Image(np.asarray(theirs.data, dtype=np.float32), fixed[1])
+    image = nib.Nifti1Image(np.asarray(theirs.data, dtype=np.float32), fixed.affine)
     image.header.set_intent("fnirt disp field")
     save_nifti(path, image)
 
@@ -124,7 +126,7 @@ def read_lta(path: Path) -> Affine:
     return matrix
 
 
-def save_lta(path: Path, matrix: Affine, fixed: Grid, moving: Grid) -> None:
+def save_lta(path: Path, matrix: Affine, fixed: ImageGrid, moving: ImageGrid) -> None:
     """Write a map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), as FreeSurfer's linear transform."""
     lta = _library("nitransforms.io.lta")
     written = lta.FSLinearTransform.from_ras(matrix)

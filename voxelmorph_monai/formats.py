@@ -24,6 +24,7 @@ __all__ = [
     "is_nifti",
     "open_file",
     "reading",
+    "scan_name",
     "silent_stderr",
     "spatial_dims_of",
 ]
@@ -217,6 +218,18 @@ def open_file(path: Path) -> tuple[Volume, Affine]:
     if path.name.lower().endswith(_WITHOUT_PLACE):
         raise ValueError(f"{path} must be {FORMATS}; pictures do not say where they lie.")
     return _open_itk(path) if path.name.lower().endswith(_BY_ITK) else _open_nibabel(path)
+
+
+def scan_name(path: str | Path) -> str:
+    """What to call a scan: its file without folders and ending, or its folder.
+
+    >>> scan_name("/data/sub-01.v2.nii.gz"), scan_name("atlas.mgz")
+    ('sub-01.v2', 'atlas')
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path.name
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).stem
 
 
 def is_nifti(path: Path) -> bool:

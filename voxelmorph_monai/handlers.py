@@ -15,8 +15,8 @@ from torch import nn
 from voxelmorph_monai.data import PairSampler, process
 from voxelmorph_monai.engines import pair_paths
 from voxelmorph_monai.evaluation import check_folder, compare_affine, save_evaluation, summarise, tabulate
+from voxelmorph_monai.files import atomic
 from voxelmorph_monai.networks import read_state
-from voxelmorph_monai.spaces import atomic
 
 __all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation"]
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 
-from voxelmorph_monai.spaces import atomic, spacing
+from voxelmorph_monai.files import atomic
+from voxelmorph_monai.spaces import spacing
 
 __all__ = ["save_box_plot", "save_registration_picture"]
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.spaces import atomic, points_to_lps
+from voxelmorph_monai.files import atomic
+from voxelmorph_monai.spaces import points_to_lps
 
 __all__ = ["COORDINATES", "PointFile", "read_points", "save_points"]
 

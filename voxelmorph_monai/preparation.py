@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from voxelmorph_monai.affine import register_affine
-from voxelmorph_monai.processes import Processes, failures
+from voxelmorph_monai.files import atomic, stamp, sweep, write_json
+from voxelmorph_monai.processes import Processes, default_jobs, failures
 from voxelmorph_monai.spaces import (
     Affine,
     Plane,
-    atomic,
     read_image,
     read_labels,
     require_right_angles,
@@ -47,12 +47,11 @@ __all__ = [
     "resample",
     "resample_intensities",
     "rescale",
-    "sample",
-    "stamp",
-    "write_json",
+    "sample_scan",
 ]
 
 _ORANGE = [1.0, 0.35, 0.0]
+_MEMORY = 3 * 2**30  # bytes a process may need: 1.7 GiB were seen for a brain of 1 mm
 _LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: the direction (RAS) of an array axis
 
 
@@ -70,12 +69,6 @@ class Grid(NamedTuple):
 
 LITERATURE = Grid()
 _MARGIN = 8  # voxels around an image that a grid is made for
-
-
-def stamp(path: Path) -> list[Any]:
-    """What tells whether a file is still the same, as JSON holds it: path, size in bytes, time of last change."""
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 class _Scan(NamedTuple):
@@ -133,7 +126,7 @@ def mni152_tissue() -> tuple[NDArray[np.uint8], Affine]:
     return np.where(mask.get_fdata() > 0, tissue, 0).astype(np.uint8), mask.affine
 
 
-def sample(name: str) -> Path:
+def sample_scan(name: str) -> Path:
     """Path of a scan that comes with the package: ``"colin27"``, or ``"colin27_tissue"``, coded as MNI152's tissue."""
     folder = Path(__file__).parent / "sample"
     names = sorted(path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
@@ -338,12 +331,6 @@ def _check(scan: _Scan) -> None:
     _read(scan)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content``; whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _record(output: Path, name: str) -> Path:
     return output / "transforms" / f"{name}.json"
 
@@ -393,12 +380,10 @@ def _require_ours(output: Path, grid: Grid) -> None:
 
 def _claim(output: Path, grid: Grid) -> None:
     """Make ``output`` a folder of ours."""
-    for part in ("images", "labels", "transforms"):
-        (output / part).mkdir(parents=True, exist_ok=True)
+    for folder in (output, *(output / part for part in ("images", "labels", "transforms"))):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
     write_json(output / "grid.json", _grid_json(grid))
-    for leftover in output.glob("*/.[0-9]*.*"):  # named by `atomic`, of a process that was killed while it wrote
-        if leftover.is_file():
-            leftover.unlink()
 
 
 def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
@@ -443,7 +428,7 @@ def _write_datalist(scans: Sequence[_Scan], sections: Mapping[str, Sequence[str]
     content["grid"] = _grid_json(grid)
     path = output / "datalist.json"
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary, content)
         if path.exists() and path.read_bytes() != temporary.read_bytes():
             path.replace(output / "datalist.previous.json")  # it may have been edited
     return path
@@ -494,7 +479,7 @@ def prepare(
     validation: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
-    jobs: int = 1,
+    jobs: int | None = None,
 ) -> Prepared:
     """Align skull-stripped T1 scans to MNI152 and write them, with their labels, on one grid.
 
@@ -518,14 +503,14 @@ def prepare(
         validation: share of the scans that is drawn for validation.
         test: share of the scans that is drawn for the test.
         seed: of the drawing.
-        jobs: number of processes.
+        jobs: number of processes (default: of processors, or fewer if they found less than 3 GiB of memory each).
 
     Raises:
         ValueError: an input or an option cannot be used; the message says which and why.
         FileNotFoundError: an input does not exist.
     """
     output = Path(output).absolute()
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
     if seed < 0:  # Python's generator drops the sign
         raise ValueError(f"seed must be at least 0, got {seed}.")
@@ -537,7 +522,7 @@ def prepare(
     sections = _given_sections(Path(split), names) if split else _random_sections(names, validation, test, seed)
     _require_ours(output, grid)
     todo = [scan for scan in scans if not _is_done(scan, output)]
-    with Processes(jobs, threads=1) as pool:
+    with Processes(jobs or default_jobs(_MEMORY), threads=1) as pool:
         faults = dict(failures(pool, "check", "scan", _check, {scan.name: [scan] for scan in todo}))
         if faults:
             first = min(faults)

@@ -18,9 +18,10 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+import psutil
 from tqdm import tqdm
 
-__all__ = ["Pool", "Processes", "attempt", "failures", "keep_freed_memory"]
+__all__ = ["Pool", "Processes", "attempt", "default_jobs", "failures", "keep_freed_memory", "num_cpus"]
 
 _ATTEMPTS = 2  # a process may have been the victim of another one's hunger for memory
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
@@ -37,9 +38,21 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library took it: glibc does, others have no such setting and stay as they are.
     """
+    if sys.platform != "linux":  # Windows has no CDLL(None)
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # (what, value) of glibc's malloc.h: M_MMAP_MAX, no block is a mapping of its own; M_TRIM_THRESHOLD, never shrink
     return mallopt is not None and all([mallopt(-4, 0), mallopt(-1, -1)])
+
+
+def num_cpus() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs(memory: int) -> int:
+    """How many processes to run at a time: one for each processor, or fewer so that each finds ``memory`` bytes."""
+    return max(1, min(num_cpus(), psutil.virtual_memory().available // memory))
 
 
 class Pool(Protocol):
@@ -90,7 +103,7 @@ def _follow_parent() -> None:
 
 
 def _serve(connection: Connection) -> None:
-    """Life of a process: make the calls that come in, until there is nobody to make them for."""
+    """Main loop of a child: receive calls and send back why each failed, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of Ctrl-C in silence: the parent says that it was interrupted
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -125,7 +138,7 @@ def _start_tracker() -> None:
 
 
 def _block_interrupts() -> None:
-    """Let processes that this thread starts sleep through Ctrl-C until they are ready to die of it in silence."""
+    """Block SIGINT in this thread: child processes inherit that and print no traceback before `_serve` unblocks it."""
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
@@ -166,7 +179,8 @@ class Processes:
                 child.connection.send((function, args))
                 return child.connection.recv()
             except (EOFError, OSError):  # there is no process at the other end
-                child.process.join()
+                with self._lock:  # starts happen in it, which ask how other children ended: one alone gets the status
+                    child.process.join()
                 self._own.child = None
         return f"its process died {_ATTEMPTS} times (exit code {child.process.exitcode}): was there too little memory?"
 

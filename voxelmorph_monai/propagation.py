@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import joint_weights
 from voxelmorph_monai.blocks import majority
-from voxelmorph_monai.preparation import mni152, rescale, stamp
+from voxelmorph_monai.files import atomic_folder, require_new, stamp
+from voxelmorph_monai.preparation import mni152, rescale
 from voxelmorph_monai.registration import register
 from voxelmorph_monai.results import correlation
-from voxelmorph_monai.spaces import atomic_folder, read_image, read_labels, require_same_grid, warp_scan
+from voxelmorph_monai.spaces import read_image, read_labels, require_same_grid, warp_scan
 
 __all__ = ["Study", "copy_label_app", "number_structures", "propagate", "rank", "renumbered", "structures"]
 
@@ -173,8 +174,7 @@ def copy_label_app(output: str | Path) -> None:
         FileExistsError: ``output`` exists.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} must be new, but it exists.")
+    require_new(output)
     with atomic_folder(output) as folder:
         for name in ("main.py", "requirements.txt"):
             shutil.copy(Path(__file__).with_name("label_app") / name, folder / name)

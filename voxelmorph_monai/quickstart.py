@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from voxelmorph_monai.preparation import mni152, mni152_tissue, sample
+from voxelmorph_monai.atlas_bundle import TISSUES
+from voxelmorph_monai.preparation import mni152, mni152_tissue, sample_scan
 from voxelmorph_monai.registration import register_files, shipped_weights
 from voxelmorph_monai.spaces import read_image, read_labels, save_image
 
 __all__ = ["quickstart"]
 
 _BUDGET = 30.0  # seconds, as `vxm register` has it
-_TISSUES = ("cerebrospinal fluid", "grey matter", "white matter")
 
 
 def _write_scans(folder: Path) -> dict[str, Path]:
@@ -19,8 +19,8 @@ def _write_scans(folder: Path) -> dict[str, Path]:
         paths[role], paths[f"{role}_labels"] = folder / f"{name}.nii.gz", folder / f"{name}_tissue.nii.gz"
         if not (paths[role].exists() and paths[f"{role}_labels"].exists()):
             folder.mkdir(parents=True, exist_ok=True)
-            image = mni152() if name == "mni152" else read_image(sample(name))
-            tissue = mni152_tissue() if name == "mni152" else read_labels(sample(f"{name}_tissue"))
+            image = mni152() if name == "mni152" else read_image(sample_scan(name))
+            tissue = mni152_tissue() if name == "mni152" else read_labels(sample_scan(f"{name}_tissue"))
             save_image(paths[role], *image)
             save_image(paths[f"{role}_labels"], *tissue)
     return paths
@@ -62,7 +62,7 @@ def _print(summary: dict[str, object]) -> None:
     assert isinstance(seconds, dict)
     stages = ("before", "affine", "after")
     print(f"\n{'Colin27 to MNI152':<29}" + "".join(f"{stage:>10}" for stage in stages))
-    for key, name in [*((str(i), f"Dice, {name}") for i, name in enumerate(_TISSUES, 1)), ("mean", "Dice, mean")]:
+    for key, name in [*((str(i), f"Dice, {name}") for i, name in TISSUES.items()), ("mean", "Dice, mean")]:
         print(f"{name:<29}" + "".join(f"{dice[stage][key]:>10.3f}" for stage in stages))
     print(f"{'correlation of the images':<29}" + "".join(f"{summary[f'similarity_{s}']:>10.3f}" for s in stages))
     print(f"{'folded voxels':<29}{summary['folding_percent']:>28.4f} %")

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
-from voxelmorph_monai.formats import spatial_dims_of
+from voxelmorph_monai.files import atomic_folder, require_replaceable
+from voxelmorph_monai.formats import scan_name, spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
     LITERATURE,
@@ -47,7 +48,6 @@ from voxelmorph_monai.spaces import (
     Affine,
     Composite,
     Plane,
-    atomic_folder,
     in_plane,
     linear_transform,
     read_image,
@@ -61,6 +61,8 @@ from voxelmorph_monai.spaces import (
 )
 
 __all__ = [
+    "SPACES",
+    "TRANSFORMS",
     "RegistrationResult",
     "extended",
     "load_network",
@@ -74,8 +76,12 @@ __all__ = [
 Image = tuple[NDArray[np.float32], Affine]
 Labels = tuple[NDArray[Any], Affine]
 
-_SPACES = ("mni152", "fixed")
-_TRANSFORMS = ("affine", "rigid", "none")
+SPACES = ("mni152", "fixed")
+"""Where the network works."""
+
+TRANSFORMS = ("affine", "rigid", "none")
+"""What aligns the scans before it does."""
+
 _FADE = 16  # voxels around the network's grid within which its displacement fades to 0
 _NUM_POINTS = 100_000  # at which the inverse is checked
 _NAMES = {
@@ -172,10 +178,10 @@ def _is_slice(image: Labels) -> bool:
 
 
 def _check_options(network: Registration | None, space: str, transform: str, spatial_dims: int) -> None:
-    if space not in _SPACES:
-        raise ValueError(f"space must be one of {', '.join(_SPACES)}, got '{space}'.")
-    if transform not in _TRANSFORMS:
-        raise ValueError(f"transform must be one of {', '.join(_TRANSFORMS)}, got '{transform}'.")
+    if space not in SPACES:
+        raise ValueError(f"space must be one of {', '.join(SPACES)}, got '{space}'.")
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got '{transform}'.")
     if network is not None and network.training:
         raise ValueError("network must be in evaluation mode: call network.eval() first.")
     if network is not None and (network.network.spatial_dims, network.network.in_channels) != (spatial_dims, 2):
@@ -458,10 +464,6 @@ def _save(
     save_results(folder, images, result.ddf, affine, summary, bend=bend, names=names, spatial_dims=spatial_dims)
 
 
-def _stem(path: Path) -> str:
-    return re.sub(r"(\.nii|\.hdr)?(\.gz)?$|\.\w+$", "", path.name)
-
-
 def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     """Names of the files as derivatives of the moving scan (BIDS 1.10, and its proposal 14 for transforms).
 
@@ -469,10 +471,10 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     >>> names["warped"], names["forward"]
     ('sub-01_ses-2_space-tplMNI152T1w_T1w.nii.gz', 'sub-01_ses-2_from-sub01ses2T1w_to-tplMNI152T1w_mode-image_xfm.h5')
     """
-    spaces = [re.sub("[^0-9A-Za-z]", "", _stem(path)) for path in (moving, fixed)]
+    spaces = [re.sub("[^0-9A-Za-z]", "", scan_name(path)) for path in (moving, fixed)]
     if spaces[0] == spaces[1]:  # from here to there, and back, would be one name
         raise ValueError(f"moving and fixed must differ in name, as files get both names, got {moving} and {fixed}.")
-    match = _BIDS.fullmatch(_stem(moving))
+    match = _BIDS.fullmatch(scan_name(moving))
     entities, suffix = match.groups() if match else (f"sub-{spaces[0]}", "T1w")
     there, back = (f"{entities}_from-{a}_to-{b}_mode-image" for a, b in (spaces, spaces[::-1]))
     here = f"{entities}_space-{spaces[1]}"
@@ -495,14 +497,7 @@ def _check_output(output: Path, inputs: Mapping[str, Path], names: Mapping[str, 
             raise ValueError(f"{output} must not hold an input, got {path}.")
         if path.is_dir() and path.absolute() in output.parents:
             raise ValueError(f"{output} must not lie within an input, got {path}.")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} must be new, or be overwritten (--overwrite), but it exists.")
-    if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - set(names.values())):
-        raise ValueError(
-            f"{output} must hold nothing but what this call writes to be overwritten, but something else is there."
-        )
-    if os.path.ismount(output):
-        raise ValueError(f"{output} must be replaced as a whole, but it is a mount point: give a folder within it.")
+    require_replaceable(output, overwrite, "'vxm register'", names.values())
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{output} must be a folder that can be made, but nothing can be written in {above}.")

@@ -1,6 +1,5 @@
 """What every registration leaves, whoever ran it: how good it is, in numbers and a picture, and its displacement."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from voxelmorph_monai.blocks import jacobian_determinant
+from voxelmorph_monai.files import write_json
 from voxelmorph_monai.metrics import dice, folding, log_jacobian_sd
 from voxelmorph_monai.pictures import save_registration_picture
-from voxelmorph_monai.spaces import Affine, atomic, save_displacement, save_image
+from voxelmorph_monai.spaces import Affine, save_displacement, save_image
 
 __all__ = ["NAMES", "Images", "correlation", "overlap", "regularity", "save_results"]
 
@@ -129,12 +129,4 @@ def save_results(
         title=f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}, "
         f"folding {summary['folding_percent']:.4f} %",
     )
-    with atomic(folder / names["summary"]) as temporary:
-        temporary.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor Inf: None stands for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    write_json(folder / names["summary"], summary)

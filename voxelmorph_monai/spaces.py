@@ -1,7 +1,8 @@
 """Physical space at the border of the package: files, affines, ITK.
 
 An ``affine`` is nibabel's: a 4 x 4 matrix that takes voxel indices to millimetres in RAS (x grows to the right, y to
-the front, z up). ITK and its files count in LPS: the first two coordinates change sign, and that happens here alone.
+the front, z up). ITK and its files count in LPS: the first two coordinates change sign, here and, as scans are read by
+ITK, in :mod:`~voxelmorph_monai.formats`; nowhere else.
 Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the array's.
 
 A 2-D image is a slice ``(X, Y, 1)`` in the plane of z = 0. Slices may lie anywhere; across one there is nothing to
@@ -9,10 +10,7 @@ interpolate, and what is said of it holds for its whole thickness. :class:`Plane
 plane, ``(X, Y)`` and a 3 x 3 affine, with which the functions for ITK work as with 3-D ones.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from voxelmorph_monai.files import atomic
+from voxelmorph_monai.formats import Affine as Affine  # for all that import it from here
 from voxelmorph_monai.formats import (
     Volume,
     corner_distance,
@@ -34,11 +34,12 @@ from voxelmorph_monai.formats import (
 
 __all__ = [
     "Composite",
+    "ImageGrid",
     "Plane",
-    "atomic",
-    "atomic_folder",
+    "apply_affine",
     "from_itk",
     "in_plane",
+    "inside",
     "linear_transform",
     "open_volume",
     "points_to_lps",
@@ -52,6 +53,7 @@ __all__ = [
     "save_image_like",
     "save_nifti",
     "save_transform",
+    "slabs",
     "spacing",
     "to_itk",
     "to_lps",
@@ -59,7 +61,19 @@ __all__ = [
     "warp_scan",
 ]
 
-Affine = NDArray[np.float64]
+_SLAB_VOXELS = 2**20  # that are worked at together
+
+
+class ImageGrid(NamedTuple):
+    """Where the voxels of an image lie.
+
+    Attributes:
+        size: of the image, ``(X, Y, Z)``.
+        affine: of the image (RAS, mm).
+    """
+
+    size: Sequence[int]
+    affine: Affine
 
 
 def _lps(spatial_dims: int) -> Affine:
@@ -302,8 +316,8 @@ class Plane(NamedTuple):
     def flatten(self, image: tuple[NDArray[Any], Affine]) -> tuple[NDArray[Any], Affine]:
         """A slice in the coordinates of the plane: ``(X, Y)`` and a 3 x 3 affine."""
         array, affine = image
-        across, inside = _across(array.shape), np.linalg.inv(self.matrix) @ affine
-        return array.squeeze(across), np.delete(np.delete(inside, across, axis=1), 2, axis=0)
+        across, within = _across(array.shape), np.linalg.inv(self.matrix) @ affine
+        return array.squeeze(across), np.delete(np.delete(within, across, axis=1), 2, axis=0)
 
     def place(self, matrix: Affine) -> Affine:
         """Take what ends in the plane's coordinates, 3 x 3, to RAS: 4 x 4, with its third axis across the plane."""
@@ -316,7 +330,7 @@ class Plane(NamedTuple):
         return target.place(matrix) @ np.linalg.inv(self.matrix)
 
 
-def _apply(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDArray[np.float64]:
+def apply_affine(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDArray[np.float64]:
     """Map ``points`` ``(3, ...)`` by a 4 x 4 matrix."""
     shift = matrix[:3, 3].reshape(3, *[1] * (points.ndim - 1))
     return np.tensordot(matrix[:3, :3], points, axes=1) + shift
@@ -328,14 +342,20 @@ def _within(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.floa
     return index
 
 
-def _slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+def slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Cut a grid along its first axis into parts of about a million voxels: the slice, and the indices ``(3, ...)``."""
-    step = max(1, 2**20 // (size[1] * size[2]))
+    step = max(1, _SLAB_VOXELS // (size[1] * size[2]))
     for start in range(0, size[0], step):
         stop = min(start + step, size[0])
         index = np.indices((stop - start, size[1], size[2]), dtype=np.float64)
         index[0] += start
         yield slice(start, stop), index
+
+
+def inside(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether indices ``(3, ...)`` lie in an image of this shape: at most half a voxel from its outermost ones."""
+    end = np.reshape(shape, (3, *[1] * (index.ndim - 1))) - 0.5
+    return np.logical_and.reduce((index >= -0.5) & (index < end))
 
 
 def _vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
@@ -365,13 +385,13 @@ class Composite(NamedTuple):
 
     def _map(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Map ``points`` ``(3, ...)``."""
-        points = _apply(self.inner, points)
+        points = apply_affine(self.inner, points)
         if self.field is not None:
             ddf, affine = self.field
-            index = _within(_apply(np.linalg.inv(affine), points), ddf.shape[1:])
+            index = _within(apply_affine(np.linalg.inv(affine), points), ddf.shape[1:])
             offset = np.stack([ndimage.map_coordinates(u, index, np.float64, order=1) for u in ddf])
             points = points + np.tensordot(affine[:3, :3], offset, axes=1)
-        return _apply(self.outer, points)
+        return apply_affine(self.outer, points)
 
     def points(self, points: NDArray[Any]) -> NDArray[np.float64]:
         """Map ``points`` ``(N, 3)`` in mm (RAS)."""
@@ -381,8 +401,8 @@ class Composite(NamedTuple):
         """The whole map as one displacement ``(3, *size)`` in voxels of the grid with this affine (RAS, mm)."""
         ddf = np.empty((3, *size), dtype=np.float32)
         back = np.linalg.inv(affine)
-        for part, index in _slabs(size):
-            ddf[:, part] = _apply(back, self._map(_apply(affine, index))) - index
+        for part, index in slabs(size):
+            ddf[:, part] = apply_affine(back, self._map(apply_affine(affine, index))) - index
         return ddf
 
     def to_itk(self, spatial_dims: int = 3) -> itk.Transform:
@@ -435,35 +455,12 @@ def warp_scan(
         order: 1 linear; 0 nearest, which invents no label.
     """
     array, to_voxels = image[0], np.linalg.inv(image[1]) @ affine
-    end = np.reshape(array.shape, (3, 1, 1, 1)) - 0.5
     warped = np.zeros(ddf.shape[1:], dtype=array.dtype)
-    for part, index in _slabs(ddf.shape[1:]):
-        at = _within(_apply(to_voxels, index + ddf[:, part]), array.shape)
+    for part, index in slabs(ddf.shape[1:]):
+        at = _within(apply_affine(to_voxels, index + ddf[:, part]), array.shape)
         values = ndimage.map_coordinates(array, at, array.dtype, order=order, mode="nearest")
-        warped[part] = np.where(((at >= -0.5) & (at < end)).all(axis=0), values, 0)
+        warped[part] = np.where(inside(at, array.shape), values, 0)
     return warped
-
-
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Give the name of a temporary file in the folder of ``path`` to write; it takes the place of ``path`` at the end.
-
-    Nobody ever sees half a file: after an error the temporary file is gone and ``path`` is what it was.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with atomic(f"{folder}/notes.txt") as temporary:
-    ...         number_of_characters = temporary.write_text("whole")
-    ...     os.listdir(folder)
-    ['notes.txt']
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the ending stays: writers choose the format by it
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -477,26 +474,6 @@ def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
                 failed = True
         if failed:
             raise OSError(f"{path} cannot be written: is the disk full?")
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` to fill; it takes the place of ``path``, and of all in it, at the end.
-
-    Nobody ever sees half of it: after an error the temporary folder is gone and ``path`` is what it was.
-    """
-    path = Path(path).absolute()
-    temporary, former = (path.with_name(f".{os.getpid()}.{path.name}{end}") for end in ("", ".former"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, former)
-        os.replace(temporary, path)
-        shutil.rmtree(former, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:

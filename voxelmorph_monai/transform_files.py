@@ -29,23 +29,17 @@ from voxelmorph_monai.chains import (
     lift,
     lower,
     matrix_of,
+    on_grid,
 )
-from voxelmorph_monai.chains import on_grid as sample
-from voxelmorph_monai.foreign_files import Grid, read_fsl, read_lta, save_flirt, save_fnirt, save_lta
+from voxelmorph_monai.files import atomic, require_new
+from voxelmorph_monai.foreign_files import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.formats import silent_stderr
-from voxelmorph_monai.spaces import Affine, atomic, linear_transform, read_displacement, save_displacement
+from voxelmorph_monai.spaces import Affine, ImageGrid, linear_transform, read_displacement, save_displacement
 
-__all__ = ["FORMATS", "Chain", "read_chain", "read_fsl_transform", "read_transform", "require_new", "save_chain"]
+__all__ = ["FORMATS", "Chain", "check_output", "read_chain", "read_fsl_transform", "read_transform", "save_chain"]
 
-FORMATS = {
-    "itk": "ITK transform: .h5, or .tfm, .txt, .mat where it is linear",
-    "1007": "displacement of intent 1007, along LPS (ITK, ANTs, Slicer): .nii, .nii.gz",
-    "1006": "displacement of intent 1006, along RAS: .nii, .nii.gz",
-    "ants": "ANTs pair, OUTPUT being a prefix: OUTPUT1Warp.nii.gz and OUTPUT0GenericAffine.mat",
-    "lta": "linear transform of FreeSurfer: .lta",
-    "fsl": "matrix of FLIRT, .mat, where it is linear; warp of FNIRT: .nii, .nii.gz",
-}
-"""What :func:`save_chain` writes."""
+FORMATS = ("itk", "1007", "1006", "ants", "lta", "fsl")
+"""What :func:`save_chain` writes: docs/transforms.md has a table of them."""
 
 _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 _NIFTI = (".nii", ".nii.gz")
@@ -156,7 +150,7 @@ def read_chain(names: Sequence[str]) -> Chain:
     return Chain(chain(parts), residual, dims[names[0]])
 
 
-def read_fsl_transform(path: str | Path, fixed: Grid, moving: Grid) -> itk.Transform:
+def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> itk.Transform:
     """Read what FLIRT or FNIRT wrote for images on these grids (:func:`~voxelmorph_monai.foreign_files.read_fsl`)."""
     _require_file(Path(path))
     found = read_fsl(path, fixed, moving)
@@ -181,31 +175,30 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(f"{prefix.name}1Warp.nii.gz"), prefix.with_name(f"{prefix.name}0GenericAffine.mat")
 
 
-def require_new(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
     """Raise FileExistsError where writing ``path`` would replace something that may not be."""
     given = [_parse(each)[0] for each in inputs]
     if path.exists() and any(each.exists() and path.samefile(each) for each in given):
         raise FileExistsError(f"{path} must not be an input.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} must be new, or be overwritten (--overwrite), but it exists.")
+    require_new(path, overwrite)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path} must lie in a folder that exists.")
 
 
-def _sample(transform: itk.Transform, grid: Grid | None) -> tuple[NDArray[np.floating], Affine]:
+def _sample(transform: itk.Transform, grid: ImageGrid | None) -> tuple[NDArray[np.floating], Affine]:
     """One displacement that does what the transform does: on the given grid, or that of its first displacement."""
     parts = flatten(transform)
     if grid is None and is_field(parts[0]):
         ddf, affine = field_of(parts[0])
         if len(parts) == 1:
             return ddf, affine
-        grid = ddf.shape[1:], affine
+        grid = ImageGrid(ddf.shape[1:], affine)
     if grid is None:
         raise ValueError(
             "a displacement must get its grid from a fixed image (--reference), as the transform does not begin with "
             "a displacement."
         )
-    return sample(transform, *grid), grid[1]
+    return on_grid(transform, *grid), grid.affine
 
 
 def _save_itk(path: Path, transform: itk.Transform, spatial_dims: int = 3) -> None:
@@ -222,7 +215,7 @@ def _save_itk(path: Path, transform: itk.Transform, spatial_dims: int = 3) -> No
         itk.transformwrite([written], str(temporary), compression=True)
 
 
-def _save_pair(prefix: Path, transform: itk.Transform, grid: Grid | None, spatial_dims: int) -> None:
+def _save_pair(prefix: Path, transform: itk.Transform, grid: ImageGrid | None, spatial_dims: int) -> None:
     """Write what a point of the fixed image goes through as a displacement first, then all that is linear."""
     matrix = np.eye(4)
     for part in flatten(transform):
@@ -238,7 +231,9 @@ def _save_pair(prefix: Path, transform: itk.Transform, grid: Grid | None, spatia
     _save_itk(affine, linear_transform(matrix), spatial_dims)
 
 
-def _save_foreign(path: Path, transform: itk.Transform, form: str, fixed: Grid | None, moving: Grid | None) -> None:
+def _save_foreign(
+    path: Path, transform: itk.Transform, form: str, fixed: ImageGrid | None, moving: ImageGrid | None
+) -> None:
     if fixed is None or moving is None:
         raise ValueError(f"a file of format {form} must come with both images (--reference and --moving).")
     parts = flatten(transform)
@@ -250,7 +245,7 @@ def _save_foreign(path: Path, transform: itk.Transform, form: str, fixed: Grid |
     if form == "lta":
         save_lta(path, matrix_of(parts[0]), fixed, moving)
     elif path.name.endswith(_NIFTI):
-        save_fnirt(path, sample(transform, *fixed), fixed, moving)
+        save_fnirt(path, on_grid(transform, *fixed), fixed, moving)
     else:
         save_flirt(path, matrix_of(parts[0]), fixed, moving)
 
@@ -260,8 +255,8 @@ def save_chain(
     transform: itk.Transform,
     *,
     form: str | None = None,
-    grid: Grid | None = None,
-    moving_grid: Grid | None = None,
+    grid: ImageGrid | None = None,
+    moving_grid: ImageGrid | None = None,
     spatial_dims: int = 3,
     overwrite: bool = False,
     inputs: Sequence[str | Path] = (),
@@ -282,7 +277,7 @@ def save_chain(
     path = Path(path)
     form = _form_of(path, form)
     for each in _pair(path) if form == "ants" else [path]:
-        require_new(each, overwrite, inputs)
+        check_output(each, overwrite, inputs)
     if form in ("lta", "fsl"):
         if spatial_dims == 2:
             raise ValueError(f"a file of format {form} must be of a transform in 3-D, got one in 2-D.")

@@ -7,7 +7,6 @@ no error bar: a wrong affine alignment, scans unlike those of the training and o
 The noise is independent from voxel to voxel of the velocity, so integration and interpolation average much of it away.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from voxelmorph_monai.files import atomic_folder, require_new, write_json
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.preparation import Grid, grid_affine, rescale
 from voxelmorph_monai.registration import (
@@ -29,14 +29,7 @@ from voxelmorph_monai.registration import (
     network_input,
     register,
 )
-from voxelmorph_monai.spaces import (
-    atomic_folder,
-    read_image,
-    read_labels,
-    require_same_grid,
-    save_image_like,
-    warp_scan,
-)
+from voxelmorph_monai.spaces import read_image, read_labels, require_same_grid, save_image_like, warp_scan
 
 __all__ = [
     "MEANING",
@@ -248,8 +241,7 @@ def uncertainty_files(
         What is in ``summary.json``.
     """
     output = Path(output).absolute()
-    if output.exists():
-        raise FileExistsError(f"{output} must be new, but it exists.")
+    require_new(output)
     if fixed_labels is not None and moving_labels is None:
         raise ValueError("fixed_labels must come with moving_labels, which are carried to them, got none.")
     images = read_image(moving), read_image(fixed)
@@ -286,5 +278,5 @@ def uncertainty_files(
             for value, count in zip(found.labels[1:], found.counts[1:], strict=True):
                 share = count.astype(np.float32) / np.float32(num_samples)
                 save_image_like(folder / "probabilities" / f"{value}.nii.gz", share, fixed)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "summary.json", summary)
     return summary

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from voxelmorph_monai.files import atomic, require_new
 from voxelmorph_monai.networks import VoxelMorph, read_state, wrong_parameters
-from voxelmorph_monai.spaces import atomic
 
 __all__ = ["import_weights"]
 
@@ -223,8 +223,7 @@ def import_weights(source: str | Path, output: str | Path, *, xy: bool = False) 
     source, output = Path(source), Path(output)
     if not source.is_file():
         raise FileNotFoundError(f"weights {source} must be a Keras file (.h5) or a checkpoint, but there is none.")
-    if output.exists():
-        raise FileExistsError(f"output must be new, but there is a {output}.")
+    require_new(output)
     if source.suffix in (".h5", ".hdf5"):
         preset, state = _from_keras(source, xy)
     elif xy:

@@ -25,17 +25,25 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.train import TrainTask
 
 from voxelmorph_monai import __version__
+from voxelmorph_monai.files import atomic, write_json
 from voxelmorph_monai.networks import PRESETS
-from voxelmorph_monai.preparation import Grid, prepare, write_json
+from voxelmorph_monai.preparation import Grid, prepare
 from voxelmorph_monai.propagation import Study, number_structures, propagate, rank, renumbered, structures
-from voxelmorph_monai.registration import load_network, register_files, shipped_bundle, shipped_weights
-from voxelmorph_monai.spaces import atomic, open_volume, read_image, save_image, save_image_like, to_itk
+from voxelmorph_monai.registration import (
+    SPACES,
+    TRANSFORMS,
+    load_network,
+    register_files,
+    shipped_bundle,
+    shipped_weights,
+)
+from voxelmorph_monai.results import NAMES
+from voxelmorph_monai.spaces import open_volume, read_image, save_image, save_image_like, to_itk
 
 logger = logging.getLogger(__name__)
 
 _SIMILAR = "most similar"
-_SPACES = ("mni152", "fixed")
-_TRANSFORMS = ("affine", "rigid", "none")
+_PRESET = "wide"  # of the weights that come along
 _LONGEST = 600.0  # seconds to refine: MONAI Label's clients wait no longer
 _MOST = 9  # studies to fuse
 _RESULTS = {
@@ -58,9 +66,10 @@ def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
 def _number(name: str, value: Any, least: float, most: float, kind: Callable[[Any], Any] = float) -> Any:
     try:
         found = kind(value)
-        if math.isfinite(found) and least <= found <= most:
+        cut = isinstance(value, float) and found != value  # 2.7 is no whole number
+        if math.isfinite(found) and least <= found <= most and not cut:
             return found
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         pass
     what = "a whole number" if kind is int else "a number"
     raise ValueError(f"{name} must be {what} from {least:g} to {most:g}, got '{value}'.")
@@ -89,8 +98,8 @@ class Settings(NamedTuple):
     preset: str
     device: str | None
     grid: Grid
-    space: str = _SPACES[0]
-    transform: str = _TRANSFORMS[0]
+    space: str = SPACES[0]
+    transform: str = TRANSFORMS[0]
     budget: float = 30.0
     num_studies: int = 1
 
@@ -108,12 +117,18 @@ class Settings(NamedTuple):
         weights, device = conf.get("weights"), conf.get("device")
         if weights not in (None, "none") and not Path(weights).is_file():
             raise ValueError(f"weights must be a file, or none, got '{weights}'.")
+        preset = _one_of("preset", conf.get("preset", _PRESET), list(PRESETS))
+        if weights is None and preset != _PRESET:
+            raise ValueError(
+                f"weights must come with preset {preset}, a file, or none, as those that come along are of preset "
+                f"{_PRESET}."
+            )
         if device is not None and not _usable(device):
             raise ValueError(f"device must be cpu, or cuda where there is a GPU, got '{device}'.")
         size = tuple(_number("size", n, 8, 1024, int) for n in conf.get("size", "160,192,224").split(","))
         return cls(
             weights=weights,
-            preset=_one_of("preset", conf.get("preset", "wide"), list(PRESETS)),
+            preset=preset,
             device=device,
             grid=Grid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100)),
         ).asked(conf)
@@ -126,8 +141,8 @@ class Settings(NamedTuple):
         """
         given = {key: value for key, value in request.items() if value not in (None, "")}
         return self._replace(
-            space=_one_of("space", given.get("space", self.space), _SPACES),
-            transform=_one_of("transform", given.get("transform", self.transform), _TRANSFORMS),
+            space=_one_of("space", given.get("space", self.space), SPACES),
+            transform=_one_of("transform", given.get("transform", self.transform), TRANSFORMS),
             budget=_number("budget", given.get("budget", self.budget), 0, _LONGEST),
             num_studies=_number("num_studies", given.get("num_studies", self.num_studies), 1, _MOST, int),
         )
@@ -135,18 +150,22 @@ class Settings(NamedTuple):
     def shown(self) -> dict[str, Any]:
         """The options of a request, as a client shows them."""
         return {
-            "space": _first(self.space, _SPACES),
-            "transform": _first(self.transform, _TRANSFORMS),
+            "space": _first(self.space, SPACES),
+            "transform": _first(self.transform, TRANSFORMS),
             "budget": self.budget,
         }
 
-    def engine(self, trained: Path) -> dict[str, Any]:
-        """Options of ``register_files``; ``trained``: where the weights lie that were trained here, if they were."""
-        weights = None if self.weights == "none" else self.weights
-        if self.weights is None and self.space == "mni152":  # what comes along knows brains alone
-            weights = str(trained if trained.is_file() else shipped_weights())
+    def weights_in_use(self, trained: Path) -> str | None:
+        """File of the weights in MNI152; ``trained``: where those lie that were trained here, if they were."""
+        if self.weights is None:
+            return str(trained if trained.is_file() else shipped_weights())
+        return None if self.weights == "none" else self.weights
+
+    def register_options(self, trained: Path) -> dict[str, Any]:
+        """Options of ``register_files``; ``trained`` as in :meth:`weights_in_use`."""
+        unknown = self.weights is None and self.space != "mni152"  # what comes along knows brains alone
         return {
-            "weights": weights,
+            "weights": None if unknown else self.weights_in_use(trained),
             "preset": self.preset,
             "device": self.device,
             "budget": self.budget,
@@ -176,11 +195,16 @@ def _answering(names: Mapping[str, str]) -> Iterator[None]:
         raise HTTPException(422, reason) from error
 
 
-def _temporary(ending: str) -> Path:
-    """A new empty file, which MONAI Label removes once it is sent."""
-    handle, path = tempfile.mkstemp(suffix=ending)
+@contextmanager
+def _answer(ending: str) -> Iterator[Path]:
+    """A new file to fill, which MONAI Label removes once it is sent; after an error it is gone."""
+    handle, name = tempfile.mkstemp(suffix=ending)
     os.close(handle)
-    return Path(path)
+    try:
+        yield Path(name)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _names(info: Mapping[str, Any]) -> dict[int, str]:
@@ -300,17 +324,17 @@ class LabelPropagation(InferTask):
         labelled = self.studies.usable()
         chosen, told = self._chosen(labelled, request.get("moving") or _SIMILAR, fixed, settings)
         numbers = number_structures(list(labelled.values()))
-        options = settings.engine(self.studies.trained)
+        options = settings.register_options(self.studies.trained)
         weights, preset, device = (options.pop(key) for key in ("weights", "preset", "device"))
         network = None if weights is None else load_network(weights, preset, device=device)
         labels = propagate(chosen, fixed, numbers, network=network, **options)
         present = {name: value for name, value in numbers.items() if (labels == value).any()}
-        path = _temporary(ending)
-        if ending == ".nrrd":
-            affine = open_volume(fixed, planar=True)[1]
-            itk.imwrite(to_itk(labels, affine), str(path), compression=bool(request.get("result_compress", True)))
-        else:
-            save_image_like(path, labels, fixed)
+        with _answer(ending) as path:
+            if ending == ".nrrd":
+                affine = open_volume(fixed, planar=True)[1]
+                itk.imwrite(to_itk(labels, affine), str(path), compression=bool(request.get("result_compress", True)))
+            else:
+                save_image_like(path, labels, fixed)
         return str(path), {"label_names": present, **told}
 
 
@@ -345,11 +369,12 @@ class Register(InferTask):
         moving = Path(request["label"]) if request.get("label") else self.studies.image(request.get("moving", ""))
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "registered"
-            summary = register_files(moving, request["image"], output, **settings.engine(self.studies.trained))
-            path = _temporary("".join(Path(_RESULTS[result]).suffixes))
-            shutil.move(output / _RESULTS[result], path)
+            register_files(moving, request["image"], output, **settings.register_options(self.studies.trained))
+            summary = json.loads((output / NAMES["summary"]).read_text(encoding="utf-8"))
+            with _answer("".join(Path(_RESULTS[result]).suffixes)) as path:
+                shutil.move(output / _RESULTS[result], path)
         del summary["inputs"]  # paths of the server
-        return str(path), {"result": result, **json.loads(json.dumps(summary, default=str))}
+        return str(path), {"result": result, **summary}
 
 
 class Training(TrainTask):
@@ -394,7 +419,7 @@ class Training(TrainTask):
                     f"{len(studies)}, of which {held_back} are for validation."
                 )
             target = self.studies.trained
-            start = target if target.is_file() or self.settings.preset != "wide" else shipped_weights()
+            start = self.settings.weights_in_use(target) if given["pretrained"] else None
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
@@ -424,7 +449,7 @@ class Training(TrainTask):
                     dataset_dir=str(folder / "prepared"),
                     output_dir=str(folder / "training"),
                     preset=self.settings.preset,
-                    pretrained=str(start) if given["pretrained"] and start.is_file() else None,
+                    pretrained=start,
                     num_labels=num_labels,
                     max_epochs=epochs,
                     pairs_per_epoch=pairs,

@@ -1,0 +1,77 @@
+"""What of the app for MONAI Label needs no server: its options, and the files that it answers with."""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from voxelmorph_monai import propagation
+from voxelmorph_monai.registration import shipped_weights
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The app, with nothing behind the names that it imports from MONAI Label."""
+    stubs: dict[str, dict[str, Any]] = {
+        "fastapi": {"HTTPException": type("HTTPException", (Exception,), {})},
+        "monailabel.interfaces.app": {"MONAILabelApp": object},
+        "monailabel.interfaces.datastore": {"Datastore": object, "DefaultLabelTag": SimpleNamespace(FINAL="final")},
+        "monailabel.interfaces.tasks.infer_v2": {"InferTask": object, "InferType": SimpleNamespace()},
+        "monailabel.interfaces.tasks.train": {"TrainTask": object},
+    }
+    for name, content in stubs.items():
+        for parent in [name[:i] for i, letter in enumerate(name) if letter == "."]:
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[name]).update(content)
+    path = Path(propagation.__file__).parent / "label_app" / "main.py"
+    spec = importlib.util.spec_from_file_location("label_app", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_another_preset_needs_weights_of_its_own(app: Any, tmp_path: Path) -> None:
+    weights, trained = tmp_path / "vm2.pt", tmp_path / "model.pt"
+    weights.touch()
+    with pytest.raises(ValueError, match=r"weights must come with preset vm2, a file, or none, .* are of preset wide"):
+        app.Settings.read({"preset": "vm2"})
+    with pytest.raises(ValueError, match=r"preset must be one of .*, got 'vm3'"):
+        app.Settings.read({"preset": "vm3"})
+    given = app.Settings.read({"preset": "vm2", "weights": str(weights)}).register_options(trained)
+    assert (given["preset"], given["weights"]) == ("vm2", str(weights))
+    assert app.Settings.read({"preset": "vm2", "weights": "none"}).register_options(trained)["weights"] is None
+
+
+def test_weights_are_the_trained_ones_or_those_that_come_along(app: Any, tmp_path: Path) -> None:
+    trained, settings = tmp_path / "model.pt", app.Settings.read({})
+    assert settings.register_options(trained)["weights"] == str(shipped_weights())
+    trained.touch()
+    assert settings.register_options(trained)["weights"] == str(trained)
+    assert settings.asked({"space": "fixed"}).register_options(trained)["weights"] is None
+
+
+@pytest.mark.parametrize("value", [2.7, 0, 10, "2.7", "two", float("inf"), float("nan"), [2]])
+def test_a_whole_number_is_one(app: Any, value: Any) -> None:
+    settings = app.Settings.read({})
+    assert [settings.asked({"num_studies": each}).num_studies for each in (2, 2.0, "2")] == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"num_studies must be a whole number from 1 to 9, got"):
+        settings.asked({"num_studies": value})
+
+
+def test_an_answer_that_cannot_be_written_leaves_no_file(
+    app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(FileNotFoundError), app._answer(".nii.gz") as path:
+        path.with_name("missing").read_bytes()
+    assert list(tmp_path.iterdir()) == []
+    with app._answer(".nii.gz") as path:
+        path.write_text("whole")
+    assert list(tmp_path.iterdir()) == [path]
