@@ -14,7 +14,7 @@ from nitransforms import nonlinear
 from numpy.typing import NDArray
 from test_chains import FIXED, LPS, MIRRORED, OBLIQUE, POINT, affine_map, fade, image, inner, smooth
 
-from voxelmorph_monai import cli
+from voxelmorph_monai import cli, spaces, transform_files
 from voxelmorph_monai.chains import chain, field_transform, invert_transform, map_points, pull_image, pull_labels
 from voxelmorph_monai.points import read_points
 from voxelmorph_monai.spaces import (
@@ -216,6 +216,70 @@ def test_the_jacobian_is_that_of_simpleitk_s_points_and_holds_the_affine_part() 
         change = np.linalg.det((ends[:3] - ends[3:]) / 2) / np.linalg.det(OBLIQUE[:3, :3])
         assert abs(found[tuple(index)] - change) < 1e-4  # float32 displacements over voxels of 1.6 mm
     assert abs(found[0, 0, 0] - np.linalg.det(affine_map()[:3, :3])) < 1e-4  # there the displacement is 0
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_jacobian_on_a_slice_is_that_on_the_volume_around_it() -> None:
+    """What changes across the slice counts too."""
+    assert vxm(f"jacobian {' '.join(PAIR)} --reference fixed.nii.gz --output whole.nii.gz") == 0
+    whole = nib.load("whole.nii.gz").get_fdata()
+    for axis, at in ((0, 7), (2, 5)):
+        affine, size = OBLIQUE.copy(), np.array(FIXED)
+        affine[:3, 3] += at * OBLIQUE[:3, axis]
+        size[axis] = 1
+        save_image("slice.nii.gz", np.arange(size.prod(), dtype=np.float32).reshape(size), affine)
+        assert vxm(f"jacobian {' '.join(PAIR)} --reference slice.nii.gz --output j.nii.gz --overwrite") == 0
+        expected = np.take(whole, [at], axis)
+        np.testing.assert_allclose(nib.load("j.nii.gz").get_fdata(), expected, atol=1e-4)  # as above
+        assert np.abs(expected - 1).max() > 0.01
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_transform_whose_parameters_are_cut_off_is_no_identity(capsys: pytest.CaptureFixture[str]) -> None:
+    transform = sitk.AffineTransform(3)
+    transform.SetTranslation((3.0, -2.0, 1.0))
+    sitk.WriteTransform(transform, "whole.txt")
+    whole = Path("whole.txt").read_text()
+    assert vxm("convert whole.txt again.txt") == 0
+    for i, end in enumerate((70, len(whole) // 2, whole.index("FixedParameters"))):
+        Path("cut.txt").write_text(whole[:end])
+        assert vxm(f"convert cut.txt never{i}.txt") == 2
+        assert "cut.txt must be a whole ITK transform" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_transform_that_the_disk_does_not_take_leaves_the_old_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("old.txt").write_text("old")
+
+    def full(transforms: Any, path: str, compression: bool = False) -> None:
+        Path(path).write_text("")  # so does ITK on a full disk, and says nothing
+
+    monkeypatch.setattr(spaces.itk, "transformwrite", full)
+    assert vxm("convert 0GenericAffine.mat old.txt --overwrite") == 2
+    assert "old.txt cannot be written: is the disk full?" in capsys.readouterr().err
+    assert Path("old.txt").read_text() == "old"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", ["invert", "compose"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--output old.h5", "old.h5 must be new"),
+        ("--output nowhere/x.h5", "must lie in a folder that exists"),
+        ("--output x.xyz", "the output must end in one of"),
+        ("--output x.nii.gz --reference missing.nii.gz", "there is no such file"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_inverted(
+    command: str, words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("old.h5").write_text("old")
+    monkeypatch.setattr(transform_files, "read_transform", None)  # is not reached
+    assert vxm(f"{command} {' '.join(PAIR)} {words}") == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")

@@ -60,7 +60,7 @@ ALLOWED = {
     "foreign_files": {"files", "formats", "spaces"},
     "transform_files": {"chains", "files", "foreign_files", "formats", "spaces"},
     "points": {"files", "spaces"},
-    "apply": {"blocks", "chains", "formats", "points", "spaces", "transform_files"},
+    "apply": {"chains", "formats", "points", "results", "spaces", "transform_files"},
     "cli": set(SOURCES) - {"__init__", "cli"},
 }
 LAZY = {"cli"}  # help appears at once only if a command imports what it needs when it runs

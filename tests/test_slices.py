@@ -17,6 +17,7 @@ from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.preparation import Grid, grid_affine
 from voxelmorph_monai.registration import register, register_files
+from voxelmorph_monai.results import volume_change
 from voxelmorph_monai.spaces import Affine, Plane, save_image, transform_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,6 +276,8 @@ def test_slices_of_two_planes_are_registered_from_plane_to_plane(tmp_path: Path)
     moving = np.expand_dims(body(MOVING[0], grid(*MOVING)), 1), tilted(places[0], grid(*MOVING), 1)
     fixed = body(FIXED[0], grid(*FIXED))[..., None], tilted(places[1], grid(*FIXED), 2)
     result = register(moving, fixed, space="fixed", transform="rigid")
+    change = volume_change(result.ddf, fixed[1])
+    np.testing.assert_allclose(change, 1, atol=1e-4)  # rigid, though 45 degrees or less lie between the planes
     flat = np.insert(points(), 2, 0, axis=0)
     found = result.forward.points((places[1] @ flat)[:3].T)
     # mm, a quarter of a pixel

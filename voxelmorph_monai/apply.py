@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from voxelmorph_monai.blocks import jacobian_determinant
 from voxelmorph_monai.chains import (
     INTERPOLATIONS,
     LABEL_INTERPOLATIONS,
+    field_of,
+    flatten,
     invert_points,
+    is_field,
     map_points,
     on_grid,
     pull_image,
@@ -25,6 +26,7 @@ from voxelmorph_monai.chains import (
 )
 from voxelmorph_monai.formats import spatial_dims_of
 from voxelmorph_monai.points import read_points, save_points
+from voxelmorph_monai.results import volume_change
 from voxelmorph_monai.spaces import (
     Affine,
     ImageGrid,
@@ -147,9 +149,16 @@ def jacobian_file(
         ValueError: the logarithm of a transform that folds; and for wrong input.
     """
     _check_image_output(output, overwrite, [reference, *transforms])
-    grid = read_grid(reference)
-    ddf = on_grid(_open(transforms, reference).transform, *grid)
-    determinant = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
+    size, affine = read_grid(reference)
+    transform = _open(transforms, reference).transform
+    if any(is_field(part) and 1 in field_of(part)[0].shape[1:] for part in flatten(transform)):
+        determinant = volume_change(on_grid(transform, size, affine), affine)  # which says nothing of other planes
+    else:
+        flat = np.array(size) == 1
+        around = affine.copy()  # three planes for a slice, which lies in the middle: volume changes across it, too
+        around[:3, 3] -= affine[:3, :3] @ flat
+        ddf = on_grid(transform, np.where(flat, 3, size).tolist(), around)
+        determinant = volume_change(ddf, around)[tuple(slice(1, 2) if one else slice(None) for one in flat)]
     if logarithm:
         folds = int((determinant <= 0).sum())
         if folds:

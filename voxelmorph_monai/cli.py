@@ -255,19 +255,14 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def _save_chain(args: argparse.Namespace, transform: Any, spatial_dims: int) -> None:
-    from voxelmorph_monai.transform_files import save_chain
+def _saving(args: argparse.Namespace) -> dict[str, Any]:
+    """How to save a transform, known to be possible before it is worked out."""
+    from voxelmorph_monai.transform_files import check_target
 
-    save_chain(
-        args.output,
-        transform,
-        form=args.to,
-        grid=_grid(args.reference),
-        moving_grid=_grid(args.moving),
-        spatial_dims=spatial_dims,
-        overwrite=args.overwrite,
-        inputs=[*args.transforms, *filter(None, (args.reference, args.moving))],
-    )
+    inputs = [*args.transforms, *filter(None, (args.reference, args.moving))]
+    check_target(args.output, args.to, args.overwrite, inputs)
+    grids = {"grid": _grid(args.reference), "moving_grid": _grid(args.moving)}
+    return {"form": args.to, "overwrite": args.overwrite, "inputs": inputs, **grids}
 
 
 def _grid(path: Path | None) -> Any:
@@ -336,21 +331,23 @@ def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.transform_files import read_chain
+    from voxelmorph_monai.transform_files import read_chain, save_chain
 
+    saving = _saving(args)
     transform, residual, spatial_dims = read_chain(args.transforms)
-    _save_chain(args, transform, spatial_dims)
+    save_chain(args.output, transform, spatial_dims=spatial_dims, **saving)
     _report(residual)
     return 0
 
 
 def _invert(args: argparse.Namespace) -> int:
     from voxelmorph_monai.chains import invert_transform
-    from voxelmorph_monai.transform_files import read_chain
+    from voxelmorph_monai.transform_files import read_chain, save_chain
 
+    saving = _saving(args)
     transform, missed, spatial_dims = read_chain(args.transforms)
     inverse, residual = invert_transform(transform)
-    _save_chain(args, inverse, spatial_dims)
+    save_chain(args.output, inverse, spatial_dims=spatial_dims, **saving)
     _report(max(missed, residual))
     return 0
 
@@ -369,14 +366,15 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.transform_files import read_fsl_transform
+    from voxelmorph_monai.transform_files import read_fsl_transform, save_chain
 
     args.transforms = [args.input]
     if args.origin is None:
         return _compose(args)
     if args.reference is None or args.moving is None:
         raise ValueError("a transform of FSL must come with both images (--reference and --moving).")
-    _save_chain(args, read_fsl_transform(args.input, _grid(args.reference), _grid(args.moving)), 3)
+    saving = _saving(args)
+    save_chain(args.output, read_fsl_transform(args.input, saving["grid"], saving["moving_grid"]), **saving)
     return 0
 
 

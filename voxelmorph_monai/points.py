@@ -51,8 +51,9 @@ def _numbers(cells: Sequence[Any], subject: str) -> list[float]:
 
 
 def _rows(text: str) -> _Rows:
-    lines = enumerate(text.splitlines(), 1)
-    return [(number, next(csv.reader([line]))) for number, line in lines if line.strip() and line[0] != "#"]
+    """Rows that are not empty, and the lines at which they end."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
 
 
 def _csv_text(rows: Sequence[Sequence[str]]) -> str:
@@ -92,7 +93,8 @@ def _read_fcsv(path: Path, content: str) -> _Parsed:
     system = said.get("CoordinateSystem")
     if system not in _FCSV_SYSTEMS:
         raise ValueError(f"{path} must say its CoordinateSystem, RAS or LPS, in a comment, got {system}.")
-    numbers, text = _table(path, _rows(content), said.get("columns", "id,x,y,z").split(","))
+    rows = _rows("".join("\n" if line.startswith("#") else line for line in content.splitlines(keepends=True)))
+    numbers, text = _table(path, rows, said.get("columns", "id,x,y,z").split(","))
     top = "".join(f"{line}\n" for line in comments)
     return _FCSV_SYSTEMS[system], numbers, lambda points: top + text(points)
 

@@ -14,7 +14,7 @@ from voxelmorph_monai.metrics import dice, folding, log_jacobian_sd
 from voxelmorph_monai.pictures import save_registration_picture
 from voxelmorph_monai.spaces import Affine, save_displacement, save_image
 
-__all__ = ["NAMES", "Images", "correlation", "overlap", "regularity", "save_results"]
+__all__ = ["NAMES", "Images", "correlation", "overlap", "regularity", "save_results", "volume_change"]
 
 NAMES = {
     "displacement": "displacement.nii.gz",
@@ -86,6 +86,25 @@ def _field(ddf: Array) -> torch.Tensor:
     return torch.from_numpy(ddf[along].reshape(len(along), *(ddf.shape[axis + 1] for axis in along)))[None]
 
 
+def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
+    """Jacobian determinant of a displacement ``(3, X, Y, Z)`` in voxels of a grid with this affine (RAS, mm).
+
+    Of a slice it is the change of area, from its own plane to the one that it is mapped to: ``(X, Y, 1)``.
+    """
+    if 1 not in ddf.shape[1:]:
+        determinant: Array = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
+        return determinant
+    columns, along = affine[:3, :3], [axis for axis in range(3) if ddf.shape[axis + 1] > 1]
+    sides = [columns[:, axis] for axis in along]  # of a pixel, and below of what becomes of it, in mm
+    bent = [
+        np.moveaxis(np.tensordot(columns, np.gradient(ddf, axis=axis + 1), axes=1), 0, -1) + side
+        for axis, side in zip(along, sides, strict=True)
+    ]
+    before, after = np.cross(sides[0], sides[1]), np.cross(bent[0], bent[1])
+    area = np.linalg.norm(after, axis=-1) / np.linalg.norm(before)
+    return (area * np.sign(after @ before)).astype(np.float32)
+
+
 def regularity(ddf: Array) -> dict[str, float | None]:
     """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and by how much its volumes vary (None: all fold)."""
     field = _field(ddf)
@@ -117,7 +136,7 @@ def save_results(
         names: of the files.
         spatial_dims: 2 writes the files of a 2-D image.
     """
-    determinant = jacobian_determinant(_field(ddf)).reshape(ddf.shape[1:]).numpy()
+    determinant = volume_change(ddf, affine)
     save_displacement(folder / names["displacement"], ddf, affine, spatial_dims=spatial_dims)
     save_image(folder / names["jacobian"], determinant, affine, spatial_dims)
     save_registration_picture(

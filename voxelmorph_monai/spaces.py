@@ -360,6 +360,7 @@ def inside(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.bool_
 
 def _vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
     """A displacement in voxels ``(3, X, Y, Z)`` as vectors in mm along LPS: ``(X, Y, Z, 3)``."""
+    ddf = np.asarray(ddf, dtype=np.result_type(ddf, np.float32))
     return np.einsum("ij,j...->...i", (_lps(3) @ affine)[:3, :3].astype(ddf.dtype), ddf)
 
 
@@ -389,7 +390,8 @@ class Composite(NamedTuple):
         if self.field is not None:
             ddf, affine = self.field
             index = _within(apply_affine(np.linalg.inv(affine), points), ddf.shape[1:])
-            offset = np.stack([ndimage.map_coordinates(u, index, np.float64, order=1) for u in ddf])
+            offset = np.stack([ndimage.map_coordinates(u, index, np.float64, order=1, mode="nearest") for u in ddf])
+            offset *= inside(index, ddf.shape[1:])
             points = points + np.tensordot(affine[:3, :3], offset, axes=1)
         return apply_affine(self.outer, points)
 
@@ -520,8 +522,16 @@ def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path) -> 
 
 
 def save_transform(path: str | Path, transform: itk.Transform) -> None:
-    """Write an ITK transform as text, ``.txt``; whole or not at all."""
-    _write_by_itk(path, lambda temporary: itk.transformwrite([transform], str(temporary)))
+    """Write an ITK transform in the format of the ending, ``.txt``, ``.mat`` or ``.h5``; whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        itk.transformwrite([transform], str(temporary), compression=True)
+        if temporary.suffix not in (".h5", ".hdf5"):  # on a full disk ITK leaves an empty file, and says nothing
+            (again,) = itk.transformread(str(temporary))
+            if not np.allclose(again.GetParameters(), transform.GetParameters(), rtol=1e-6, atol=1e-6):
+                raise RuntimeError
+
+    _write_by_itk(path, write)
 
 
 def save_displacement(
@@ -545,6 +555,7 @@ def save_displacement(
     if not np.isfinite(ddf).all():
         raise ValueError(f"ddf for {path} must be finite, got NaN or Inf.")
     _check_affine(affine, str(path))
+    require_right_angles(affine, str(path))
     vectors = _vectors(ddf, affine)[:, :, :, None, :spatial_dims]
     if intent == 1006:
         vectors = points_to_lps(vectors)
@@ -570,6 +581,8 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
         header, shape = image.header, image.shape
         vectors = np.asarray(image.dataobj, dtype=np.float64) if shape[4:] in ((2,), (3,)) else None
     intent = int(header["intent_code"])
+    if not int(header["sform_code"]) and not int(header["qform_code"]):
+        raise ValueError(f"{path} must say where it lies, but its sform_code and its qform_code are 0.")
     if vectors is None or shape[3] != 1 or sorted(shape[:3])[1] < 2 or (shape[4] == 2 and shape[2] > 1):
         raise ValueError(
             f"{path} must be a displacement, shape (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) of a 2-D image, got {shape}."

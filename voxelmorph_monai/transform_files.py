@@ -31,12 +31,28 @@ from voxelmorph_monai.chains import (
     matrix_of,
     on_grid,
 )
-from voxelmorph_monai.files import atomic, require_new
+from voxelmorph_monai.files import require_new
 from voxelmorph_monai.foreign_files import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.formats import silent_stderr
-from voxelmorph_monai.spaces import Affine, ImageGrid, linear_transform, read_displacement, save_displacement
+from voxelmorph_monai.spaces import (
+    Affine,
+    ImageGrid,
+    linear_transform,
+    read_displacement,
+    save_displacement,
+    save_transform,
+)
 
-__all__ = ["FORMATS", "Chain", "check_output", "read_chain", "read_fsl_transform", "read_transform", "save_chain"]
+__all__ = [
+    "FORMATS",
+    "Chain",
+    "check_output",
+    "check_target",
+    "read_chain",
+    "read_fsl_transform",
+    "read_transform",
+    "save_chain",
+]
 
 FORMATS = ("itk", "1007", "1006", "ants", "lta", "fsl")
 """What :func:`save_chain` writes: docs/transforms.md has a table of them."""
@@ -62,11 +78,22 @@ class Chain(NamedTuple):
     spatial_dims: int
 
 
+def _require_parameters(path: Path) -> None:
+    """Raise RuntimeError for a text that is not whole: ITK takes for the identity what lacks its fixed parameters."""
+    if path.suffix in (".txt", ".tfm"):
+        lines = [line.split(":")[0] for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        kinds = [line for line in lines if line in ("Transform", "Parameters", "FixedParameters")]
+        composites = path.read_text(encoding="utf-8", errors="replace").count("Transform: CompositeTransform")
+        if kinds.count("FixedParameters") < kinds.count("Transform") - composites:
+            raise RuntimeError
+
+
 def _read_itk(path: Path) -> itk.Transform:
     try:
         with silent_stderr():
             found = itk.transformread(str(path))
-    except RuntimeError as error:
+        _require_parameters(path)
+    except (RuntimeError, IndexError) as error:
         hint = "; if FSL wrote it: vxm convert --from fsl" if path.suffix == ".mat" else ""
         raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one{hint}.") from error
     if len(found) != 1:
@@ -211,8 +238,7 @@ def _save_itk(path: Path, transform: itk.Transform, spatial_dims: int = 3) -> No
         )
     else:
         written = chain(parts)
-    with atomic(path) as temporary:
-        itk.transformwrite([written], str(temporary), compression=True)
+    save_transform(path, written)
 
 
 def _save_pair(prefix: Path, transform: itk.Transform, grid: ImageGrid | None, spatial_dims: int) -> None:
@@ -250,6 +276,14 @@ def _save_foreign(
         save_flirt(path, matrix_of(parts[0]), fixed, moving)
 
 
+def check_target(path: Path, form: str | None, overwrite: bool, inputs: Sequence[str | Path] = ()) -> str:
+    """Raise an error where :func:`save_chain` could not write ``path``; returns the format it would have."""
+    form = _form_of(path, form)
+    for each in _pair(path) if form == "ants" else [path]:
+        check_output(each, overwrite, inputs)
+    return form
+
+
 def save_chain(
     path: str | Path,
     transform: itk.Transform,
@@ -275,9 +309,7 @@ def save_chain(
         inputs: files that are not replaced even so.
     """
     path = Path(path)
-    form = _form_of(path, form)
-    for each in _pair(path) if form == "ants" else [path]:
-        check_output(each, overwrite, inputs)
+    form = check_target(path, form, overwrite, inputs)
     if form in ("lta", "fsl"):
         if spatial_dims == 2:
             raise ValueError(f"a file of format {form} must be of a transform in 3-D, got one in 2-D.")
