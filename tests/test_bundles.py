@@ -737,12 +737,26 @@ def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Pat
     _fails(f"{differs}preset': 'wide', ", ["train.json", "vm2.yaml"], **options)
     _fails("LNCCLoss(window=5)", ["train.json"], **options, **{"loss#similarity#window": 5})
     _fails("smoothness_weight=0.5, ", ["train.json"], **options, smoothness_weight=0.5)
-    _fails(
-        f"{differs}num_train_scans': 3}}, now {{'num_train_scans': 2}}", ["train.json"], **options, num_train_scans=2
-    )
+    _fails(f"{differs}train_scans': '3 listed, ", ["train.json"], **options, num_train_scans=2)
+    _fails(f"{differs}num_labels': 4}}, now ", ["train.json"], **{**options, "num_labels": 5})
+    _fails(f"{differs}label_mode': 'nearest'}}, now ", ["train.json"], **options, label_mode="linear")
     atlas = {key: str(prepared / f"{key}s" / "1.nii.gz") for key in ("image", "label")}
-    _fails(f"{differs}atlas_role': None}}, now {{'atlas_role': 'moving'}}", ["train.json"], **options, atlas=atlas)
+    _fails(f"{differs}atlas': None, 'atlas_role': None}}, now ", ["train.json"], **options, atlas=atlas)
     _fails(f"{differs}structures': 'None'}}, now ", ["train.json"], **options, structures={"rim": [1]})
+
+
+def test_a_training_does_not_go_on_with_another_fold(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    datalist = json.loads((prepared / "datalist.json").read_text())
+    train(prepared, tmp_path / "out")
+    scans = [*datalist["training"], *datalist["validation"]]
+    fold = tmp_path / "fold"
+    shutil.copytree(prepared, fold)
+    (fold / "datalist.json").write_text(json.dumps({"training": scans[2:], "validation": scans[:2]}))
+    options = {"dataset_dir": str(fold), "output_dir": str(tmp_path / "out"), "num_labels": 4, "max_epochs": 2}
+    options |= {"pairs_per_epoch": 2, "learning_rate": 1e-3}  # as they were
+    _fails("must fit this training to be resumed", ["train.json"], **options)
+    (fold / "datalist.json").write_text(json.dumps({**datalist, "validation": scans[:2]}))
+    _fails("got: settings {'val_scans': '2 listed, sha256 ", ["train.json"], **options)
 
 
 def test_a_training_goes_on_with_its_data_in_another_place(bundle: Path, prepared: Path, tmp_path: Path) -> None:
