@@ -455,9 +455,13 @@ def test_amortised_network_registers_with_any_smoothness(bundle: Path, prepared:
     for weight in (0.1, 0.9):
         options = {"weights": str(tmp_path / "out" / "model.pt"), "output_dir": str(tmp_path / f"registered{weight}")}
         files = ["inference.json", "amortised.yaml"]
-        workflow(files, "infer", **pair, **options, **{"network_def#smoothness_weight": weight}).run()
+        workflow(files, "infer", **pair, **options, smoothness_weight=weight).run()
         fields.append(nib.load(Path(options["output_dir"], "displacement.nii.gz")).get_fdata())
     assert not np.allclose(fields[0], fields[1])
+    options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4}
+    for files, weight in ((["ncc.yaml", "amortised.yaml"], 0.25), (["ncc.yaml"], None)):
+        evaluated = workflow(["train.json", *files, "evaluate.json"], smoothness_weight=0.25, **options)
+        assert evaluated.parser.get_parsed_content("save_evaluation").settings["smoothness_weight"] == weight
 
 
 def test_fewer_scans_train(bundle: Path, prepared: Path, tmp_path: Path) -> None:
