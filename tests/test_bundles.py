@@ -732,6 +732,9 @@ def test_wrong_input_to_training_is_met_before_the_work(bundle: Path, prepared: 
     _fails("must have one shape", ["train.json"], **broken(image[:-2]))
     _fails("preset must be one of", ["train.json"], **scans(), preset="vm3")
     _fails("must hold labels up to num_labels = 2, got 4", ["train.json"], **{**scans(), "num_labels": 2})
+    both = {"structures": {"rim": [1], "core": [2, 3]}, "num_labels": 4}
+    for files in (["train.json"], ["train.json", "evaluate.json"]):
+        _fails("not both, got 2 structures and num_labels = 4.", files, **{**scans(), **both})
     twice = [{"image": "images/1.nii.gz"}, {"image": "./images/1.nii.gz"}]
     _fails("must all be different", ["train.json"], **scans(training=twice))
     assert not list((tmp_path / "out").glob("*.pt"))
@@ -754,7 +757,8 @@ def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Pat
     settings = {"both_orders": "'prepare_batch': 'both orders'", "flip": "'augmentation': 'flip'"}
     for name, setting in {**settings, "augmentation": "'augmentation': 'all'"}.items():
         _fails(f"got: settings {{}}, now {{{setting}}}", ["train.json", f"{name}.yaml"], **options)
-    _fails(f"{differs}structures': 'None'}}, now ", ["train.json"], **options, structures={"rim": [1]})
+    table = {**options, "structures": {"rim": [1]}, "num_labels": 1}
+    _fails(f"{differs}structures': 'None', 'num_labels': 4}}, now ", ["train.json"], **table)
 
 
 def test_a_training_does_not_go_on_with_another_fold(bundle: Path, prepared: Path, tmp_path: Path) -> None:

@@ -20,7 +20,17 @@ from torch.utils.data import Dataset, Sampler
 
 from voxelmorph_monai.spaces import open_volume, require_same_grid
 
-__all__ = ["PairDataset", "PairSampler", "check_scans", "fingerprint", "load_scans", "pair", "process", "take_apart"]
+__all__ = [
+    "PairDataset",
+    "PairSampler",
+    "check_labels",
+    "check_scans",
+    "fingerprint",
+    "load_scans",
+    "pair",
+    "process",
+    "take_apart",
+]
 
 Scan = Mapping[str, object]
 
@@ -125,6 +135,15 @@ def check_scans(
             if first is None:
                 first = (volume, path)
             require_same_grid(first[0], volume, (first[1], path))
+
+
+def check_labels(structures: Mapping[str, object] | None, num_labels: int) -> None:
+    """Check before any long work that ``num_labels`` is the number of ``structures``, if there is such a table."""
+    if structures and num_labels != len(structures):
+        raise ValueError(
+            f"structures or num_labels must be given, not both, got {len(structures)} structures and num_labels = "
+            f"{num_labels}."
+        )
 
 
 def pair(moving: str, fixed: str, moving_label: str | None = None, fixed_label: str | None = None) -> dict[str, str]:
