@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from layouts import SIZE, images_and_labels, ixi, learn2reg, lpba40, oasis
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.fl.client import MonaiAlgo
@@ -759,6 +760,24 @@ def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Pat
         _fails(f"got: settings {{}}, now {{{setting}}}", ["train.json", f"{name}.yaml"], **options)
     table = {**options, "structures": {"rim": [1]}, "num_labels": 1}
     _fails(f"{differs}structures': 'None', 'num_labels': 4}}, now ", ["train.json"], **table)
+
+
+def test_the_last_epoch_is_validated(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    epochs = []
+
+    def validated(evaluator: Engine) -> None:
+        epochs.append(evaluator.state.epoch)
+
+    for max_epochs, interval in ((3, 2), (4, 2), (1, 5)):
+        options = {"max_epochs": max_epochs, "val_interval": interval, "pairs_per_epoch": 1, "num_labels": 4}
+        output = tmp_path / f"{max_epochs}"
+        training = workflow(["train.json"], dataset_dir=str(prepared), output_dir=str(output), **options)
+        training.evaluator.add_event_handler(Events.EPOCH_COMPLETED, validated)
+        training.run()
+        training.finalize()
+        assert (output / "model.pt").is_file()
+        epochs.append(0)
+    assert epochs == [2, 3, 0, 2, 4, 0, 1, 0]
 
 
 def test_a_training_does_not_go_on_with_another_fold(bundle: Path, prepared: Path, tmp_path: Path) -> None:
