@@ -245,7 +245,7 @@ DATASETS = [
     ("shuffled[k::num_folds]", "scans[k::num_folds]", "not drawn: the seed does nothing"),
     ("if k not in (test, validation) for", "if k != test for", "trained on who is validated"),
     ("(fold + 1) % num_folds", "fold", "validated on the test"),
-    ("if scan not in scans and scan not in atlas]", "if scan not in scans]", "the atlas is trained on"),
+    (" if image not in kept]", "]", "the atlas is trained on"),
     (
         "ndimage.zoom(component, 0.5, order=2",
         "0.5 * ndimage.zoom(component, 0.5, order=2",

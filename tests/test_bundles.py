@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from layouts import SIZE, images_and_labels, ixi, learn2reg, lpba40, oasis
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.fl.client import MonaiAlgo
@@ -127,6 +128,9 @@ def test_label_maps_train_a_network_that_goes_on_from_given_weights(
     (maps / "datalist.json").write_text(json.dumps({"training": scans}))
     monkeypatch.chdir(REGISTRATION)
     first = train(prepared, tmp_path / "first", "synthetic.yaml", maps_dir=str(maps))
+    longer = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "first"), "maps_dir": str(maps)}
+    longer |= {"num_labels": 4, "pairs_per_epoch": 2, "learning_rate": 1e-3, "max_epochs": 2}
+    _fails("got: settings {'max_epochs': 1}, now {'max_epochs': 2}", ["train.json", "synthetic.yaml"], **longer)
     weights = str(tmp_path / "first" / "model.pt")
     again = train(
         prepared, tmp_path / "again", "synthetic.yaml", maps_dir=str(maps), pretrained=weights, learning_rate=0.0
@@ -339,6 +343,8 @@ def test_modes_train_alone_and_together(
     assert (trained.train_dataset.augmentation is not None) == bool({"flip.yaml", "augmentation.yaml"} & set(overlays))
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert state["optimizer"]["state"][0]["step"] == num_steps
+    names = {"both_orders": "prepare_batch", "flip": "augmentation", "accumulation": "accumulation_steps"}
+    assert {key for name, key in names.items() if f"{name}.yaml" in overlays} <= set(state["settings"])
 
 
 def test_augmented_training_resumes_to_the_same_weights(bundle: Path, prepared: Path, tmp_path: Path) -> None:
@@ -450,9 +456,13 @@ def test_amortised_network_registers_with_any_smoothness(bundle: Path, prepared:
     for weight in (0.1, 0.9):
         options = {"weights": str(tmp_path / "out" / "model.pt"), "output_dir": str(tmp_path / f"registered{weight}")}
         files = ["inference.json", "amortised.yaml"]
-        workflow(files, "infer", **pair, **options, **{"network_def#smoothness_weight": weight}).run()
+        workflow(files, "infer", **pair, **options, smoothness_weight=weight).run()
         fields.append(nib.load(Path(options["output_dir"], "displacement.nii.gz")).get_fdata())
     assert not np.allclose(fields[0], fields[1])
+    options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4}
+    for files, weight in ((["ncc.yaml", "amortised.yaml"], 0.25), (["ncc.yaml"], None)):
+        evaluated = workflow(["train.json", *files, "evaluate.json"], smoothness_weight=0.25, **options)
+        assert evaluated.parser.get_parsed_content("save_evaluation").settings["smoothness_weight"] == weight
 
 
 def test_fewer_scans_train(bundle: Path, prepared: Path, tmp_path: Path) -> None:
@@ -723,6 +733,9 @@ def test_wrong_input_to_training_is_met_before_the_work(bundle: Path, prepared: 
     _fails("must have one shape", ["train.json"], **broken(image[:-2]))
     _fails("preset must be one of", ["train.json"], **scans(), preset="vm3")
     _fails("must hold labels up to num_labels = 2, got 4", ["train.json"], **{**scans(), "num_labels": 2})
+    both = {"structures": {"rim": [1], "core": [2, 3]}, "num_labels": 4}
+    for files in (["train.json"], ["train.json", "evaluate.json"]):
+        _fails("not both, got 2 structures and num_labels = 4.", files, **{**scans(), **both})
     twice = [{"image": "images/1.nii.gz"}, {"image": "./images/1.nii.gz"}]
     _fails("must all be different", ["train.json"], **scans(training=twice))
     assert not list((tmp_path / "out").glob("*.pt"))
@@ -737,12 +750,48 @@ def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Pat
     _fails(f"{differs}preset': 'wide', ", ["train.json", "vm2.yaml"], **options)
     _fails("LNCCLoss(window=5)", ["train.json"], **options, **{"loss#similarity#window": 5})
     _fails("smoothness_weight=0.5, ", ["train.json"], **options, smoothness_weight=0.5)
-    _fails(
-        f"{differs}num_train_scans': 3}}, now {{'num_train_scans': 2}}", ["train.json"], **options, num_train_scans=2
-    )
+    _fails(f"{differs}train_scans': '3 listed, ", ["train.json"], **options, num_train_scans=2)
+    _fails(f"{differs}num_labels': 4}}, now ", ["train.json"], **{**options, "num_labels": 5})
+    _fails(f"{differs}label_mode': 'nearest'}}, now ", ["train.json"], **options, label_mode="linear")
     atlas = {key: str(prepared / f"{key}s" / "1.nii.gz") for key in ("image", "label")}
-    _fails(f"{differs}atlas_role': None}}, now {{'atlas_role': 'moving'}}", ["train.json"], **options, atlas=atlas)
-    _fails(f"{differs}structures': 'None'}}, now ", ["train.json"], **options, structures={"rim": [1]})
+    _fails(f"{differs}atlas': None, 'atlas_role': None}}, now ", ["train.json"], **options, atlas=atlas)
+    settings = {"both_orders": "'prepare_batch': 'both orders'", "flip": "'augmentation': 'flip'"}
+    for name, setting in {**settings, "augmentation": "'augmentation': 'all'"}.items():
+        _fails(f"got: settings {{}}, now {{{setting}}}", ["train.json", f"{name}.yaml"], **options)
+    table = {**options, "structures": {"rim": [1]}, "num_labels": 1}
+    _fails(f"{differs}structures': 'None', 'num_labels': 4}}, now ", ["train.json"], **table)
+
+
+def test_the_last_epoch_is_validated(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    epochs = []
+
+    def validated(evaluator: Engine) -> None:
+        epochs.append(evaluator.state.epoch)
+
+    for max_epochs, interval in ((3, 2), (4, 2), (1, 5)):
+        options = {"max_epochs": max_epochs, "val_interval": interval, "pairs_per_epoch": 1, "num_labels": 4}
+        output = tmp_path / f"{max_epochs}"
+        training = workflow(["train.json"], dataset_dir=str(prepared), output_dir=str(output), **options)
+        training.evaluator.add_event_handler(Events.EPOCH_COMPLETED, validated)
+        training.run()
+        training.finalize()
+        assert (output / "model.pt").is_file()
+        epochs.append(0)
+    assert epochs == [2, 3, 0, 2, 4, 0, 1, 0]
+
+
+def test_a_training_does_not_go_on_with_another_fold(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    datalist = json.loads((prepared / "datalist.json").read_text())
+    train(prepared, tmp_path / "out")
+    scans = [*datalist["training"], *datalist["validation"]]
+    fold = tmp_path / "fold"
+    shutil.copytree(prepared, fold)
+    (fold / "datalist.json").write_text(json.dumps({"training": scans[2:], "validation": scans[:2]}))
+    options = {"dataset_dir": str(fold), "output_dir": str(tmp_path / "out"), "num_labels": 4, "max_epochs": 2}
+    options |= {"pairs_per_epoch": 2, "learning_rate": 1e-3}  # as they were
+    _fails("must fit this training to be resumed", ["train.json"], **options)
+    (fold / "datalist.json").write_text(json.dumps({**datalist, "validation": scans[:2]}))
+    _fails("got: settings {'val_scans': '2 listed, sha256 ", ["train.json"], **options)
 
 
 def test_a_training_goes_on_with_its_data_in_another_place(bundle: Path, prepared: Path, tmp_path: Path) -> None:

@@ -92,8 +92,10 @@ def test_what_is_not_alike_is_compared_only_when_asked() -> None:
     fewer = run(2, pairs=7)
     with pytest.raises(ValueError, match=r"same pairs, .* of \{'a': 27, 'b': 21\} rows .* only 21 are in all"):
         compare({"a": run(1), "b": fewer})
-    with pytest.raises(ValueError, match=r"must be of the same pairs, structures and groups"):
+    with pytest.raises(ValueError, match=r"same groups .*, but these differ: \['striatum'\]\."):
         compare({"a": run(1), "b": run(2, groups=GROUPS)})
+    turned = {name: members[::-1] for name, members in GROUPS.items()}
+    assert ("dice", "groups", "b") in compare({"a": run(1, groups=GROUPS), "b": run(2, groups=turned)}).measures.index
     with pytest.raises(ValueError, match=r"must share pairs and structures, .* none is in all"):
         compare({"a": run(1), "b": run(2, structures=["pons"])}, common=True)
     found = compare({"a": run(1), "b": fewer}, common=True)
@@ -101,6 +103,19 @@ def test_what_is_not_alike_is_compared_only_when_asked() -> None:
     expected = run(1).over("dice").loc[fewer.pairs.index].mean(axis=1).mean()
     assert found.measures.loc[("dice", "structures", "a"), "mean"] == pytest.approx(expected)
     assert (found.measures["pairs"].dropna() == 7).all()
+
+
+def test_labels_warped_in_different_ways_are_compared_only_when_asked(tmp_path) -> None:
+    for name, mode in (("one", "nearest"), ("other", "linear"), ("third", "linear")):
+        save_evaluation(tmp_path / name, run(1), {"label_mode": mode})
+    save_evaluation(tmp_path / "unknown", run(1), {})
+    folders = [tmp_path / "one", tmp_path / "other"]
+    with pytest.raises(ValueError, match=r"\(label_mode\), .* got \{'one': 'nearest', 'other': 'linear'\}\."):
+        compare_runs(folders, tmp_path / "out")
+    assert (
+        "label_mode {'one': 'nearest', 'other': 'linear'}" in compare_runs(folders, tmp_path / "out", common=True).note
+    )
+    assert compare_runs([tmp_path / name for name in ("other", "third", "unknown")], tmp_path / "alike").note == ""
 
 
 def test_what_is_written(tmp_path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from monai.transforms import Compose, Lambda, RandFlipd, Randomizable, Transform
 
-from voxelmorph_monai.data import PairDataset, PairSampler, check_scans, load_scans, pair
+from voxelmorph_monai.data import PairDataset, PairSampler, check_scans, fingerprint, load_scans, pair
 
 SCANS = [{"image": n, "label": 10 * n} for n in range(1, 6)]
 ATLAS = {"image": 9, "label": 90}
@@ -79,6 +79,19 @@ def test_check_scans_wants_one_grid(prepared, tmp_path, key):
         nib.save(other, path)
         with pytest.raises(ValueError, match=rf"{scans[0]['image']} and {path} must .* (shape|grid)"):
             check_scans([scans[0], {**scans[1], key: path}], keys=("image", "label"))
+
+
+def test_fingerprint_is_of_the_files_wherever_their_folder_is():
+    def found(root, *items, outside=()):
+        listed = [{key: f"{root}/{path}" for key, path in item.items()} for item in items]
+        return fingerprint([*listed, *({"image": path} for path in outside)], root)
+
+    first, second = {"image": "i/1", "label": "l/1"}, {"label": "l/2", "image": "i/2"}
+    same = found("/data", first, second)
+    assert same == found("/moved/data", first, dict(reversed(second.items())))
+    outside = [found("/data", first, outside=[path]) for path in ("/a/i/1", "/b/i/1", "/data2/i/1")]
+    others = [found("/data", second, first), found("/data", first), found("/data", first, {"image": "i/2"})]
+    assert len({same, *outside, *others}) == 7
 
 
 def test_pair_leaves_out_what_is_none():

@@ -189,6 +189,13 @@ def test_table_of_pairs(tmp_path):
         write_datalist("csv", table(tmp_path / "none.csv", rows), tmp_path / "none")
 
 
+def test_names_of_sections_may_stand_between_blanks(tmp_path):
+    rows = rows_with_sections(tmp_path, training=1, test=1)
+    for row in rows:
+        row["section"] = f" {row['section']} "
+    assert set(read("csv", table(tmp_path / "scans.csv", rows), tmp_path / "out")) == {"training", "test"}
+
+
 # Folds
 
 
@@ -217,6 +224,21 @@ def test_published_scans_can_be_split_anew(tmp_path):
     assert sorted(n["image"] for part in numbers for n in part) == list(range(2, 41))  # the atlas is in none
     found = read("oasis", oasis(tmp_path / "oasis"), tmp_path / "out", folds=3)
     assert sorted(n["image"] for items in found.values() for n in seeds(items)) == [1, 2, 4, 436, 438, 439, 440]
+
+
+def test_each_scan_of_listed_pairs_is_in_one_part(tmp_path):
+    images_and_labels(tmp_path, count=4)
+    rows = [
+        {"moving": f"images/{m}.nii.gz", "fixed": f"./images/{f}.nii.gz", "section": "training",
+         "moving_label": f"labels/{m}.nii.gz"}
+        for m, f in permutations(range(4), 2) if m != 3
+    ]  # fmt: skip
+    found = read("csv", table(tmp_path / "pairs.csv", rows), tmp_path / "out", folds=4)
+    listed = [item for items in found.values() for item in seeds(items)]
+    assert sorted(listed, key=lambda item: item["image"]) == [*scans(0, 1, 2), {"image": 3}]
+    rows[0]["moving_label"] = "labels/2.nii.gz"
+    with pytest.raises(ValueError, match=r"0\.nii\.gz must have one label map, got .*2\.nii\.gz and .*0\.nii\.gz\."):
+        write_datalist("csv", table(tmp_path / "wrong.csv", rows), tmp_path / "wrong", folds=4)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +314,11 @@ def test_what_does_not_fit_is_named(tmp_path):
         ("", r"must have the columns .* got \[\]\."),
         ("image,label\na,b\n,c\n", r"line 3 of .* must give image, got \{'image': '', 'label': 'c'\}\."),
         ("image,label\na,b,c\n", r"line 2 of .* must give image, got "),
+        (
+            "image,section\na,training\nb,Test\n",
+            r"section in line 3 of .* must be empty or one of training, .*, atlas, got 'Test'\.",
+        ),
+        ("image,section\n", r"must have a line for each scan or pair below its columns, got none\."),
         ("moving,fixed,section\na,,test\n", r"line 2 of .* must give fixed, moving, got "),
     ],
 )

@@ -129,6 +129,8 @@ def test_misspelt_options_are_refused(options):
         run(["train.json"], "--experiment_name", "mine")  # of no use without --tracking
     with pytest.raises(ValueError, match=r"but these are not: \['num_train_scans'\]\."):
         run(["train.json", "synthetic.yaml"], "--num_train_scans", "1")
+    with pytest.raises(ValueError, match=r"but these are not: \['smoothness_weight'\]\."):
+        run(["train.json", "probabilistic.yaml"], "--smoothness_weight", "0.1")
 
 
 @pytest.mark.parametrize("word", ["--lerning-rate", "-lerning_rate"])  # Fire takes both

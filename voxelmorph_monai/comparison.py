@@ -102,15 +102,34 @@ def paired_statistics(values: pd.Series, reference: pd.Series, confidence: float
 
 
 def _common(runs: Mapping[str, Evaluation], common: bool) -> tuple[dict[str, Evaluation], str]:
-    """Evaluations of the same pairs and structures: an error unless they are, or, if ``common``, what all share."""
+    """Evaluations of the same pairs and structures: an error unless they are, or, if ``common``, what all share.
+
+    So too where labels were warped in different ways, which changes Dice.
+    """
+    notes = []
+    modes = {name: run.settings["label_mode"] for name, run in runs.items() if "label_mode" in run.settings}
+    if len(set(modes.values())) > 1:
+        if not common:
+            raise ValueError(
+                "runs to compare must have labels that were warped in one way (label_mode), or be compared all the "
+                f"same (common), got {modes}."
+            )
+        notes.append(f"Labels were warped in different ways, which alone changes Dice: label_mode {modes}.")
     indices = [run.structures.index for run in runs.values()]
     shared = indices[0]
     for index in indices[1:]:
         shared = shared.intersection(index, sort=False)
-    groups = [run.groups for run in runs.values()]
-    if all(len(shared) == len(index) for index in indices) and all(group == groups[0] for group in groups):
-        return dict(runs), ""
+    groups = [{name: set(members) for name, members in run.groups.items()} for run in runs.values()]
+    same_rows, same_groups = all(len(shared) == len(index) for index in indices), all(g == groups[0] for g in groups)
+    if same_rows and same_groups:
+        return dict(runs), "\n".join(notes)
     rows = {name: len(index) for name, index in zip(runs, indices, strict=True)}
+    if not common and same_rows:
+        differ = {name for one in groups for name in one if any(other.get(name) != one[name] for other in groups)}
+        raise ValueError(
+            "runs to compare must have the same groups of the same structures, or be compared without groups (common), "
+            f"but these differ: {sorted(differ)}."
+        )
     if not common:
         raise ValueError(
             "runs to compare must be of the same pairs, structures and groups, or be compared on what they share "
@@ -119,8 +138,12 @@ def _common(runs: Mapping[str, Evaluation], common: bool) -> tuple[dict[str, Eva
     if not len(shared):
         raise ValueError(f"runs to compare must share pairs and structures, but of {rows} rows none is in all.")
     pairs = shared.droplevel("structure").unique()
-    kept = {name: Evaluation(run.structures.loc[shared], run.pairs.loc[pairs], {}) for name, run in runs.items()}
-    return kept, f"Compared on the {len(shared)} rows (pairs x structures) that all share, of {rows}; no groups."
+    kept = {
+        name: Evaluation(run.structures.loc[shared], run.pairs.loc[pairs], {}, run.settings)
+        for name, run in runs.items()
+    }
+    notes.append(f"Compared on the {len(shared)} rows (pairs x structures) that all share, of {rows}; no groups.")
+    return kept, "\n".join(notes)
 
 
 def _columns(run: Evaluation) -> dict[tuple[str, str], pd.Series]:
@@ -175,7 +198,8 @@ def compare(runs: Mapping[str, Evaluation], *, common: bool = False) -> Comparis
 
     Args:
         runs: the evaluations; a single one is only summarised.
-        common: compare what all share, where they are not of the same pairs and structures; else that is an error.
+        common: compare what all share, where they are not of the same pairs, structures and groups, and also where
+            labels were warped in different ways; else either is an error.
     """
     kept, note = _common(runs, common)
     by_structure = {

@@ -5,8 +5,11 @@ tool that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dic
 ``moving_label`` and ``fixed_label`` where scans have labels. A list holds one or the other.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import abspath
 from pathlib import Path
 
 import torch
@@ -17,7 +20,17 @@ from torch.utils.data import Dataset, Sampler
 
 from voxelmorph_monai.spaces import open_volume, require_same_grid
 
-__all__ = ["PairDataset", "PairSampler", "check_scans", "load_scans", "pair", "process", "take_apart"]
+__all__ = [
+    "PairDataset",
+    "PairSampler",
+    "check_labels",
+    "check_scans",
+    "fingerprint",
+    "load_scans",
+    "pair",
+    "process",
+    "take_apart",
+]
 
 Scan = Mapping[str, object]
 
@@ -31,6 +44,26 @@ def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
     if not datalist.is_file():
         raise FileNotFoundError(f"dataset_dir must hold a datalist.json (vxm prepare makes one), got {dataset_dir}.")
     return load_decathlon_datalist(str(datalist), is_segmentation=True, data_list_key=section)
+
+
+def fingerprint(scans: Sequence[Scan], dataset_dir: str) -> str:
+    """How many ``scans`` (or pairs) there are, and a checksum of their files' names, in order.
+
+    Files in ``dataset_dir`` are named relative to it, so that the folder may move; others in full.
+
+    >>> fingerprint([{"image": "a/1.nii.gz"}], "a") == fingerprint([{"image": "/b/1.nii.gz"}], "/b/")
+    True
+    >>> fingerprint([{"image": "a/1.nii.gz"}], "a")
+    '1 listed, sha256 2576295c1189'
+    """
+    root = Path(abspath(dataset_dir))
+
+    def name(file: object) -> str:
+        path = Path(abspath(str(file)))
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+    names = [{key: name(file) for key, file in sorted(scan.items())} for scan in scans]
+    return f"{len(scans)} listed, sha256 {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
 
 
 def process() -> tuple[int, int]:
@@ -102,6 +135,15 @@ def check_scans(
             if first is None:
                 first = (volume, path)
             require_same_grid(first[0], volume, (first[1], path))
+
+
+def check_labels(structures: Mapping[str, object] | None, num_labels: int) -> None:
+    """Check before any long work that ``num_labels`` is the number of ``structures``, if there is such a table."""
+    if structures and num_labels != len(structures):
+        raise ValueError(
+            f"structures or num_labels must be given, not both, got {len(structures)} structures and num_labels = "
+            f"{num_labels}."
+        )
 
 
 def pair(moving: str, fixed: str, moving_label: str | None = None, fixed_label: str | None = None) -> dict[str, str]:

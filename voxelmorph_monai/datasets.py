@@ -139,6 +139,7 @@ def _read_folder(source: Path) -> Sections:
 
 
 _SCAN_COLUMNS = ("image", "label")
+_SECTIONS = ("", "training", "validation", "test", "atlas")
 _PAIR_COLUMNS = ("moving", "fixed", "moving_label", "fixed_label")
 
 
@@ -163,12 +164,20 @@ def _read_csv(source: Path) -> Sections:
             f"{source} must have the columns image, [label], [section] or moving, fixed, [moving_label], "
             f"[fixed_label], section, got {header}."
         )
+    if not lines:
+        raise ValueError(f"{source} must have a line for each scan or pair below its columns, got none.")
     sections: Sections = {}
     for number, line in enumerate(lines, start=2):
         if None in line or not all(line[name] for name in needed):
             raise ValueError(f"line {number} of {source} must give {', '.join(sorted(needed))}, got {line}.")
         item = {name: str(source.parent / line[name]) for name in columns if line[name]}
-        sections.setdefault(line.get("section") or "", []).append(item)
+        section = (line.get("section") or "").strip()
+        if section not in _SECTIONS:
+            raise ValueError(
+                f"section in line {number} of {source} must be empty or one of {', '.join(_SECTIONS[1:])}, "
+                f"got '{section}'."
+            )
+        sections.setdefault(section, []).append(item)
     return sections
 
 
@@ -195,6 +204,21 @@ def _cross_validation(scans: Sequence[Item], num_folds: int, fold: int, seed: in
     return {"training": training, "validation": parts[validation], "test": parts[test]}
 
 
+def _by_image(items: Sequence[Item]) -> dict[Path, Item]:
+    """Scans of ``items`` (scans or pairs), each once, by its image; with its label, if any of ``items`` gives one."""
+    found: dict[Path, Item] = {}
+    for item in items:
+        for scan in take_apart([item])[0]:
+            image = str(scan["image"])
+            known = found.setdefault(Path(image).resolve(), {"image": image})
+            if "label" in scan:
+                label = str(scan["label"])
+                other = known.setdefault("label", label)
+                if Path(other).resolve() != Path(label).resolve():
+                    raise ValueError(f"image {image} must have one label map, got {other} and {label}.")
+    return found
+
+
 def _split(sections: Sections, folds: int | None, fold: int, seed: int) -> Sections:
     """Put scans without a section or, with ``folds``, all but the atlas into the sections of a cross-validation."""
     if folds is None and "" not in sections:
@@ -208,10 +232,8 @@ def _split(sections: Sections, folds: int | None, fold: int, seed: int) -> Secti
             f"got {len(sections[''])} without one beside {', '.join(placed)}."
         )
     atlas = sections.get("atlas", [])
-    scans: list[Item] = []
-    for items in sections.values():
-        apart, _ = take_apart(items)
-        scans += [dict(scan) for scan in apart if scan not in scans and scan not in atlas]  # type: ignore[arg-type]
+    kept, every = _by_image(atlas), _by_image([item for items in sections.values() for item in items])
+    scans = [scan for image, scan in every.items() if image not in kept]
     return _cross_validation(scans, folds or 5, fold, seed) | ({"atlas": atlas} if atlas else {})
 
 

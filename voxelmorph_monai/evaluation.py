@@ -43,11 +43,13 @@ class Evaluation(NamedTuple):
         structures: measures of structures, a row for each ``(moving, fixed, structure)``.
         pairs: measures of pairs, a row for each ``(moving, fixed)``.
         groups: names of the structures that each group merges, by its name; empty if there are none.
+        settings: what was written down of how it was measured, such as ``label_mode``.
     """
 
     structures: pd.DataFrame
     pairs: pd.DataFrame
     groups: dict[str, list[str]]
+    settings: dict[str, Any]
 
     def over(self, measure: str, kind: str = "structures") -> pd.DataFrame:
         """One measure of structures: a row for each pair, a column for each structure (or ``"groups"``: group).
@@ -134,7 +136,7 @@ def tabulate(
     )
     tables = [pd.DataFrame(columns, i) for columns, i in zip(by_shape.values(), index, strict=True)]
     ordered = [table.sort_index(level=_PAIR, sort_remaining=False, kind="stable") for table in tables]
-    return Evaluation(ordered[0], ordered[1], {name: list(members) for name, members in (groups or {}).items()})
+    return Evaluation(ordered[0], ordered[1], {name: list(members) for name, members in (groups or {}).items()}, {})
 
 
 def _statistics(means: pd.Series) -> dict[str, float]:
@@ -226,7 +228,8 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     try:
         names = dict.fromkeys([*_PAIR, "structure"], str)  # 0012 is a name, no number
         structures, pairs = (pd.read_csv(found[0] / name, dtype=names) for name in _FILES[:2])
-        groups = json.loads((found[0] / _FILES[-1]).read_text(encoding="utf-8"))["groups"]
-        return Evaluation(structures.set_index([*_PAIR, "structure"]), pairs.set_index(_PAIR), groups)
+        summary = json.loads((found[0] / _FILES[-1]).read_text(encoding="utf-8"))
+        tables = structures.set_index([*_PAIR, "structure"]), pairs.set_index(_PAIR)
+        return Evaluation(*tables, summary["groups"], dict(summary.get("settings", {})))
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{found[0]} must hold an evaluation's tables, but they cannot be read: {error}") from error
