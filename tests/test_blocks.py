@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import SimpleITK as sitk
 import torch
+from monai.data import MetaTensor
 from scipy.ndimage import convolve1d, gaussian_filter, map_coordinates
 from torch import Tensor
 from torch.testing import assert_close
@@ -760,6 +761,23 @@ def test_memory_layout_does_not_matter(
     for layout in layouts:
         assert not layout["ddf"].is_contiguous()
         same(call(function, names, options, layout), expected)
+
+
+@sizes
+@pytest.mark.parametrize(("function", "names", "options"), CALLS)
+def test_a_metatensor_is_its_values(
+    function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    given = inputs(size, batch=2)
+    results, gradients = [], []
+    for kind in (Tensor, MetaTensor):
+        leaves = each(given, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        result = tensors(call(function, names, options, each(leaves, kind)))
+        results.append([t.detach().as_subclass(Tensor) for t in result])
+        sum((t.as_subclass(Tensor).square().sum() for t in result), leaves["ddf"].sum()).backward()
+        gradients.append([leaves[name].grad for name in ("image", "ddf", "dvf", "small")])
+    same(results[1], results[0], atol=0)
+    same(*gradients, atol=0)
 
 
 # Deprecated or not, it is what MONAI exports a bundle with.

@@ -134,7 +134,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def cut(image: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
         """Image, repeated without a copy where it can be, and grid of each part."""
-        grid = image.new_empty(len(ddf), *ddf.shape[2:], ddf.shape[1])
+        grid = image.new_empty((len(ddf), *ddf.shape[2:], ddf.shape[1]))  # MONAI's MetaTensor takes no loose sizes
         for d, component in enumerate(grid.unbind(-1)[::-1]):  # as _grid, to the last bit, without a copy
             torch.sub((ddf[:, d] + _axis(ddf, d)).mul_(_to_unit(ddf, d)), 1.0, out=component)
         parts = _parts(grid)
