@@ -32,12 +32,14 @@ from voxelmorph_monai.blocks import (
     jacobian_determinant,
     majority,
     resize,
+    signed,
     smooth,
     warp,
     warp_labels,
 )
 
 SIZES = [(17, 23), (9, 11, 14)]
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 ROUNDING = 1e-10  # float64 has 16 digits; coordinates up to 30 lose 2, products and sums of a few dozen terms 2 more
 sizes = pytest.mark.parametrize("size", SIZES, ids=["2-D", "3-D"])
 
@@ -169,7 +171,11 @@ def test_single_voxel_axes_stay() -> None:
     same(sum(w for _, w in corners(ddf)), torch.ones(1, *size).double())
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64, *UNSIGNED],
+    ids=str,
+)
 def test_nearest_keeps_values_and_dtype(dtype: torch.dtype) -> None:
     labels = torch.randint(0, 100, (1, 1, 6, 7)).to(dtype)
     shifted = warp(labels, torch.ones(1, 2, 6, 7), mode="nearest")
@@ -604,7 +610,9 @@ def test_labels_go_to_the_largest_share(size: tuple[int, ...], offset: str) -> N
     assert_close(warp_labels(values[chosen], ddf)[0, 0], values[torch.from_numpy(shares.argmax(axis=0))])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float32, *UNSIGNED], ids=str
+)
 def test_warped_labels_keep_their_dtype(dtype: torch.dtype) -> None:
     labels = torch.randint(0, 2, (2, 1, 6, 7)).to(dtype)
     assert_close(warp_labels(labels, torch.zeros(2, 2, 6, 7)), labels, rtol=0, atol=0)
@@ -713,6 +721,7 @@ CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     (corners, ["ddf"], {}),
     (corners, ["ddf", "size"], {}),
     (majority, ["votes", "small"], {}),
+    (signed, ["labels"], {}),
     (warp_labels, ["labels", "ddf"], {}),
 ]
 

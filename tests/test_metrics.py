@@ -177,9 +177,11 @@ def test_dice_is_the_overlap_of_each_mask(size, dtype):
 
 
 @pytest.mark.parametrize("measure", [dice, hausdorff95])
-def test_labels_may_be_large(measure):
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_may_be_large(measure, dtype):
     labels = 300 * box((8, 9), (2, 2), (5, 5)).short()
     labels[0, 0, 6, 6] = 300 - 256
+    labels = labels.to(dtype)
     found = measure(labels, labels, 300)[0]
     assert found.isfinite().nonzero().flatten().tolist() == [43, 299]
 

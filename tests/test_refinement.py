@@ -160,13 +160,14 @@ def test_force_is_the_gradient_by_a_step(size, bidirectional, doublings):
     assert_close(force.norm(), expected.norm(), rtol=0.1, atol=0)
 
 
-def test_labels_pull_where_images_show_nothing():
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
+def test_labels_pull_where_images_show_nothing(dtype):
     size = (48, 60)
     flat = inside(size)
     labels = torch.zeros(2, 1, *size, dtype=torch.int32)
     labels[0, :, 20:30, 18:28], labels[1, :, 20:30, 24:34] = 1, 1
     moving, fixed = labels.split(1)
-    found = refine(flat, flat, labels=(moving, fixed), budget=math.inf)
+    found = refine(flat, flat, labels=(moving.to(dtype), fixed.to(dtype)), budget=math.inf)
     before, after = dice(moving, fixed, 1), dice(warp_labels(moving, found.ddf), fixed, 1)
     assert float(before) < 0.5
     assert float(after) > 0.8

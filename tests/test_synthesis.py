@@ -36,6 +36,14 @@ def batch(size: tuple[int, ...], count: int = 1) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_label_maps_may_be_unsigned(dtype: torch.dtype) -> None:
+    labels = head((12, 9, 14))
+    found, expected = (Anatomyd(STRUCTURES)({"label": x}) for x in (labels.to(dtype), labels))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(paint(labels.to(dtype)), paint(labels), rtol=0, atol=0)
+
+
 def test_each_tissue_is_painted_in_its_intensity() -> None:
     labels = head((21, 18, 25))
     expected = np.zeros(labels.shape, np.float32)

@@ -26,6 +26,7 @@ __all__ = [
     "jacobian_determinant",
     "majority",
     "resize",
+    "signed",
     "smooth",
     "warp",
     "warp_labels",
@@ -379,6 +380,15 @@ def majority(labels: Tensor, shares: Tensor) -> Tensor:
     return best.unsqueeze(1)
 
 
+def signed(labels: Tensor) -> Tensor:
+    """Give ``labels`` as int64 if they are of an unsigned type of 16 bits or more: torch stores them, and little else.
+
+    >>> signed(torch.tensor([3, 40000], dtype=torch.uint16)).max()
+    tensor(40000)
+    """
+    return labels.long() if labels.dtype in (torch.uint16, torch.uint32, torch.uint64) else labels
+
+
 def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linearly interpolated share.
 
@@ -389,6 +399,6 @@ def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     if labels.shape[1] != 1:
         raise ValueError(f"labels must have one channel, got shape {list(labels.shape)}.")
     found = corners(ddf.detach())
-    flat = labels.flatten(1)
+    flat = signed(labels).flatten(1)
     there = torch.stack([flat.gather(1, index.flatten(1)).view_as(index) for index, _ in found], dim=1)
-    return majority(there, torch.stack([weight for _, weight in found], dim=1))
+    return majority(there, torch.stack([weight for _, weight in found], dim=1)).to(labels.dtype)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, smooth, warp
+from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, signed, smooth, warp
 from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
@@ -536,6 +536,8 @@ def refine(
     ):
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}.")
+    if labels is not None:
+        labels = signed(labels[0]), signed(labels[1])
     pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)
     objective = _Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)

@@ -76,7 +76,8 @@ def paint(labels: Tensor, tissues: Mapping[str, Tissue] = FREESURFER) -> Tensor:
     tensor([0.0000, 0.8600, 0.5700, 0.0000])
     """
     intensities = torch.tensor([0.0, *(tissue.intensity * tissue.brain for tissue in tissues.values())])
-    return intensities[_table((tissue.labels for tissue in tissues.values()), int(labels.max()))[labels.long()]]
+    labels = labels.long()
+    return intensities[_table((tissue.labels for tissue in tissues.values()), int(labels.max()))[labels]]
 
 
 def shares(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> Tensor:
@@ -87,7 +88,8 @@ def shares(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> 
         groups: K of them, the numbers that belong together; 255 means all of the block.
         factor: 1 or more.
     """
-    number = _table(groups, int(labels.max())).to(labels.device)[labels.long()]
+    labels = labels.long()
+    number = _table(groups, int(labels.max())).to(labels.device)[labels]
     size = [n // factor for n in labels.shape[1:]]
     count = torch.zeros(len(groups) + 1, *size, device=labels.device)
     one = torch.ones(1, *size, device=labels.device)
@@ -124,7 +126,7 @@ class Anatomyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give ``image`` and ``label`` of one scan."""
-        labels = torch.as_tensor(data[self.keys[0]]).as_subclass(Tensor)
+        labels = torch.as_tensor(data[self.keys[0]]).as_subclass(Tensor).long()
         wanted = [number for group in self.structures for number in group]
         if not torch.isin(labels, torch.tensor(wanted, device=labels.device)).any():
             raise ValueError(f"structures must occur in the label map, got none of {wanted}.")
