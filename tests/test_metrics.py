@@ -139,6 +139,13 @@ def test_a_mirrored_half_is_its_volume(size):
     assert_close(non_diffeomorphic_volume(torch.zeros_like(ddf)), torch.zeros(2).double(), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("measure", [folding, log_jacobian_sd, non_diffeomorphic_volume])
+def test_half_precision_fields_are_measured_in_float32(measure, dtype):
+    ddf = 100 * field((11, 13), seed=3, amplitude=2.0).to(dtype)  # its determinants are too large for float16
+    assert_close(measure(ddf), measure(ddf.float()), **EXACT)
+
+
 def test_non_diffeomorphic_volume_sees_a_checkerboard_and_depth():
     board = ramp((12, 7), 0.75 * (-1.0) ** torch.arange(12))  # every other slope is -1.5
     shallow, deep = non_diffeomorphic_volume(board), non_diffeomorphic_volume(2 * board)

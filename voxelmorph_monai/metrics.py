@@ -217,6 +217,7 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     spatial_dims = ddf.ndim - 2
     if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
         raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
+    ddf = ddf if ddf.dtype == torch.float64 else ddf.float()
     here = (0,) * spatial_dims
     unit = [tuple(int(d == axis) for d in range(spatial_dims)) for axis in range(spatial_dims)]
     minus = [tuple(-d for d in axis) for axis in unit]
