@@ -101,7 +101,7 @@ BLOCKS = [
     ("in range(num_steps)", "in range(num_steps - 1)", "number of squarings: integrates to time 1/2"),
     ("0.5**num_steps", "0.5 ** (num_steps + 1)", "scaling: integrates to time 1/2"),
     ("inverse - step * error", "inverse + step * error", "sign: runs away from the inverse"),
-    (".max()) <= tolerance", ".mean()) <= tolerance", "stops while some voxels are still far off"),
+    ("<= tolerance).all()", "<= tolerance).any()", "stops while some voxels are still far off"),
     (".amax(dim=1)", ".mean(dim=1)", "reduction: mean residual for the largest"),
     ("flatten(1).amax(dim=1)", "amax().expand(len(ddf))", "one residual for the whole batch"),
     (

@@ -756,6 +756,17 @@ def test_a_batch_is_its_items(
 
 @sizes
 @pytest.mark.parametrize(("function", "names", "options"), CALLS)
+def test_a_batch_of_none_gives_none(
+    function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    results = [tensors(call(function, names, options, inputs(size, batch=n))) for n in (0, 1)]
+    for none, one in zip(*results, strict=True):
+        batch = 1 if function is identity_grid else 0  # one for all
+        assert (none.shape, none.dtype) == ((batch, *one.shape[1:]), one.dtype)
+
+
+@sizes
+@pytest.mark.parametrize(("function", "names", "options"), CALLS)
 def test_memory_layout_does_not_matter(
     function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
 ) -> None:

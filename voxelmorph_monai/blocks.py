@@ -145,7 +145,7 @@ class _Sample(torch.autograd.Function):
 
 def _sample(image: Tensor, ddf: Tensor, mode: str, padding_mode: str) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips what stands under this one condition
-        if mode == "bilinear" and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        if mode == "bilinear" and len(image) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             return _Sample.apply(image, ddf, 0 if padding_mode == "zeros" else 1)
     return F.grid_sample(image, _grid(ddf, mode).to(image.dtype), mode, padding_mode, align_corners=True)
 
@@ -232,7 +232,7 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
     inverse = -ddf
     error = compose(ddf, inverse)
     for _ in range(max_iterations):
-        if float(_length(error.detach()).max()) <= tolerance:
+        if bool((_length(error.detach()) <= tolerance).all()):
             break
         inverse = inverse - step * error
         error = compose(ddf, inverse)
