@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from voxelmorph_monai.blocks import compose, integrate, invert, jacobian_determinant, resize, smooth, warp, warp_labels
+from voxelmorph_monai.blocks import (
+    compose,
+    identity_grid,
+    integrate,
+    invert,
+    jacobian_determinant,
+    resize,
+    smooth,
+    warp,
+    warp_labels,
+)
 from voxelmorph_monai.losses import LNCCLoss, MSELoss
 from voxelmorph_monai.metrics import dice, folding, inverse_consistency, target_registration_error
 from voxelmorph_monai.networks import Registration, VoxelMorph
@@ -203,6 +213,18 @@ def test_unfold_removes_all_folds(size):
     assert unfolded(_unfold(folds))
     smooth = integrate(noise(size, 6, len(size)))
     assert_close(_unfold(smooth), smooth, rtol=0, atol=0)
+
+
+def test_what_turns_far_folds_nowhere_beyond_the_images_either():
+    size, angle = (64, 64), math.radians(100)
+    cos, sin = math.cos(angle), math.sin(angle)
+    centred = identity_grid(torch.zeros(1, 1, *size)) - 32
+    ddf = torch.einsum("ij,bj...->bi...", torch.tensor([[cos - 1, -sin], [sin, cos - 1]]), centred)
+    moving = torch.zeros(1, 1, *size)
+    moving[..., 24:41, 24:41] = noise((17, 17), 1) + 4
+    found = refine(moving, warp(moving, ddf), ddf=ddf, budget=math.inf, max_steps=0)
+    assert unfolded(found.ddf)
+    assert unfolded(found.inverse_ddf)
 
 
 @sizes

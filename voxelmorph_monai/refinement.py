@@ -299,7 +299,7 @@ def _unfold(ddf: Tensor, least: float = _TIGHT) -> Tensor:
     """Smooth ``ddf`` around its folds until there are none; wider and wider, so that it ends.
 
     Folds are few: only the voxels around them are touched and looked at again. What is left of ``least`` of its volume
-    counts as one at first.
+    counts as one at first; a ``least`` of 0 leaves all but folds alone.
     """
     tight = _tight(ddf, least)
     if not bool(tight.any()):
@@ -480,7 +480,8 @@ def _refine(
                 bar.update()
             field = _unfold(field)
         inverse = _inverse(field)
-    found = [_cut(x, [-n for n in start], whole) for x in (field, inverse)]
+    # Beyond the box, where the fields continue with their border values, what turns far may fold.
+    found = [_unfold(_cut(x, [-n for n in start], whole), 0) for x in (field, inverse)]
     return Refinement(found[0], found[1], curve)
 
 
