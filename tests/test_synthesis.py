@@ -249,6 +249,14 @@ def test_pairs_are_of_one_anatomy_as_often_as_asked(probability: float, same: bo
     assert torch.equal(target["fixed_label"], pair["fixed_label"])
 
 
+def test_an_image_that_shows_nothing_stays_dark() -> None:
+    pair = batch((24, 30), count=2)
+    pair["moving"] = pair["moving"] * torch.tensor([0, 1], dtype=torch.uint8).view(2, 1, 1, 1)
+    images, _ = Synthesis(**CLEAN)(pair)
+    assert images[0, 0].max() == 0
+    assert images[1, 0].max() == 1
+
+
 def test_both_images_are_mirrored_or_none() -> None:
     still = {**STILL, **CLEAN, "t1_probability": 1.0}
     plain, target = Synthesis(**still)(batch((20, 24, 18)))

@@ -321,7 +321,8 @@ class Synthesis:
         image = image + torch.randn_like(image) * _uniform(image, 0, self.noise)
         image = image.clamp_(min=0)
         some = image.flatten(1)[:, ::7]
-        top = torch.stack([item[item > 0.05].quantile(0.995) for item in some])
+        bright = [item[item > 0.05] for item in some]
+        top = torch.stack([x.quantile(0.995) if len(x) else x.new_ones(()) for x in bright])  # nothing to scale by
         image = (image / top.view(-1, *[1] * (image.ndim - 1))).clamp_(0, 1)
         return image ** _uniform(image, -self.gamma, self.gamma).exp()
 
