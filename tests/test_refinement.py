@@ -80,8 +80,10 @@ def test_refine_finds_the_deformation_from_zero(size):
     assert error(found.ddf, truth) < 0.3 * before  # local correlation forgives a shift of some tenths of a voxel
     assert unfolded(found.ddf)
     assert unfolded(found.inverse_ddf)
-    consistency = inverse_consistency(found.ddf, found.inverse_ddf, mask=inside(size))
-    assert float(consistency) < 0.15  # voxels: about a tenth is what linear interpolation leaves
+    fields = found.ddf, found.inverse_ddf
+    # voxels: about a tenth is what linear interpolation leaves; the inverse is found by the second of the two ways
+    assert float(inverse_consistency(*fields, mask=inside(size))) < 0.2
+    assert float(inverse_consistency(*fields[::-1], mask=inside(size))) < 0.1
 
 
 @sizes
@@ -252,7 +254,8 @@ def test_inverse_is_the_flow_backwards_though_steep(size):
     assert float(determinant.max()) > 3
     found = _inverse(ddf)
     assert float(invert(ddf)[1]) > 1  # fixed points diverge on such a map
-    assert float(inverse_consistency(ddf, found)) < 0.01
+    assert float(inverse_consistency(found, ddf)) < 0.01  # what the inverse is found by
+    assert float(inverse_consistency(ddf, found)) < 0.04  # the inverse itself is interpolated
     assert error(found, truth) < 0.1  # what sampling at voxels leaves of the flow
     assert unfolded(found)
 
