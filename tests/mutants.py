@@ -340,7 +340,7 @@ NETWORKS = [
 SYNTHESIS = [
     ("            if flip:", '            if flip and role == "moving":', "mirrored: one of the two images"),
     ('"moving_label": batch["fixed_label"]}', '"moving_label": batch["moving_label"]}', "labels of the other anatomy"),
-    (".round().to(torch.uint8)", ".to(torch.uint8)", "shares rounded down"),
+    (".round().to(torch.uint8)", ".to(torch.uint8)", "partial volumes rounded down"),
     ("255 - parts.sum(0, keepdim=True)", "0 * parts.sum(0, keepdim=True)", "background never fills most of a voxel"),
     ("self.rotation * torch.pi / 180", "self.rotation", "unit: degrees for radians"),
     ("angles - angles.T", "angles", "shears for rotations"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from voxelmorph_monai.blocks import identity_grid, integrate, resize, smooth, warp
 from voxelmorph_monai.losses import RegistrationLoss
 
-__all__ = ["FREESURFER", "Anatomyd", "Synthesis", "SynthesisLoss", "Tissue", "paint", "shares"]
+__all__ = ["FREESURFER", "Anatomyd", "Synthesis", "SynthesisLoss", "Tissue", "paint", "partial_volumes"]
 
 
 class Tissue(NamedTuple):
@@ -80,8 +80,8 @@ def paint(labels: Tensor, tissues: Mapping[str, Tissue] = FREESURFER) -> Tensor:
     return intensities[_table((tissue.labels for tissue in tissues.values()), int(labels.max()))[labels]]
 
 
-def shares(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> Tensor:
-    """Share of each group of labels in blocks of ``factor`` voxels a side: ``(K, *spatial / factor)``, uint8.
+def partial_volumes(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> Tensor:
+    """Partial volume of each group of labels in blocks of ``factor`` voxels a side: ``(K, *spatial / factor)``, uint8.
 
     Args:
         labels: ``(1, *spatial)``; what remains of a size that is not a multiple of ``factor`` is left out.
@@ -103,7 +103,7 @@ class Anatomyd(MapTransform):
     """Turn a label map into what :class:`Synthesis` draws images from.
 
     The scan keeps ``label``, the number of the structure that fills most of a voxel (0: none), and gets as ``image``
-    the :func:`shares` of the tissues.
+    the :func:`partial_volumes` of the tissues.
 
     Args:
         keys: the label map, ``(1, *spatial)`` with the numbers of ``tissues`` and ``structures``.
@@ -130,10 +130,10 @@ class Anatomyd(MapTransform):
         wanted = [number for group in self.structures for number in group]
         if not torch.isin(labels, torch.tensor(wanted, device=labels.device)).any():
             raise ValueError(f"structures must occur in the label map, got none of {wanted}.")
-        parts = shares(labels, self.structures, self.factor).short()
+        parts = partial_volumes(labels, self.structures, self.factor).short()
         parts = torch.cat([255 - parts.sum(0, keepdim=True), parts])
         label = parts.argmax(0, keepdim=True).to(torch.uint8)
-        return {**data, "image": shares(labels, self.tissues, self.factor), "label": label}
+        return {**data, "image": partial_volumes(labels, self.tissues, self.factor), "label": label}
 
 
 def _max_pool(image: Tensor, radius: int) -> Tensor:
@@ -168,7 +168,7 @@ class Synthesis:
     torch's global generator.
 
     Args:
-        tissues: what the shares are of.
+        tissues: what the partial volumes are of.
         t1_probability: of a batch of pairs in which both images are T1-like; else each tissue gets any intensity, in
             each image its own.
         same_probability: of a batch of pairs of one and the same anatomy, so that a network learns to leave people
@@ -250,7 +250,7 @@ class Synthesis:
         non_blocking: bool = False,
         **kwargs: object,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw the images of ``batch``: ``moving``, ``fixed`` (shares), ``moving_label``, ``fixed_label``."""
+        """Draw the images of ``batch``: ``moving``, ``fixed`` (partial volumes), ``moving_label``, ``fixed_label``."""
         flip = bool(torch.rand(()) < self.flip_probability)
         t1 = bool(torch.rand(()) < self.t1_probability)
         if bool(torch.rand(()) < self.same_probability):
@@ -275,7 +275,7 @@ class Synthesis:
         brain = self.brain.to(parts).expand_as(means)
         solid = brain.clone()
         solid[:, self.fluid] = 0
-        # one product for all four: to read the shares is what costs
+        # one product for all four: to read the partial volumes is what costs
         pictures = torch.einsum("bck,bk...->bc...", torch.stack([drawn, means * brain, brain, solid], 1) / 255, parts)
         image, clean, inside, firm = pictures.split(1, dim=1)
         # Around the brain the clean picture shows fluid, so that no edge comes from where a skull was stripped.
