@@ -101,7 +101,7 @@ BLOCKS = [
     ("in range(num_steps)", "in range(num_steps - 1)", "number of squarings: integrates to time 1/2"),
     ("0.5**num_steps", "0.5 ** (num_steps + 1)", "scaling: integrates to time 1/2"),
     ("inverse - step * error", "inverse + step * error", "sign: runs away from the inverse"),
-    (".max()) <= tolerance", ".mean()) <= tolerance", "stops while some voxels are still far off"),
+    ("<= tolerance).all()", "<= tolerance).any()", "stops while some voxels are still far off"),
     (".amax(dim=1)", ".mean(dim=1)", "reduction: mean residual for the largest"),
     ("flatten(1).amax(dim=1)", "amax().expand(len(ddf))", "one residual for the whole batch"),
     (
@@ -340,7 +340,7 @@ NETWORKS = [
 SYNTHESIS = [
     ("            if flip:", '            if flip and role == "moving":', "mirrored: one of the two images"),
     ('"moving_label": batch["fixed_label"]}', '"moving_label": batch["moving_label"]}', "labels of the other anatomy"),
-    (".round().to(torch.uint8)", ".to(torch.uint8)", "shares rounded down"),
+    (".round().to(torch.uint8)", ".to(torch.uint8)", "partial volumes rounded down"),
     ("255 - parts.sum(0, keepdim=True)", "0 * parts.sum(0, keepdim=True)", "background never fills most of a voxel"),
     ("self.rotation * torch.pi / 180", "self.rotation", "unit: degrees for radians"),
     ("angles - angles.T", "angles", "shears for rotations"),

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import SimpleITK as sitk
 import torch
+from monai.data import MetaTensor
 from scipy.ndimage import convolve1d, gaussian_filter, map_coordinates
 from torch import Tensor
 from torch.testing import assert_close
@@ -31,12 +32,14 @@ from voxelmorph_monai.blocks import (
     jacobian_determinant,
     majority,
     resize,
+    signed,
     smooth,
     warp,
     warp_labels,
 )
 
 SIZES = [(17, 23), (9, 11, 14)]
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 ROUNDING = 1e-10  # float64 has 16 digits; coordinates up to 30 lose 2, products and sums of a few dozen terms 2 more
 sizes = pytest.mark.parametrize("size", SIZES, ids=["2-D", "3-D"])
 
@@ -168,7 +171,11 @@ def test_single_voxel_axes_stay() -> None:
     same(sum(w for _, w in corners(ddf)), torch.ones(1, *size).double())
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64, *UNSIGNED],
+    ids=str,
+)
 def test_nearest_keeps_values_and_dtype(dtype: torch.dtype) -> None:
     labels = torch.randint(0, 100, (1, 1, 6, 7)).to(dtype)
     shifted = warp(labels, torch.ones(1, 2, 6, 7), mode="nearest")
@@ -603,7 +610,9 @@ def test_labels_go_to_the_largest_share(size: tuple[int, ...], offset: str) -> N
     assert_close(warp_labels(values[chosen], ddf)[0, 0], values[torch.from_numpy(shares.argmax(axis=0))])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float32, *UNSIGNED], ids=str
+)
 def test_warped_labels_keep_their_dtype(dtype: torch.dtype) -> None:
     labels = torch.randint(0, 2, (2, 1, 6, 7)).to(dtype)
     assert_close(warp_labels(labels, torch.zeros(2, 2, 6, 7)), labels, rtol=0, atol=0)
@@ -712,6 +721,7 @@ CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     (corners, ["ddf"], {}),
     (corners, ["ddf", "size"], {}),
     (majority, ["votes", "small"], {}),
+    (signed, ["labels"], {}),
     (warp_labels, ["labels", "ddf"], {}),
 ]
 
@@ -746,6 +756,17 @@ def test_a_batch_is_its_items(
 
 @sizes
 @pytest.mark.parametrize(("function", "names", "options"), CALLS)
+def test_a_batch_of_none_gives_none(
+    function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    results = [tensors(call(function, names, options, inputs(size, batch=n))) for n in (0, 1)]
+    for none, one in zip(*results, strict=True):
+        batch = 1 if function is identity_grid else 0  # one for all
+        assert (none.shape, none.dtype) == ((batch, *one.shape[1:]), one.dtype)
+
+
+@sizes
+@pytest.mark.parametrize(("function", "names", "options"), CALLS)
 def test_memory_layout_does_not_matter(
     function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
 ) -> None:
@@ -760,6 +781,23 @@ def test_memory_layout_does_not_matter(
     for layout in layouts:
         assert not layout["ddf"].is_contiguous()
         same(call(function, names, options, layout), expected)
+
+
+@sizes
+@pytest.mark.parametrize(("function", "names", "options"), CALLS)
+def test_a_metatensor_is_its_values(
+    function: Callable[..., Any], names: list[str], options: dict[str, Any], size: tuple[int, ...]
+) -> None:
+    given = inputs(size, batch=2)
+    results, gradients = [], []
+    for kind in (Tensor, MetaTensor):
+        leaves = each(given, lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        result = tensors(call(function, names, options, each(leaves, kind)))
+        results.append([t.detach().as_subclass(Tensor) for t in result])
+        sum((t.as_subclass(Tensor).square().sum() for t in result), leaves["ddf"].sum()).backward()
+        gradients.append([leaves[name].grad for name in ("image", "ddf", "dvf", "small")])
+    same(results[1], results[0], atol=0)
+    same(*gradients, atol=0)
 
 
 # Deprecated or not, it is what MONAI exports a bundle with.

@@ -150,6 +150,21 @@ def test_images_of_different_shape_are_refused(loss, other):
         loss(torch.zeros(2, 1, 5, 7), torch.zeros(other))
 
 
+@pytest.mark.parametrize("loss", [LNCCLoss(), MSELoss(), MutualInformationLoss(), MINDLoss()])
+def test_a_batch_of_none_has_no_loss(loss):
+    none = torch.zeros(0, 1, 5, 7)
+    with pytest.raises(ValueError, match=r"^warped and fixed must have one voxel or more, got shape \[0, 1, 5, 7\]\.$"):
+        loss(none, none)
+
+
+@pytest.mark.parametrize(("loss", "make"), [p for p in LOSSES if p.values[1] is images])
+def test_the_wider_of_two_types_counts(loss, make):
+    exact = [x.float().double() for x in make((8, 9))]
+    narrow = [x.float() for x in exact]
+    for mixed in ((exact[0], narrow[1]), (narrow[0], exact[1])):
+        assert_close(loss(*mixed), loss(*exact), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("loss", [GradientLoss(), BendingEnergyLoss()])
 @pytest.mark.parametrize("shape", [(1, 3, 5, 7), (1, 2, 5, 7, 4), (3, 5, 7)])
 def test_what_is_no_field_is_refused(loss, shape):

@@ -139,6 +139,13 @@ def test_a_mirrored_half_is_its_volume(size):
     assert_close(non_diffeomorphic_volume(torch.zeros_like(ddf)), torch.zeros(2).double(), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("measure", [folding, log_jacobian_sd, non_diffeomorphic_volume])
+def test_half_precision_fields_are_measured_in_float32(measure, dtype):
+    ddf = 100 * field((11, 13), seed=3, amplitude=2.0).to(dtype)  # its determinants are too large for float16
+    assert_close(measure(ddf), measure(ddf.float()), **EXACT)
+
+
 def test_non_diffeomorphic_volume_sees_a_checkerboard_and_depth():
     board = ramp((12, 7), 0.75 * (-1.0) ** torch.arange(12))  # every other slope is -1.5
     shallow, deep = non_diffeomorphic_volume(board), non_diffeomorphic_volume(2 * board)
@@ -177,9 +184,11 @@ def test_dice_is_the_overlap_of_each_mask(size, dtype):
 
 
 @pytest.mark.parametrize("measure", [dice, hausdorff95])
-def test_labels_may_be_large(measure):
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_may_be_large(measure, dtype):
     labels = 300 * box((8, 9), (2, 2), (5, 5)).short()
     labels[0, 0, 6, 6] = 300 - 256
+    labels = labels.to(dtype)
     found = measure(labels, labels, 300)[0]
     assert found.isfinite().nonzero().flatten().tolist() == [43, 299]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from voxelmorph_monai.blocks import jacobian_determinant, warp
 from voxelmorph_monai.losses import GradientLoss, LabelDiceLoss, MSELoss, RegistrationLoss
-from voxelmorph_monai.synthesis import FREESURFER, Anatomyd, Synthesis, SynthesisLoss, paint, shares
+from voxelmorph_monai.synthesis import FREESURFER, Anatomyd, Synthesis, SynthesisLoss, paint, partial_volumes
 
 STRUCTURES = {"left white": [2], "right white": [41], "ventricles": [4, 43]}
 STILL = {"flip_probability": 0.0, "deformation": 0.0, "rotation": 0.0, "scaling": 0.0, "shift": 0.0}
@@ -36,6 +36,14 @@ def batch(size: tuple[int, ...], count: int = 1) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_label_maps_may_be_unsigned(dtype: torch.dtype) -> None:
+    labels = head((12, 9, 14))
+    found, expected = (Anatomyd(STRUCTURES)({"label": x}) for x in (labels.to(dtype), labels))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(paint(labels.to(dtype)), paint(labels), rtol=0, atol=0)
+
+
 def test_each_tissue_is_painted_in_its_intensity() -> None:
     labels = head((21, 18, 25))
     expected = np.zeros(labels.shape, np.float32)
@@ -45,10 +53,10 @@ def test_each_tissue_is_painted_in_its_intensity() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 12, 6), (10, 14)])
-def test_shares_are_those_of_the_voxels_of_a_block(size: tuple[int, ...]) -> None:
+def test_partial_volumes_are_those_of_the_voxels_of_a_block(size: tuple[int, ...]) -> None:
     labels = torch.randint(0, 6, (1, *size), generator=torch.Generator().manual_seed(0))
     groups = [[1, 5], [3], [2]]
-    found = shares(labels, groups, factor=2)
+    found = partial_volumes(labels, groups, factor=2)
     blocks = labels[0].numpy().reshape([part for n in size for part in (n // 2, 2)])
     for part, group in zip(found, groups, strict=True):
         expected = np.isin(blocks, group).mean(axis=tuple(range(1, 2 * len(size), 2)))
@@ -57,11 +65,12 @@ def test_shares_are_those_of_the_voxels_of_a_block(size: tuple[int, ...]) -> Non
 
 def test_what_does_not_fill_a_block_is_left_out() -> None:
     labels = head((9, 12, 15))
-    torch.testing.assert_close(shares(labels, [[3]], 2), shares(labels[:, :8, :, :14], [[3]], 2), rtol=0, atol=0)
+    found, expected = (partial_volumes(x, [[3]], 2) for x in (labels, labels[:, :8, :, :14]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_the_label_is_what_fills_most_of_a_voxel() -> None:
-    row = torch.tensor([[2, 2, 41], [2, 41, 41], [0, 0, 43], [0, 0, 4]])  # shares in blocks of 2 x 1: halves tie
+    row = torch.tensor([[2, 2, 41], [2, 41, 41], [0, 0, 43], [0, 0, 4]])
     scan = Anatomyd(STRUCTURES, factor=1)({"label": row[None]})
     assert scan["label"][0].tolist() == [[1, 1, 2], [1, 2, 2], [0, 0, 3], [0, 0, 3]]
     blocks = torch.tensor([[2, 2, 4, 0, 41, 3], [2, 41, 43, 4, 3, 3]])
@@ -74,7 +83,7 @@ def test_undisturbed_it_shows_the_anatomy(size: tuple[int, ...]) -> None:
     picture = paint(head(size))
     brain = torch.isin(head(size), torch.tensor([label for t in FREESURFER.values() if t.brain for label in t.labels]))
     assert pair.shape == (2, 2, *size)
-    # one float32 rounding in each of: the shares, their product, the warp, the division by the brightest tissue
+    # one float32 rounding each: partial volumes, their product, the warp, the division by the brightest tissue
     torch.testing.assert_close(pair[:, :1], (picture / picture.max()).expand(2, 1, *size), rtol=0, atol=1e-5)
     fluid = FREESURFER["cerebrospinal fluid"].intensity
     expected = torch.where(brain, picture, fluid).expand(2, 1, *size)
@@ -239,6 +248,14 @@ def test_pairs_are_of_one_anatomy_as_often_as_asked(probability: float, same: bo
     assert torch.equal(target["moving_label"], target["fixed_label"]) == same
     assert torch.equal(target["moving"], target["fixed"]) == same
     assert torch.equal(target["fixed_label"], pair["fixed_label"])
+
+
+def test_an_image_that_shows_nothing_stays_dark() -> None:
+    pair = batch((24, 30), count=2)
+    pair["moving"] = pair["moving"] * torch.tensor([0, 1], dtype=torch.uint8).view(2, 1, 1, 1)
+    images, _ = Synthesis(**CLEAN)(pair)
+    assert images[0, 0].max() == 0
+    assert images[1, 0].max() == 1
 
 
 def test_both_images_are_mirrored_or_none() -> None:

@@ -92,10 +92,11 @@ def changed(index, value):
         ("label", ARRAY, r"must hold whole numbers as labels"),
         ("label", np.rint(ARRAY) - 1, r"must hold labels >= 0, one of them > 0"),
         ("label", np.zeros(ARRAY.shape, np.uint8), r"must hold labels >= 0, one of them > 0"),
+        ("label", np.full(ARRAY.shape, 2**32 + 5, np.uint64), r"must hold labels of at most 2\^31 - 1, got 4294967301"),
     ],
 )
 def test_load_names_the_bad_file(tmp_path, key, array, message):
-    path = save(tmp_path / "bad.nii.gz", array)
+    path = save(tmp_path / "bad.nii.gz", array, dtype=array.dtype)
     with pytest.raises(ValueError, match=f"{path} {message}"):
         LoadScand(key)({key: path})
 

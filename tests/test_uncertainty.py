@@ -15,6 +15,7 @@ from voxelmorph_monai.spaces import save_image
 from voxelmorph_monai.uncertainty import (
     MEANING,
     RunningVariance,
+    _calibration,
     calibration_error,
     estimate_uncertainty,
     reliability,
@@ -122,6 +123,16 @@ def test_calibration_of_predictions_that_are_known() -> None:
     assert calibration_error(boastful) == pytest.approx((0.4 + 0.5) / 2)
     uneven = reliability(np.array([1.0, 0.25, 0.25, 0.25]), np.array([False, False, False, True]), num_bins=4)
     assert calibration_error(uneven) == pytest.approx(1 / 4 + (1 / 3 - 1 / 4) * 3 / 4)
+
+
+def test_structures_out_of_sight_leave_nothing_to_calibrate() -> None:
+    assert np.isnan(calibration_error(reliability(np.array([]), np.array([], bool))))
+    (_, labels), found = scan(1), estimate(num_samples=2)
+    assert found.counts is not None
+    background = np.zeros_like(found.counts)
+    background[0] = 2
+    assert _calibration(found, labels) is not None
+    assert _calibration(found._replace(counts=background), labels) is None
 
 
 @pytest.fixture

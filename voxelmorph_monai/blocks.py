@@ -26,6 +26,7 @@ __all__ = [
     "jacobian_determinant",
     "majority",
     "resize",
+    "signed",
     "smooth",
     "warp",
     "warp_labels",
@@ -134,7 +135,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def cut(image: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
         """Image, repeated without a copy where it can be, and grid of each part."""
-        grid = image.new_empty(len(ddf), *ddf.shape[2:], ddf.shape[1])
+        grid = image.new_empty((len(ddf), *ddf.shape[2:], ddf.shape[1]))  # MONAI's MetaTensor takes no loose sizes
         for d, component in enumerate(grid.unbind(-1)[::-1]):  # as _grid, to the last bit, without a copy
             torch.sub((ddf[:, d] + _axis(ddf, d)).mul_(_to_unit(ddf, d)), 1.0, out=component)
         parts = _parts(grid)
@@ -144,7 +145,7 @@ class _Sample(torch.autograd.Function):
 
 def _sample(image: Tensor, ddf: Tensor, mode: str, padding_mode: str) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips what stands under this one condition
-        if mode == "bilinear" and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        if mode == "bilinear" and len(image) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             return _Sample.apply(image, ddf, 0 if padding_mode == "zeros" else 1)
     return F.grid_sample(image, _grid(ddf, mode).to(image.dtype), mode, padding_mode, align_corners=True)
 
@@ -231,7 +232,7 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
     inverse = -ddf
     error = compose(ddf, inverse)
     for _ in range(max_iterations):
-        if float(_length(error.detach()).max()) <= tolerance:
+        if bool((_length(error.detach()) <= tolerance).all()):
             break
         inverse = inverse - step * error
         error = compose(ddf, inverse)
@@ -379,6 +380,15 @@ def majority(labels: Tensor, shares: Tensor) -> Tensor:
     return best.unsqueeze(1)
 
 
+def signed(labels: Tensor) -> Tensor:
+    """Give ``labels`` as int64 if they are of an unsigned type of 16 bits or more: torch stores them, and little else.
+
+    >>> signed(torch.tensor([3, 40000], dtype=torch.uint16)).max()
+    tensor(40000)
+    """
+    return labels.long() if labels.dtype in (torch.uint16, torch.uint32, torch.uint64) else labels
+
+
 def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linearly interpolated share.
 
@@ -389,6 +399,6 @@ def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     if labels.shape[1] != 1:
         raise ValueError(f"labels must have one channel, got shape {list(labels.shape)}.")
     found = corners(ddf.detach())
-    flat = labels.flatten(1)
+    flat = signed(labels).flatten(1)
     there = torch.stack([flat.gather(1, index.flatten(1)).view_as(index) for index, _ in found], dim=1)
-    return majority(there, torch.stack([weight for _, weight in found], dim=1))
+    return majority(there, torch.stack([weight for _, weight in found], dim=1)).to(labels.dtype)

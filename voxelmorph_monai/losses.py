@@ -39,13 +39,17 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _images(names: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Check that two images can be compared voxel by voxel, and give their exact values."""
+    """Check that two images can be compared voxel by voxel, and give their exact values in one type."""
     if first.ndim not in (4, 5) or first.shape != second.shape:
         raise ValueError(
             f"{names} must have one shape (B, C, *spatial) in 2-D or 3-D, "
             f"got {list(first.shape)} and {list(second.shape)}."
         )
-    return _plain(first), _plain(second)
+    if not first.numel():
+        raise ValueError(f"{names} must have one voxel or more, got shape {list(first.shape)}.")
+    first, second = _plain(first), _plain(second)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(dtype)
 
 
 def _field(name: str, field: Tensor) -> Tensor:

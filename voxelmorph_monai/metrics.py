@@ -26,7 +26,7 @@ from scipy.ndimage import find_objects
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from voxelmorph_monai.blocks import compose, jacobian_determinant
+from voxelmorph_monai.blocks import compose, jacobian_determinant, signed
 
 __all__ = [
     "Folding",
@@ -49,7 +49,8 @@ __all__ = [
 Spacing = float | Sequence[float]
 
 
-def _check_labels(labels: Tensor, reference: Tensor, num_labels: int) -> None:
+def _check_labels(labels: Tensor, reference: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """Check that two maps can be compared, and give them in types that torch computes with."""
     if num_labels < 1:
         raise ValueError(f"num_labels must be 1 or more (background not counted), got {num_labels}.")
     if labels.ndim not in (4, 5) or labels.shape[1] != 1 or labels.shape != reference.shape:
@@ -57,12 +58,14 @@ def _check_labels(labels: Tensor, reference: Tensor, num_labels: int) -> None:
             "labels and reference must both be (B, 1, H, W) or both (B, 1, H, W, D), "
             f"got {list(labels.shape)} and {list(reference.shape)}."
         )
+    labels, reference = signed(labels), signed(reference)
     for name, image in (("labels", labels), ("reference", reference)):
         if image.is_floating_point():
             raise TypeError(f"{name} must have an integer type, got {image.dtype}.")
         low, high = (int(value) for value in image.aminmax())
         if low < 0 or high > num_labels:
             raise ValueError(f"{name} must lie in 0 to num_labels = {num_labels}, got {low} to {high}.")
+    return labels, reference
 
 
 def _millimetres(spacing: Spacing, spatial_dims: int) -> list[float]:
@@ -120,7 +123,7 @@ def dice(labels: Tensor, reference: Tensor, num_labels: int) -> Tensor:
     >>> dice(torch.tensor([[[[1, 1, 2, 0]]]]), torch.tensor([[[[1, 0, 0, 0]]]]), num_labels=3)
     tensor([[0.6667, 0.0000,    nan]], dtype=torch.float64)
     """
-    _check_labels(labels, reference, num_labels)
+    labels, reference = _check_labels(labels, reference, num_labels)
     n = num_labels + 1
     counts = [_counts(*pair, n) for pair in zip(labels.flatten(1), reference.flatten(1), strict=True)]
     both, one, two = torch.stack(counts, dim=1)
@@ -214,6 +217,7 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     spatial_dims = ddf.ndim - 2
     if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
         raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
+    ddf = ddf if ddf.dtype == torch.float64 else ddf.float()
     here = (0,) * spatial_dims
     unit = [tuple(int(d == axis) for d in range(spatial_dims)) for axis in range(spatial_dims)]
     minus = [tuple(-d for d in axis) for axis in unit]
@@ -309,7 +313,7 @@ def hausdorff95(labels: Tensor, reference: Tensor, num_labels: int, *, spacing: 
         num_labels: how many structures, background not counted.
         spacing: side lengths of a voxel in mm.
     """
-    _check_labels(labels, reference, num_labels)
+    labels, reference = _check_labels(labels, reference, num_labels)
     sides = _millimetres(spacing, labels.ndim - 2)
     shells = _shells(sides)
     areas = get_code_to_measure_table(sides)[0].double().numpy()

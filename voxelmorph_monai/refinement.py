@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, smooth, warp
+from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, signed, smooth, warp
 from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
@@ -299,7 +299,7 @@ def _unfold(ddf: Tensor, least: float = _TIGHT) -> Tensor:
     """Smooth ``ddf`` around its folds until there are none; wider and wider, so that it ends.
 
     Folds are few: only the voxels around them are touched and looked at again. What is left of ``least`` of its volume
-    counts as one at first.
+    counts as one at first; a ``least`` of 0 leaves all but folds alone.
     """
     tight = _tight(ddf, least)
     if not bool(tight.any()):
@@ -480,7 +480,8 @@ def _refine(
                 bar.update()
             field = _unfold(field)
         inverse = _inverse(field)
-    found = [_cut(x, [-n for n in start], whole) for x in (field, inverse)]
+    # Beyond the box, where the fields continue with their border values, what turns far may fold.
+    found = [_unfold(_cut(x, [-n for n in start], whole), 0) for x in (field, inverse)]
     return Refinement(found[0], found[1], curve)
 
 
@@ -536,6 +537,8 @@ def refine(
     ):
         if not value >= 0:
             raise ValueError(f"{name} must be 0 or more, got {value}.")
+    if labels is not None:
+        labels = signed(labels[0]), signed(labels[1])
     pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)
     objective = _Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)

@@ -19,7 +19,7 @@ from torch import Tensor
 from voxelmorph_monai.blocks import identity_grid, integrate, resize, smooth, warp
 from voxelmorph_monai.losses import RegistrationLoss
 
-__all__ = ["FREESURFER", "Anatomyd", "Synthesis", "SynthesisLoss", "Tissue", "paint", "shares"]
+__all__ = ["FREESURFER", "Anatomyd", "Synthesis", "SynthesisLoss", "Tissue", "paint", "partial_volumes"]
 
 
 class Tissue(NamedTuple):
@@ -76,18 +76,20 @@ def paint(labels: Tensor, tissues: Mapping[str, Tissue] = FREESURFER) -> Tensor:
     tensor([0.0000, 0.8600, 0.5700, 0.0000])
     """
     intensities = torch.tensor([0.0, *(tissue.intensity * tissue.brain for tissue in tissues.values())])
-    return intensities[_table((tissue.labels for tissue in tissues.values()), int(labels.max()))[labels.long()]]
+    labels = labels.long()
+    return intensities[_table((tissue.labels for tissue in tissues.values()), int(labels.max()))[labels]]
 
 
-def shares(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> Tensor:
-    """Share of each group of labels in blocks of ``factor`` voxels a side: ``(K, *spatial / factor)``, uint8.
+def partial_volumes(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> Tensor:
+    """Partial volume of each group of labels in blocks of ``factor`` voxels a side: ``(K, *spatial / factor)``, uint8.
 
     Args:
         labels: ``(1, *spatial)``; what remains of a size that is not a multiple of ``factor`` is left out.
         groups: K of them, the numbers that belong together; 255 means all of the block.
         factor: 1 or more.
     """
-    number = _table(groups, int(labels.max())).to(labels.device)[labels.long()]
+    labels = labels.long()
+    number = _table(groups, int(labels.max())).to(labels.device)[labels]
     size = [n // factor for n in labels.shape[1:]]
     count = torch.zeros(len(groups) + 1, *size, device=labels.device)
     one = torch.ones(1, *size, device=labels.device)
@@ -101,7 +103,7 @@ class Anatomyd(MapTransform):
     """Turn a label map into what :class:`Synthesis` draws images from.
 
     The scan keeps ``label``, the number of the structure that fills most of a voxel (0: none), and gets as ``image``
-    the :func:`shares` of the tissues.
+    the :func:`partial_volumes` of the tissues.
 
     Args:
         keys: the label map, ``(1, *spatial)`` with the numbers of ``tissues`` and ``structures``.
@@ -124,14 +126,14 @@ class Anatomyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give ``image`` and ``label`` of one scan."""
-        labels = torch.as_tensor(data[self.keys[0]]).as_subclass(Tensor)
+        labels = torch.as_tensor(data[self.keys[0]]).as_subclass(Tensor).long()
         wanted = [number for group in self.structures for number in group]
         if not torch.isin(labels, torch.tensor(wanted, device=labels.device)).any():
             raise ValueError(f"structures must occur in the label map, got none of {wanted}.")
-        parts = shares(labels, self.structures, self.factor).short()
+        parts = partial_volumes(labels, self.structures, self.factor).short()
         parts = torch.cat([255 - parts.sum(0, keepdim=True), parts])
         label = parts.argmax(0, keepdim=True).to(torch.uint8)
-        return {**data, "image": shares(labels, self.tissues, self.factor), "label": label}
+        return {**data, "image": partial_volumes(labels, self.tissues, self.factor), "label": label}
 
 
 def _max_pool(image: Tensor, radius: int) -> Tensor:
@@ -166,7 +168,7 @@ class Synthesis:
     torch's global generator.
 
     Args:
-        tissues: what the shares are of.
+        tissues: what the partial volumes are of.
         t1_probability: of a batch of pairs in which both images are T1-like; else each tissue gets any intensity, in
             each image its own.
         same_probability: of a batch of pairs of one and the same anatomy, so that a network learns to leave people
@@ -248,7 +250,7 @@ class Synthesis:
         non_blocking: bool = False,
         **kwargs: object,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw the images of ``batch``: ``moving``, ``fixed`` (shares), ``moving_label``, ``fixed_label``."""
+        """Draw the images of ``batch``: ``moving``, ``fixed`` (partial volumes), ``moving_label``, ``fixed_label``."""
         flip = bool(torch.rand(()) < self.flip_probability)
         t1 = bool(torch.rand(()) < self.t1_probability)
         if bool(torch.rand(()) < self.same_probability):
@@ -273,7 +275,7 @@ class Synthesis:
         brain = self.brain.to(parts).expand_as(means)
         solid = brain.clone()
         solid[:, self.fluid] = 0
-        # one product for all four: to read the shares is what costs
+        # one product for all four: to read the partial volumes is what costs
         pictures = torch.einsum("bck,bk...->bc...", torch.stack([drawn, means * brain, brain, solid], 1) / 255, parts)
         image, clean, inside, firm = pictures.split(1, dim=1)
         # Around the brain the clean picture shows fluid, so that no edge comes from where a skull was stripped.
@@ -319,7 +321,8 @@ class Synthesis:
         image = image + torch.randn_like(image) * _uniform(image, 0, self.noise)
         image = image.clamp_(min=0)
         some = image.flatten(1)[:, ::7]
-        top = torch.stack([item[item > 0.05].quantile(0.995) for item in some])
+        bright = [item[item > 0.05] for item in some]
+        top = torch.stack([x.quantile(0.995) if len(x) else x.new_ones(()) for x in bright])  # nothing to scale by
         image = (image / top.view(-1, *[1] * (image.ndim - 1))).clamp_(0, 1)
         return image ** _uniform(image, -self.gamma, self.gamma).exp()
 

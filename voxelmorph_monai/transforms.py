@@ -53,6 +53,8 @@ class LoadScand(MapTransform):
             require_same_grid(first[0], (array, affine), (first[1], path))
             meta: dict[str, object] = {"filename_or_obj": path}
             if is_label:
+                if array.max() > np.iinfo(np.int32).max:
+                    raise ValueError(f"{path} must hold labels of at most 2^31 - 1, got {array.max()}.")
                 array = array.astype(np.int32)
             else:
                 meta |= {"minimum": float(array.min()), "maximum": float(array.max())}

@@ -7,6 +7,7 @@ no error bar: a wrong affine alignment, scans unlike those of the training and o
 The noise is independent from voxel to voxel of the velocity, so integration and interpolation average much of it away.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,17 +201,21 @@ def reliability(confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_
 def calibration_error(table: pd.DataFrame) -> float:
     r"""Expected calibration error of a :func:`reliability` table: :math:`\sum_b n_b |accuracy_b - confidence_b| / n`.
 
-    0 for a calibrated model (Naeini et al., AAAI 2015; Guo et al., ICML 2017).
+    0 for a calibrated model (Naeini et al., AAAI 2015; Guo et al., ICML 2017); NaN if there are no predictions.
     """
+    if table.empty:
+        return math.nan
     gaps = (table["accuracy"] - table["confidence"]).abs()
     return float(np.average(gaps, weights=table["count"]))
 
 
-def _calibration(found: Uncertainty, fixed_labels: NDArray[Any]) -> dict[str, Any]:
-    """Calibration of the most probable label, over the voxels that any sample carries a structure to."""
+def _calibration(found: Uncertainty, fixed_labels: NDArray[Any]) -> dict[str, Any] | None:
+    """Calibration of the most probable label, over the voxels that any sample carries a structure to; None of none."""
     assert found.counts is not None
     label, confidence = found.most_probable()
     counted = found.counts[0] < found.num_samples
+    if not counted.any():
+        return None
     table = reliability(confidence[counted], (label == fixed_labels)[counted])
     return {"expected_calibration_error": calibration_error(table), "reliability": table.to_dict("records")}
 
@@ -235,7 +240,8 @@ def uncertainty_files(
 
     It gets, on the grid of the fixed scan, ``sd_mm.nii.gz``, the spread of the displacement; with moving labels
     ``label.nii.gz``, the most probable label, ``label_probability.nii.gz``, its probability, and
-    ``probabilities/LABEL.nii.gz`` of each label; and ``summary.json``, with fixed labels the calibration, too.
+    ``probabilities/LABEL.nii.gz`` of each label; and ``summary.json``, with fixed labels the calibration, too, unless
+    no sample carries a structure into the fixed grid.
 
     Returns:
         What is in ``summary.json``.
