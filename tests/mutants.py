@@ -133,7 +133,12 @@ LOSSES = [
     ("/ self.image_sigma**2", "/ self.image_sigma", "unit: deviation for variance"),
     ("return -_MeanLNCC", "return _MeanLNCC", "sign: trained to be dissimilar"),
     ("value=-1 / window **", "value=-1 / (window - 1) **", "one off: voxels of a window"),
-    ("F.pad(x, padding) - x.mean", "F.pad(x, padding) - 0 * x.mean", "not centred: cancels"),
+    ("F.pad(x, padding) - _centre(x)", "F.pad(x, padding) - 0 * _centre(x)", "not centred: cancels"),
+    (
+        "keepdim=True) * one_side",
+        "keepdim=True)",
+        "an empty background is lifted, and rounds",
+    ),
     ("(32 * torch.finfo", "(0 * torch.finfo", "no variance floor: noise counts as contrast"),
     ("cc.clamp_max_(1).sum()", "cc.sum()", "a correlation above 1"),
     ("mul_(2 / warped.numel())", "mul_(2 / len(warped))", "reduction: gradient of the sum over voxels"),

@@ -282,6 +282,12 @@ def test_where_nothing_can_be_written_nothing_is_inverted(
     assert message in capsys.readouterr().err
 
 
+def test_the_beginning_of_names_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vxm("convert 0GenericAffine.mat folder/ --to ants")
+    assert "'folder/' must be a file, or the beginning of its name, not a folder" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("folder")
 def test_an_inverse_says_by_how_much_it_misses(capsys: pytest.CaptureFixture[str]) -> None:
     assert vxm("invert 0GenericAffine.mat --output back.txt") == 0

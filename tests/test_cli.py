@@ -169,6 +169,7 @@ def test_brains_alone_get_the_shipped_weights(
         ("--no-refine --similarity mi", "--budget and --similarity are of the refinement"),
         ("--space fixed --spacing 2", "--spacing with --space fixed must come with --size"),
         ("--budget nan", "budget must be seconds, 0 or more, got nan"),
+        ("--budget -1", "budget must be seconds, 0 or more, got -1.0"),
     ],
 )
 def test_options_that_would_change_nothing_are_refused(words: str, match: str, capsys: Any) -> None:

@@ -1,6 +1,7 @@
 import csv
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -151,12 +152,12 @@ def test_other_options_are_refused_or_redo_all(tmp_path: Path, listed: Path, cal
     out, weights = tmp_path / "out", tmp_path / "w.pt"
     torch.save(VoxelMorph("vm1").state_dict(), weights)
     network = {"weights": weights, "preset": "vm1"}
-    register_cohort(listed, out, transform="affine", grid=Grid(), **network)  # the defaults, said or not
+    register_cohort(listed, out, transform="affine", grid=None, **network)  # the defaults, said or not
     register_cohort(listed, out, **network)
     assert len(calls) == 4
     with pytest.raises(ValueError, match=r"out must keep its options, .*: transform is affine and rigid is asked\.$"):
         register_cohort(listed, out, transform="rigid", **network)
-    with pytest.raises(ValueError, match=r"grid is \[\[160, 192, 224\], 1.0\] and \[\[80, 96, 112\], 2.0\] is asked"):
+    with pytest.raises(ValueError, match=r"grid is None and \[\[80, 96, 112\], 2.0\] is asked"):
         register_cohort(listed, out, grid=Grid((80, 96, 112), 2.0), **network)
     touch(weights)
     with pytest.raises(ValueError, match=r"weights is .*w\.pt"):
@@ -174,6 +175,20 @@ def test_other_options_are_refused_or_redo_all(tmp_path: Path, listed: Path, cal
     assert sorted(calls) == list("bcd")
 
 
+def test_where_no_pair_is_done_options_may_change(tmp_path: Path, listed: Path, calls: list[str]) -> None:
+    out = tmp_path / "out"
+    for name in "abcd":
+        (tmp_path / f"{name}.nii").write_text("bad")
+    assert len(register_cohort(listed, out, transform="rigid").errors) == 4
+    for name in "abcd":
+        (tmp_path / f"{name}.nii").write_text("good")
+    assert not register_cohort(listed, out, budget=math.inf).errors
+    assert register_cohort(listed, out, budget=math.inf).num_skipped == 4  # JSON knows no infinity
+    with pytest.raises(ValueError, match=r"budget is inf and 0\.0 is asked"):
+        register_cohort(listed, out)
+    assert len(calls) == 8  # each of them twice
+
+
 def test_options_are_checked_before_the_work(tmp_path: Path, listed: Path, calls: list[str]) -> None:
     (tmp_path / "w.pt").write_text("no network")
     for options, error, message in (
@@ -181,6 +196,7 @@ def test_options_are_checked_before_the_work(tmp_path: Path, listed: Path, calls
         ({"jobs": 2, "scheduler": "tcp://x:1"}, ValueError, "left out with a scheduler, got 2"),
         ({"spcae": "fixed"}, TypeError, "unexpected keyword argument 'spcae'"),
         ({"moving_labels": "x.nii"}, TypeError, "options must leave files to the list, got moving_labels"),
+        ({"budget": -5}, ValueError, "budget must be seconds, 0 or more, got -5"),
         ({"weights": tmp_path / "none.pt"}, FileNotFoundError, "there is no such file"),
         ({"weights": tmp_path / "w.pt"}, ValueError, "must be of the network's own preset"),
     ):

@@ -191,3 +191,16 @@ def test_a_scan_is_called_by_its_file_without_the_ending(path: str, name: str) -
 def test_a_series_is_called_by_its_folder(tmp_path: Path) -> None:
     (tmp_path / "visit.01").mkdir()
     assert scan_name(tmp_path / "visit.01") == "visit.01"
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mgz"])
+def test_a_file_that_fails_its_checksum_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"scan{ending}"
+    kind = nib.MGHImage if ending == ".mgz" else nib.Nifti1Image
+    nib.save(kind(noise(np.int16), oblique()), path)
+    read_image(path)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the checksum, which is all that tells of a wrong bit
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="CRC check failed"):
+        read_image(path)

@@ -182,4 +182,6 @@ def test_what_is_wrong_is_said(files: dict[str, Path], tmp_path: Path) -> None:
     paths = files["image1"], files["image2"], tmp_path / "out"
     with pytest.raises(ValueError, match="fixed_labels must come with moving_labels"):
         uncertainty_files(*paths, weights=files["model"], fixed_labels=files["labels2"])
+    with pytest.raises(ValueError, match="must be a folder that can be made"):
+        uncertainty_files(*paths[:2], files["image1"] / "out", weights="never read")
     assert not (tmp_path / "out").exists()

@@ -239,6 +239,13 @@ _ORDER = (
 )
 
 
+def _file(text: str) -> Path:
+    """A path of a file, or the beginning of its name; the slash of a folder would get lost in it."""
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a file, or the beginning of its name, not a folder")
+    return Path(text)
+
+
 def _add_transforms(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("transforms", nargs="+", metavar="TRANSFORM", help="in ANTs' order, see below")
     parser.epilog = f"{_ORDER} {parser.epilog}"
@@ -326,7 +333,7 @@ def _apply(args: argparse.Namespace) -> int:
 
 def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transforms(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="transform to write")
+    parser.add_argument("--output", type=_file, required=True, metavar="FILE", help="transform to write")
     _add_saving_arguments(parser)
 
 
@@ -355,7 +362,7 @@ def _invert(args: argparse.Namespace) -> int:
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="transform, see below")
     parser.epilog = f"{_ORDER} {parser.epilog}"
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file, or with --to ants the prefix of two")
+    parser.add_argument("output", type=_file, metavar="OUTPUT", help="file, or with --to ants the prefix of two")
     parser.add_argument(
         "--from",
         dest="origin",

@@ -7,6 +7,7 @@ is all that a later call goes by. What ran where, and what died on the way, does
 import csv
 import importlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 from voxelmorph_monai.files import atomic, atomic_folder, stamp, sweep, write_json
 from voxelmorph_monai.formats import scan_name
 from voxelmorph_monai.processes import Pool, Processes, attempt, default_jobs, failures, num_cpus
-from voxelmorph_monai.registration import load_network, register_files
+from voxelmorph_monai.registration import check_options, load_network, register_files
 
 __all__ = ["Cohort", "register_cohort"]
 
@@ -140,6 +141,7 @@ def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
     if named := options.keys() & set(_FILES):
         raise TypeError(f"options must leave files to the list, got {', '.join(sorted(named))}.")
     complete = {name: value for name, value in bound.arguments.items() if name not in {*_FILES, "output", "overwrite"}}
+    check_options(*(complete[name] for name in ("space", "transform", "similarity", "budget")))
     if complete["weights"] is not None:
         complete["weights"] = Path(complete["weights"]).absolute()  # a worker may run elsewhere
         load_network(complete["weights"], complete["preset"])
@@ -148,8 +150,9 @@ def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     """What tells whether options, and the weights that they name, are still the same."""
-    weights = options["weights"]
-    return json.loads(json.dumps({**options, "weights": weights and stamp(weights)}))
+    weights, budget = options["weights"], options["budget"]
+    plain = {"weights": weights and stamp(weights), "budget": budget if budget < math.inf else "inf"}
+    return json.loads(json.dumps({**options, **plain}))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,6 +178,8 @@ def _require_ours(output: Path, pairs: Sequence[_Pair], options: Mapping[str, An
     ]
     if strange:
         raise ValueError(f"{output / strange[0]} must be free for a pair, but something else is there.")
+    if not any((output / pair.name).exists() for pair in pairs):  # nothing that other options have made
+        return
     found = _read_json(mark)
     changed = [name for name in options if found.get(name) != options[name]]
     if changed and not overwrite:

@@ -56,7 +56,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Nobody ever sees half of it: after an error the temporary folder is gone and ``path`` is what it was.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()  # the folder that a link leads to is replaced, not the link
     temporary = path.with_name(_mark() + path.name)
     former = temporary.with_name(f"{temporary.name}.former")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ Formats and readers differ in what they do where a file leaves its place in spac
 common tools would put it in different places, because a transform that is right for one of them is wrong for the other.
 """
 
+import gzip
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 __all__ = [
     "FORMATS",
     "Volume",
+    "check_gzip",
     "corner_distance",
     "is_nifti",
     "open_file",
@@ -85,6 +87,14 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()).rsplit("ITK ERROR: ")[-1]  # before it, where in ITK's source
         raise ValueError(f"{path} must be {FORMATS}, and whole, but reading it failed: {reason}") from error
+
+
+def check_gzip(path: Path) -> None:
+    """Raise an error where a compressed file does not have its own checksum: nibabel stops reading before it."""
+    if path.suffix in (".gz", ".mgz") and path.is_file():
+        with gzip.open(path) as file:
+            while file.read(1 << 22):
+                pass
 
 
 def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 from voxelmorph_monai.data import PairSampler, process
 from voxelmorph_monai.engines import pair_paths
 from voxelmorph_monai.evaluation import check_folder, compare_affine, save_evaluation, summarise, tabulate
-from voxelmorph_monai.files import atomic
+from voxelmorph_monai.files import atomic, sweep
 from voxelmorph_monai.networks import read_state
 
 __all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation"]
@@ -164,6 +164,8 @@ class Resume:
 
     def load(self, engine: Engine) -> None:
         """Set all objects, and the epoch of ``engine``, to what the checkpoint holds, if there is one."""
+        if self.path.parent.is_dir() and process()[0] == 0:
+            sweep(self.path.parent)  # what a training left that was killed while it saved
         if not self.path.exists():
             return
         try:

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
@@ -64,6 +64,8 @@ __all__ = [
     "SPACES",
     "TRANSFORMS",
     "RegistrationResult",
+    "check_options",
+    "check_output_folder",
     "extended",
     "load_network",
     "network_input",
@@ -177,11 +179,19 @@ def _is_slice(image: Labels) -> bool:
     return 1 in image[0].shape
 
 
-def _check_options(network: Registration | None, space: str, transform: str, spatial_dims: int) -> None:
+def check_options(space: str, transform: str, similarity: str, budget: float) -> None:
+    """Raise ValueError unless these are options of :func:`register`."""
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got '{space}'.")
     if transform not in TRANSFORMS:
         raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got '{transform}'.")
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{similarity}'.")
+    if not budget >= 0:
+        raise ValueError(f"budget must be seconds, 0 or more, got {budget}.")
+
+
+def _check_dimensions(network: Registration | None, space: str, spatial_dims: int) -> None:
     if network is not None and network.training:
         raise ValueError("network must be in evaluation mode: call network.eval() first.")
     if network is not None and (network.network.spatial_dims, network.network.in_channels) != (spatial_dims, 2):
@@ -359,11 +369,8 @@ def register(
     Raises:
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
-    _check_options(network, space, transform, 2 if _is_slice(fixed) else 3)
-    if not budget >= 0:
-        raise ValueError(f"budget must be seconds, 0 or more, got {budget}.")
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, got '{similarity}'.")
+    check_options(space, transform, similarity, budget)
+    _check_dimensions(network, space, 2 if _is_slice(fixed) else 3)
     whole = moving
     moving, fixed = (_masked(*each) for each in zip((moving, fixed), masks, names, strict=True))
     for image, name in zip((moving, fixed), names, strict=True):
@@ -491,13 +498,21 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     }
 
 
-def _check_output(output: Path, inputs: Mapping[str, Path], names: Mapping[str, str], overwrite: bool) -> None:
-    for path in inputs.values():
+def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[str], overwrite: bool) -> None:
+    """Raise an error where a folder cannot be written, or writing it would harm something.
+
+    Args:
+        output: the folder, an absolute path.
+        inputs: files and folders that are read for it.
+        names: of the files that it gets.
+        overwrite: whether it may take the place of one with such files.
+    """
+    for path in inputs:
         if output == path.absolute() or output in path.absolute().parents:
             raise ValueError(f"{output} must not hold an input, got {path}.")
         if path.is_dir() and path.absolute() in output.parents:
             raise ValueError(f"{output} must not lie within an input, got {path}.")
-    require_replaceable(output, overwrite, "'vxm register'", names.values())
+    require_replaceable(output, overwrite, "'vxm register'", names)
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{output} must be a folder that can be made, but nothing can be written in {above}.")
@@ -599,10 +614,11 @@ def register_files(
     }
     paths, output = {role: Path(path) for role, path in given.items() if path is not None}, Path(output).absolute()
     files = _bids_names(Path(moving), Path(fixed)) if bids else _NAMES
-    _check_output(output, paths, files, overwrite)
+    check_options(space, transform, similarity, budget)
+    check_output_folder(output, paths.values(), files.values(), overwrite)
     images = read_image(moving, planar=True), read_image(fixed, planar=True)
     dims = 2 if _is_slice(images[1]) else 3
-    _check_options(None, space, transform, dims)
+    _check_dimensions(None, space, dims)
     labels = _on_grid_of(images[0], paths, "moving", "labels"), _on_grid_of(images[1], paths, "fixed", "labels")
     masks = _on_grid_of(images[0], paths, "moving", "mask"), _on_grid_of(images[1], paths, "fixed", "mask")
     network = None

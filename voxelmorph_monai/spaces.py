@@ -24,6 +24,7 @@ from voxelmorph_monai.files import atomic
 from voxelmorph_monai.formats import Affine as Affine  # for all that import it from here
 from voxelmorph_monai.formats import (
     Volume,
+    check_gzip,
     corner_distance,
     is_nifti,
     open_file,
@@ -138,6 +139,7 @@ def _read(path: str | Path, planar: bool) -> tuple[NDArray[Any], Affine]:
     volume, affine = open_volume(path, planar=planar)
     with reading(Path(path)):
         array = np.asanyarray(volume)
+        check_gzip(Path(path))
     return array.astype(array.dtype.newbyteorder("="), copy=False), affine
 
 
@@ -580,6 +582,7 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
         image = cast(nib.Nifti1Image, nib.load(path))
         header, shape = image.header, image.shape
         vectors = np.asarray(image.dataobj, dtype=np.float64) if shape[4:] in ((2,), (3,)) else None
+        check_gzip(Path(path))
     intent = int(header["intent_code"])
     if not int(header["sform_code"]) and not int(header["qform_code"]):
         raise ValueError(f"{path} must say where it lies, but its sform_code and its qform_code are 0.")

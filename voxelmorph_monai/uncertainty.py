@@ -25,6 +25,7 @@ from voxelmorph_monai.registration import (
     Image,
     Labels,
     RegistrationResult,
+    check_output_folder,
     extended,
     load_network,
     network_input,
@@ -247,7 +248,9 @@ def uncertainty_files(
         What is in ``summary.json``.
     """
     output = Path(output).absolute()
+    given_paths = [Path(path) for path in (moving, fixed, weights, moving_labels, fixed_labels) if path is not None]
     require_new(output)
+    check_output_folder(output, given_paths, (), overwrite=False)
     if fixed_labels is not None and moving_labels is None:
         raise ValueError("fixed_labels must come with moving_labels, which are carried to them, got none.")
     images = read_image(moving), read_image(fixed)
