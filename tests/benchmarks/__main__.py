@@ -124,6 +124,7 @@ ROWS = [
         truth="register diffeomorphic, float32",
     ),
     Row("the same; `voxelmorph` 0.3.4", "register diffeomorphic", "register, voxelmorph", 1),
+    Row("inference, `wide`, which comes with weights; MONAI's default net", "register wide", "register, MONAI", 1),
     # Windows are summed twice: 2 images in, 3 coefficients out; 5 maps in, the gradient out.
     Row("training step, `dense`", "train dense", "train dense, MONAI", 8, 2.5, steps_agree, maps=11),
     Row("training step, `diffeomorphic`", "train diffeomorphic", "train dense, MONAI", 20, maps=11, most=2.5),
@@ -135,7 +136,7 @@ ROWS = [
     Row("HD95, 35 labels", "hausdorff95", "hausdorff95, MONAI", 15, agree=means_agree, maps=2),
     Row("next cached pair; its training step", "load", "train diffeomorphic", 10, maps=4),
 ]
-LADDER = ["register diffeomorphic", "train diffeomorphic", "register dense", "train dense"]
+LADDER = ["register wide", "register diffeomorphic", "train diffeomorphic", "register dense", "train dense"]
 
 
 # Running
@@ -347,7 +348,7 @@ class Run:
             f"above the {ceiling['idle']:.2f} of a process that has imported all contenders. "
             f"The run took {(time.monotonic() - self.start) / 60:.1f} minutes.",
             "",
-            "| | ours | peer | times faster | CPU | GiB | peer | ratio | GFLOP | GB | floor, share | difference |",
+            "| | ours | peer | times faster | CPU | GiB | peer, GiB | ratio | GFLOP | GB | floor, share | difference |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
             *(row for row, _ in self.lines()),
             "",

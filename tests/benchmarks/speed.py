@@ -291,6 +291,7 @@ CONTENDERS: dict[str, Callable[[Size], Work]] = {
     "register dense, MONAI": partial(register_monai, MONAI_DENSE),
     "register diffeomorphic": _kept(partial(register, "diffeomorphic")),
     "register diffeomorphic, float32": _kept(partial(register, "diffeomorphic", amp=False)),
+    "register wide": _kept(partial(register, "wide")),
     "register, MONAI": partial(register_monai, MONAI_DEFAULT),
     "register, voxelmorph": register_voxelmorph,
     "train dense": _kept(partial(train, "dense")),
