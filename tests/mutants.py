@@ -297,7 +297,8 @@ COMPARISON = [
     ("(1 + confidence) / 2", "confidence", "one-sided interval"),
     ("np.arange(len(order), 0, -1)", "len(order)", "Bonferroni for Holm"),
     ("np.maximum.accumulate(steps)", "steps", "p values that fall"),
-    ("if not common:", "if common:", "other pairs are compared"),
+    ("\n    if not common:", "\n    if common:", "other pairs are compared"),
+    ("        if not common:", "        if common:", "labels warped in different ways are compared"),
     ("reference, *_ = columns.values()", "*_, reference = columns.values()", "the last run is the reference"),
 ]
 
