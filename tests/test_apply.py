@@ -241,7 +241,7 @@ def test_a_transform_whose_parameters_are_cut_off_is_no_identity(capsys: pytest.
     sitk.WriteTransform(transform, "whole.txt")
     whole = Path("whole.txt").read_text()
     assert vxm("convert whole.txt again.txt") == 0
-    for i, end in enumerate((70, len(whole) // 2, whole.index("FixedParameters"))):
+    for i, end in enumerate((70, len(whole) // 2, whole.index("FixedParameters"), len(whole) - 1)):
         Path("cut.txt").write_text(whole[:end])
         assert vxm(f"convert cut.txt never{i}.txt") == 2
         assert "cut.txt must be a whole ITK transform" in capsys.readouterr().err
@@ -337,6 +337,13 @@ def files(points: NDArray[Any]) -> dict[str, tuple[str, str, str]]:
         "json LPS": ("p.mrk.json", json_file(lps, "LPS"), ""),
         "json RAS": ("p.mrk.json", json_file(points, "RAS"), ""),
     }
+
+
+def test_a_row_that_begins_with_a_hash_is_a_point(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('name,x,y,z\n#5,1,2,3\n"two\nlines",4,5,6\n')
+    found = read_points(tmp_path / "p.csv", "RAS")
+    np.testing.assert_array_equal(found.points, [[1, 2, 3], [4, 5, 6]])
+    assert found.text(found.points).splitlines()[1].startswith("#5,1.0")
 
 
 @pytest.mark.usefixtures("folder")

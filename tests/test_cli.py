@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,23 @@ def test_the_similarities_to_choose_from_are_those_there_are(capsys: Any) -> Non
     assert f"--similarity {{{','.join(SIMILARITIES)}}}" in capsys.readouterr().out
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """The options with which ``vxm register`` and some words would register two scans."""
+    calls: list[dict[str, Any]] = []
+
+    def noted(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append(options)
+        return {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
+
+    def ask(words: str) -> dict[str, Any]:
+        assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
+        return calls[-1]
+
+    monkeypatch.setattr(registration, "register_files", noted)
+    return ask
+
+
 @pytest.mark.parametrize(
     ("words", "weights", "budget"),
     [
@@ -148,17 +166,10 @@ def test_the_similarities_to_choose_from_are_those_there_are(capsys: Any) -> Non
     ],
 )
 def test_brains_alone_get_the_shipped_weights(
-    words: str, weights: Path | None, budget: float, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: str, weights: Path | None, budget: float, asked: Callable[[str], dict[str, Any]], capsys: Any
 ) -> None:
-    calls: list[dict[str, Any]] = []
-
-    def noted(*args: Any, **options: Any) -> dict[str, Any]:
-        calls.append(options)
-        return {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
-
-    monkeypatch.setattr(registration, "register_files", noted)
-    assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
-    assert (calls[0]["weights"], calls[0]["budget"]) == (weights, budget)
+    options = asked(words)
+    assert (options["weights"], options["budget"]) == (weights, budget)
     assert ("the registration is affine only" in capsys.readouterr().out) == (budget == 0)
 
 
@@ -189,17 +200,9 @@ def test_options_that_would_change_nothing_are_refused(words: str, match: str, c
     ],
 )
 def test_scans_that_are_no_brains_get_a_grid_that_fits(
-    words: str, grid: Grid | None, monkeypatch: pytest.MonkeyPatch
+    words: str, grid: Grid | None, asked: Callable[[str], dict[str, Any]]
 ) -> None:
-    calls: list[dict[str, Any]] = []
-
-    def noted(*args: Any, **options: Any) -> dict[str, Any]:
-        calls.append(options)
-        return {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
-
-    monkeypatch.setattr(registration, "register_files", noted)
-    assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
-    assert calls[0]["grid"] == grid
+    assert asked(words)["grid"] == grid
 
 
 def test_what_is_asked_of_compare_is_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from voxelmorph_monai import propagation
+from voxelmorph_monai.preparation import Grid
 from voxelmorph_monai.registration import shipped_weights
 
 
@@ -75,3 +76,9 @@ def test_an_answer_that_cannot_be_written_leaves_no_file(
     with app._answer(".nii.gz") as path:
         path.write_text("whole")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_word_about_it_the_grid_fits_what_is_registered(app: Any) -> None:
+    assert app.Settings.read({"space": "fixed"}).grid is None
+    assert app.Settings.read({"size": "80,96"}).grid == Grid((80, 96), 1.0)
+    assert app.Settings.read({"spacing": "2"}).grid == Grid(spacing=2.0)

@@ -17,6 +17,7 @@ from voxelmorph_monai.spaces import (
     Composite,
     from_itk,
     linear_transform,
+    read_displacement,
     read_image,
     read_labels,
     require_right_angles,
@@ -407,3 +408,43 @@ def test_a_scan_is_warped_as_simpleitk_warps_it(tmp_path: Path, moving: str, fix
 def test_a_matrix_becomes_the_transform_that_has_it() -> None:
     matrix = np.array([[0.9, 0.1, 0, 4], [-0.2, 1.1, 0.3, -7], [0.05, 0, 1, 12], [0, 0, 0, 1]])
     np.testing.assert_allclose(transform_affine(linear_transform(matrix)), matrix, atol=1e-12)  # double
+
+
+@affines
+def test_a_displacement_in_whole_voxels_comes_back(tmp_path: Path, affine: Affine) -> None:
+    ddf = np.random.default_rng(3).integers(-3, 4, (3, *SIZE))
+    save_displacement(tmp_path / "ddf.nii.gz", ddf, affine)
+    again, found = read_displacement(tmp_path / "ddf.nii.gz")
+    np.testing.assert_allclose(again, ddf, atol=1e-4)  # float32 in the file
+    np.testing.assert_allclose(found, affine, atol=HEADER)
+
+
+@affines
+def test_a_composite_bends_its_outermost_voxels_as_itk_does(affine: Affine) -> None:
+    """Half a voxel beyond them the field ends; rounding must not end it earlier."""
+    ddf = np.full((3, *SIZE), 1.5, np.float32)
+    composite = Composite(np.eye(4), np.eye(4), (ddf, affine))
+    np.testing.assert_allclose(composite.on_grid(SIZE, affine), ddf, atol=1e-5)
+    peer = composite.to_itk()
+    for index in [(-0.4, 3, 2), (8.4, 11.4, 6.4), (-0.6, 3, 2), (4, 5, 6.6)]:
+        point = (affine @ [*index, 1])[:3]
+        moved = composite.points(point[None])[0]
+        np.testing.assert_allclose(moved * [-1, -1, 1], peer.TransformPoint((point * [-1, -1, 1]).tolist()), atol=1e-3)
+
+
+def test_displacements_that_others_would_place_elsewhere_are_refused(tmp_path: Path) -> None:
+    path, ddf = tmp_path / "ddf.nii.gz", np.zeros((3, *SIZE), np.float32)
+    with pytest.raises(ValueError, match="right angles"):
+        save_displacement(path, ddf, SHEARED)
+    save_displacement(path, ddf, np.diag([2.0, 2, 2, 1]))
+    image = nib.load(path)
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, image.header), path)
+    with pytest.raises(ValueError, match="must say where it lies, but its sform_code and its qform_code are 0"):
+        read_displacement(path)
+    save_displacement(path, ddf, np.diag([2.0, 2, 2, 1]))
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the checksum
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="CRC check failed"):
+        read_displacement(path)

@@ -80,12 +80,12 @@ def require_new(path: str | Path, overwrite: bool | None = None) -> None:
         raise FileExistsError(f"{path} must be new{choice}, but it exists.")
 
 
-def require_replaceable(folder: str | Path, overwrite: bool, maker: str, patterns: Iterable[str]) -> None:
+def require_replaceable(folder: str | Path, overwrite: bool | None, maker: str, patterns: Iterable[str]) -> None:
     """Raise FileExistsError or ValueError where writing ``folder`` would replace what it should not.
 
     Args:
         folder: to write; it may be new.
-        overwrite: whether an earlier one may be replaced.
+        overwrite: as in :func:`require_new`.
         maker: of the folder, to name in the error.
         patterns: of the names of the files that this one writes; a folder that holds others is not replaced.
     """

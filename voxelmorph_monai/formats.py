@@ -22,6 +22,7 @@ __all__ = [
     "FORMATS",
     "Volume",
     "check_gzip",
+    "check_nifti",
     "corner_distance",
     "is_nifti",
     "open_file",
@@ -103,7 +104,7 @@ def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> floa
     return float(np.linalg.norm((first - second) @ corners, axis=0).max())
 
 
-def _check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> None:
+def check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> None:
     """Raise ValueError unless all readers agree on where the voxels lie."""
     codes = int(header["sform_code"]), int(header["qform_code"])
     if max(codes) <= 0:
@@ -138,7 +139,7 @@ def _open_nibabel(path: Path) -> tuple[Volume, Affine]:
     if bytes_claimed > _DEFLATE * bytes_held:
         raise ValueError(f"{path} must hold the voxels of shape {image.shape}, but its {bytes_held} bytes cannot.")
     if isinstance(image, nib.Nifti1Pair):
-        _check_nifti(image.header, path, shape[:3])
+        check_nifti(image.header, path, shape[:3])
     elif isinstance(image, nib.AnalyzeImage) and not path.with_suffix(".mat").is_file():
         raise ValueError(f"{path} must say where it lies; ANALYZE does so only by an SPM .mat file beside it.")
     if len(image.shape) == 2 and (np.abs(image.affine[2, :2]) > 1e-3 * np.abs(image.affine[:2, :2]).max()).any():

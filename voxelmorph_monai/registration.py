@@ -298,7 +298,7 @@ def network_input(images: tuple[Image, Image], maps: tuple[Affine, Affine], grid
 
 
 def _predict(
-    network: Registration | None, budget: float, similarity: str, images: Tensor, stages: "_Stages"
+    network: Registration | None, budget: float, similarity: str, images: Tensor, stages: _Stages
 ) -> tuple[Tensor, Tensor]:
     """Displacement of ``images`` ``(1, 2, *spatial)``, and its inverse: ``(1, D, *spatial)``."""
     found: dict[str, Tensor] = {}
@@ -498,14 +498,14 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     }
 
 
-def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[str], overwrite: bool) -> None:
+def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[str], overwrite: bool | None) -> None:
     """Raise an error where a folder cannot be written, or writing it would harm something.
 
     Args:
         output: the folder, an absolute path.
         inputs: files and folders that are read for it.
         names: of the files that it gets.
-        overwrite: whether it may take the place of one with such files.
+        overwrite: whether it may take the place of one with such files; None: never, there is no such option.
     """
     for path in inputs:
         if output == path.absolute() or output in path.absolute().parents:

@@ -25,6 +25,7 @@ from voxelmorph_monai.formats import Affine as Affine  # for all that import it 
 from voxelmorph_monai.formats import (
     Volume,
     check_gzip,
+    check_nifti,
     corner_distance,
     is_nifti,
     open_file,
@@ -584,8 +585,7 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
         vectors = np.asarray(image.dataobj, dtype=np.float64) if shape[4:] in ((2,), (3,)) else None
         check_gzip(Path(path))
     intent = int(header["intent_code"])
-    if not int(header["sform_code"]) and not int(header["qform_code"]):
-        raise ValueError(f"{path} must say where it lies, but its sform_code and its qform_code are 0.")
+    check_nifti(header, Path(path), shape[:3])
     if vectors is None or shape[3] != 1 or sorted(shape[:3])[1] < 2 or (shape[4] == 2 and shape[2] > 1):
         raise ValueError(
             f"{path} must be a displacement, shape (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) of a 2-D image, got {shape}."

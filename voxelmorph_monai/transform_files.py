@@ -78,21 +78,24 @@ class Chain(NamedTuple):
     spatial_dims: int
 
 
-def _require_parameters(path: Path) -> None:
-    """Raise RuntimeError for a text that is not whole: ITK takes for the identity what lacks its fixed parameters."""
+def _require_end(path: Path) -> None:
+    """Raise ValueError for a text that is cut off.
+
+    Without its fixed parameters ITK takes a transform for the identity, and the last number may lack digits.
+    """
     if path.suffix in (".txt", ".tfm"):
-        lines = [line.split(":")[0] for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-        kinds = [line for line in lines if line in ("Transform", "Parameters", "FixedParameters")]
-        composites = path.read_text(encoding="utf-8", errors="replace").count("Transform: CompositeTransform")
-        if kinds.count("FixedParameters") < kinds.count("Transform") - composites:
-            raise RuntimeError
+        text = path.read_text(encoding="utf-8", errors="replace")
+        transforms = re.findall("^Transform: (?!Composite)", text, re.MULTILINE)
+        ends = re.findall("^FixedParameters:.*\n", text, re.MULTILINE)
+        if len(ends) < len(transforms):
+            raise ValueError(f"{path} must be a whole ITK transform, each with a line of FixedParameters at its end.")
 
 
 def _read_itk(path: Path) -> itk.Transform:
+    _require_end(path)
     try:
         with silent_stderr():
             found = itk.transformread(str(path))
-        _require_parameters(path)
     except (RuntimeError, IndexError) as error:
         hint = "; if FSL wrote it: vxm convert --from fsl" if path.suffix == ".mat" else ""
         raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one{hint}.") from error

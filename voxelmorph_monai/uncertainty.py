@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelmorph_monai.files import atomic_folder, require_new, write_json
+from voxelmorph_monai.files import atomic_folder, write_json
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.preparation import Grid, grid_affine, rescale
 from voxelmorph_monai.registration import (
@@ -248,9 +248,8 @@ def uncertainty_files(
         What is in ``summary.json``.
     """
     output = Path(output).absolute()
-    given_paths = [Path(path) for path in (moving, fixed, weights, moving_labels, fixed_labels) if path is not None]
-    require_new(output)
-    check_output_folder(output, given_paths, (), overwrite=False)
+    inputs = [Path(path) for path in (moving, fixed, weights, moving_labels, fixed_labels) if path is not None]
+    check_output_folder(output, inputs, (), overwrite=None)
     if fixed_labels is not None and moving_labels is None:
         raise ValueError("fixed_labels must come with moving_labels, which are carried to them, got none.")
     images = read_image(moving), read_image(fixed)

@@ -87,7 +87,7 @@ class Settings(NamedTuple):
         weights: file of the network's weights, or ``none``; None: those that fit.
         preset: of the network.
         device: of the network.
-        grid: of the network.
+        grid: where displacements are found; None: the literature's for brains, one that fits for anything else.
         space: where the network works.
         transform: to align scans with.
         budget: seconds to refine, 0 not at all.
@@ -97,7 +97,7 @@ class Settings(NamedTuple):
     weights: str | None
     preset: str
     device: str | None
-    grid: Grid
+    grid: Grid | None
     space: str = SPACES[0]
     transform: str = TRANSFORMS[0]
     budget: float = 30.0
@@ -126,11 +126,12 @@ class Settings(NamedTuple):
         if device is not None and not _usable(device):
             raise ValueError(f"device must be cpu, or cuda where there is a GPU, got '{device}'.")
         size = tuple(_number("size", n, 8, 1024, int) for n in conf.get("size", "160,192,224").split(","))
+        grid = Grid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100))
         return cls(
             weights=weights,
             preset=preset,
             device=device,
-            grid=Grid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100)),
+            grid=grid if conf.keys() & {"size", "spacing"} else None,
         ).asked(conf)
 
     def asked(self, request: Mapping[str, Any]) -> "Settings":
@@ -434,7 +435,7 @@ class Training(TrainTask):
                     folder / "prepared",
                     images="*_image.nii.gz",
                     labels="*_label.nii.gz",
-                    grid=self.settings.grid,
+                    grid=self.settings.grid or Grid(),
                     split=folder / "split.json",
                 )
                 if prepared.errors:
