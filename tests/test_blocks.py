@@ -31,6 +31,7 @@ from voxelmorph_monai.blocks import (
     invert,
     jacobian_determinant,
     majority,
+    ranges,
     resize,
     signed,
     smooth,
@@ -526,6 +527,18 @@ def test_a_mirror_has_a_negative_determinant(size: tuple[int, ...]) -> None:
         a = torch.zeros(len(size), len(size), dtype=torch.float64)
         a[axis, axis] = -2.0
         same(jacobian_determinant(linear(a, size)), torch.full((1, 1, *size), -1.0).double())
+
+
+@sizes
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+@pytest.mark.parametrize("number", [2, 3, 1000])
+def test_determinant_does_not_depend_on_the_slabs(
+    size: tuple[int, ...], scheme: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddf = noise(size)
+    whole = jacobian_determinant(ddf, scheme)
+    monkeypatch.setattr(blocks, "slabs", lambda image, numbers: ranges(image.shape[2], number))
+    assert torch.equal(jacobian_determinant(ddf, scheme), whole)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5, 4), (1, 2, 5, 4, 3), (1, 1, 5)])

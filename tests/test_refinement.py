@@ -27,8 +27,8 @@ from voxelmorph_monai.refinement import (
     _inverse,
     _Objective,
     _Pair,
-    _unfold,
     refine,
+    unfold,
 )
 
 SIZES = [(48, 61), (34, 40, 29)]  # unequal, odd and even sides
@@ -209,12 +209,30 @@ def test_images_count_only_inside_the_mask():
 
 
 @sizes
-def test_unfold_removes_all_folds(size):
+@pytest.mark.parametrize("least", [0.0, 0.1])
+def test_unfold_removes_all_folds(size, least):
     folds = 4 * noise(size, 1, len(size))
     assert float(folding(folds)) > 10
-    assert unfolded(_unfold(folds))
+    assert unfolded(unfold(folds, least))
     smooth = integrate(noise(size, 6, len(size)))
-    assert_close(_unfold(smooth), smooth, rtol=0, atol=0)
+    assert_close(unfold(smooth, least), smooth, rtol=0, atol=0)
+
+
+@sizes
+def test_unfold_leaves_alone_what_is_far_from_a_fold(size):
+    ddf = integrate(noise(size, 6, len(size)))
+    corner = (..., *[slice(3, 5)] * len(size))
+    ddf[corner] += 4.0
+    found = unfold(ddf)
+    assert unfolded(found)
+    far = (..., *[slice(20, None)] * len(size))
+    assert_close(found[far], ddf[far], rtol=0, atol=0)
+    assert not torch.equal(found, ddf)
+
+
+def test_unfold_takes_one_field():
+    with pytest.raises(ValueError, match=r"^ddf must be of one pair, \(1, D, \*spatial\), got \[2, 2, 9, 9\]\.$"):
+        unfold(torch.zeros(2, 2, 9, 9))
 
 
 def test_what_turns_far_folds_nowhere_beyond_the_images_either():

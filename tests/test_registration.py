@@ -23,6 +23,7 @@ from torch import Tensor
 from voxelmorph_monai import registration
 from voxelmorph_monai.blocks import jacobian_determinant
 from voxelmorph_monai.losses import LNCCLoss, MINDLoss, MutualInformationLoss
+from voxelmorph_monai.metrics import folding
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.preparation import Grid, fitting_grid, grid_affine, sample_scan
 from voxelmorph_monai.refinement import Refinement, refine
@@ -419,7 +420,7 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
         "similarity": "lncc",
         "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
     }
-    assert summary["seconds"].keys() == {"affine", "network", "compose", "warp"}
+    assert summary["seconds"].keys() == {"affine", "network", "unfold", "compose", "warp"}
     assert summary["versions"]["torch"] == torch.__version__
     fixed, warped = (nib.load(path).get_fdata() for path in (paths["fixed"], out / "warped.nii.gz"))
     assert summary["similarity_after"] == pytest.approx(np.corrcoef(fixed.ravel(), warped.ravel())[0, 1], abs=1e-6)
@@ -465,6 +466,25 @@ def test_refining_brings_the_scans_closer(given: bool) -> None:
     before = register(*pair, network=start, **ALIGNED)  # type: ignore[arg-type]
     found = register(*pair, network=start, budget=20, **ALIGNED)  # type: ignore[arg-type]
     assert np.abs(found.warped - fixed).mean() < 0.8 * np.abs(before.warped - fixed).mean()
+
+
+@pytest.mark.parametrize("preset", ["diffeomorphic", "vm1"])
+def test_one_pass_leaves_no_fold(preset: str) -> None:
+    """Whatever the network says, to and fro."""
+    wild = network(preset)
+    torch.nn.init.normal_(wild.network.flow.weight, std=2.0)
+    scans = [(phantom(AFFINES["straight"], bend)[0], AFFINES["straight"]) for bend in (4.0, 0.0)]
+    said: list[Tensor] = []
+    wild.register_forward_hook(lambda module, seen, found: said.append(found["ddf"].clone()))
+    result = register(*scans, network=wild, **ALIGNED)  # type: ignore[arg-type]
+    assert float(folding(said[0], scheme="forward")) > 0
+    for composite in (result.forward, result.inverse):
+        assert composite.field is not None
+        fade = registration._FADE
+        field = torch.from_numpy(composite.field[0])[None, :, fade:-fade, fade:-fade, fade:-fade]
+        assert float(field.abs().max()) > 1
+        for scheme in ("central", "forward"):
+            assert float(folding(field, scheme=scheme)) == 0
 
 
 def test_a_scan_against_itself_stays_where_it_is() -> None:

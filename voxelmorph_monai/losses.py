@@ -7,7 +7,7 @@ All compute in float32 or wider, also under autocast, and give plain tensors for
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from voxelmorph_monai.blocks import corners
+from voxelmorph_monai.blocks import corners, slabs
 
 __all__ = [
     "BendingEnergyLoss",
@@ -122,16 +122,8 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     return image
 
 
+# LNCC at 160 x 192 x 224 in a fifth less CPU time than at once, and 0.4 GiB instead of 0.9
 _SLAB_VOXELS = 1 << 21
-
-
-def _slabs(image: Tensor) -> list[tuple[int, int]]:
-    """Cut the first spatial axis of ``image`` into ranges whose intermediate maps stay in a processor's cache."""
-    n = image.shape[2]
-    # LNCC at 160 x 192 x 224 in a fifth less CPU time, and 0.4 GiB instead of 0.9; a GPU prefers fewer, larger steps.
-    number = min(-(-image.numel() // _SLAB_VOXELS), n) if image.device.type == "cpu" else 1
-    ends = [n * k // number for k in range(number + 1)]
-    return list(pairwise(ends))
 
 
 class _LocalMoments(NamedTuple):
@@ -182,7 +174,7 @@ class _MeanLNCC(torch.autograd.Function):
         maps = [torch.zeros_like(images[0]) for _ in range(1 + 2 * len(needed))]
         core: tuple[Any, ...] = (..., *[slice(margin, -margin)] * (warped.ndim - 2))
         sums = []
-        for start, stop in _slabs(warped):
+        for start, stop in slabs(warped, _SLAB_VOXELS):
             near = [x[:, :, start : stop + reach] for x in images]
             moments = [_local_moments(x, window) for x in near]
             (a_total, a_variance, _), (b_total, b_variance, _) = moments
@@ -197,7 +189,7 @@ class _MeanLNCC(torch.autograd.Function):
         gradients: list[Tensor | None] = [None, None]
         for k, i in enumerate(needed):
             gradients[i] = gradient = torch.empty_like(warped)
-            for start, stop in _slabs(warped):
+            for start, stop in slabs(warped, _SLAB_VOXELS):
                 near = [x[:, :, start : stop + reach] for x in (maps[0], *maps[2 * k + 1 : 2 * k + 3])]
                 p, q, of_means = (box_sum(x, window) for x in near)
                 a, b = (x[:, :, start : stop + reach][core] for x in (images[i], images[1 - i]))

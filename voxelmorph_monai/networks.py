@@ -7,7 +7,6 @@ evaluation and names everything that losses and metrics need.
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from voxelmorph_monai.blocks import compose, integrate, resize, smooth, warp
+from voxelmorph_monai.blocks import compose, integrate, ranges, resize, smooth, warp
 
 __all__ = [
     "PRESETS",
@@ -161,9 +160,7 @@ def _slabs(x: Tensor) -> list[tuple[int, int]]:
     """
     n = x.shape[2]
     voxels = _ONEDNN_NUMBERS // (x.shape[0] * x.shape[1] * x.shape[3]) + 1
-    number = max(n // max(voxels, _MIN_SLAB_VOXELS), 1)
-    ends = [n * k // number for k in range(number + 1)]
-    return list(pairwise(ends))
+    return ranges(n, n // max(voxels, _MIN_SLAB_VOXELS))
 
 
 def _with_neighbours(x: Tensor, start: int, stop: int) -> Tensor:

@@ -29,7 +29,7 @@ from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInf
 from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
 
-__all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "refine"]
+__all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "refine", "unfold"]
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Clock = Callable[[], float]
@@ -295,12 +295,17 @@ def _extended(ddf: Tensor) -> Tensor:
     return ddf
 
 
-def _unfold(ddf: Tensor, least: float = _TIGHT) -> Tensor:
-    """Smooth ``ddf`` around its folds until there are none; wider and wider, so that it ends.
+def unfold(ddf: Tensor, least: float = 0.0) -> Tensor:
+    """Smooth a displacement around its folds until there are none, by central or forward differences.
 
-    Folds are few: only the voxels around them are touched and looked at again. What is left of ``least`` of its volume
-    counts as one at first; a ``least`` of 0 leaves all but folds alone.
+    Folds are few: only the voxels around them are touched and looked at again, in circles that grow, so that it ends.
+
+    Args:
+        ddf: ``(1, D, *spatial)`` in voxels; what does not fold is given back as it is.
+        least: share of its volume that is enough for a voxel at first; with 0 nothing but folds is touched.
     """
+    if len(ddf) != 1:
+        raise ValueError(f"ddf must be of one pair, (1, D, *spatial), got {list(ddf.shape)}.")
     tight = _tight(ddf, least)
     if not bool(tight.any()):
         return ddf
@@ -355,7 +360,7 @@ def _inverse(ddf: Tensor) -> Tensor:
         for _ in range(3 if field is ddf and len(fields) > 1 else 8):
             error = compose(field, inverse)
             inverse = compose(inverse, error * (-0.5 / _squares(error).sqrt_().clamp_min_(0.5)))
-    return _unfold(inverse, _TIGHT / 10)  # what it smooths is no inverse any more
+    return unfold(inverse, _TIGHT / 10)  # what it smooths is no inverse any more
 
 
 class _Course:
@@ -478,10 +483,10 @@ def _refine(
                 curve.append(Step(pairs[image].scale, loss))
                 bar.set_postfix(voxel=pairs[image].scale, loss=f"{loss:.4f}", refresh=False)
                 bar.update()
-            field = _unfold(field)
+            field = unfold(field, _TIGHT)
         inverse = _inverse(field)
     # Beyond the box, where the fields continue with their border values, what turns far may fold.
-    found = [_unfold(_cut(x, [-n for n in start], whole), 0) for x in (field, inverse)]
+    found = [unfold(_cut(x, [-n for n in start], whole)) for x in (field, inverse)]
     return Refinement(found[0], found[1], curve)
 
 

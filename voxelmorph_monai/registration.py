@@ -42,7 +42,7 @@ from voxelmorph_monai.preparation import (
     resample_intensities,
     rescale,
 )
-from voxelmorph_monai.refinement import SIMILARITIES, refine
+from voxelmorph_monai.refinement import SIMILARITIES, refine, unfold
 from voxelmorph_monai.results import NAMES, Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
     Affine,
@@ -300,7 +300,7 @@ def network_input(images: tuple[Image, Image], maps: tuple[Affine, Affine], grid
 def _predict(
     network: Registration | None, budget: float, similarity: str, images: Tensor, stages: _Stages
 ) -> tuple[Tensor, Tensor]:
-    """Displacement of ``images`` ``(1, 2, *spatial)``, and its inverse: ``(1, D, *spatial)``."""
+    """Displacement of ``images`` ``(1, 2, *spatial)``, and its inverse: ``(1, D, *spatial)``, neither with a fold."""
     found: dict[str, Tensor] = {}
     if network is not None:
         with stages.stage("network"), torch.inference_mode():
@@ -316,7 +316,9 @@ def _predict(
                 progress=stages.progress,
             )
         return refined.ddf, refined.inverse_ddf
-    return found["ddf"], found["inverse_ddf"] if "inverse_ddf" in found else invert(found["ddf"])[0]
+    with stages.stage("unfold"):
+        ddf = unfold(found["ddf"])
+        return ddf, unfold(found["inverse_ddf"] if "inverse_ddf" in found else invert(ddf)[0])
 
 
 def register(

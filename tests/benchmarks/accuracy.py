@@ -90,11 +90,13 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", sim
         if network is not None:
             with torch.inference_mode():
                 found = network(torch.cat([moving, fixed], dim=1))
-            ddf, inverse = found["ddf"].clone(), found["inverse_ddf"].clone()
+            ddf, inverse = found["ddf"], found["inverse_ddf"]
         if budget:
             seconds = math.inf if budget == "converged" else float(budget.split()[0])
             loss = refinement.SIMILARITIES[similarity or "lncc"]
             ddf, inverse, _ = refinement.refine(moving, fixed, ddf=ddf, budget=seconds, similarity=loss, clock=clock)
+        elif ddf is not None and inverse is not None:
+            ddf, inverse = refinement.unfold(ddf), refinement.unfold(inverse)  # as vxm register does
         assert ddf is not None
         assert inverse is not None
         return ddf.cpu(), inverse.cpu()  # a GPU has ended when they have come
