@@ -121,7 +121,7 @@ def test_load_wants_one_grid(tmp_path, keys):
 TABLE = {"thalamus": [10, 49], "cortex": [3], "none of these": [77]}
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
 def test_merging_numbers_structures_in_order(dtype):
     labels = torch.tensor([[[0, 3, 10], [49, 11, 100]]]).to(dtype)
     merged = MergeLabelsd("label", TABLE)({"label": labels, "image": 1})
@@ -142,6 +142,14 @@ def test_merging_nothing():
     assert MergeLabelsd("label", TABLE, allow_missing_keys=True)({"image": 1}) == {"image": 1}
     with pytest.raises(KeyError, match="label"):
         MergeLabelsd("label", TABLE)({"image": 1})
+
+
+def test_labels_of_unsigned_types_are_compared_and_kept():
+    labels = torch.tensor([[0, 2, 40000]], dtype=torch.uint16)
+    with pytest.raises(ValueError, match=r"^label must hold labels up to num_labels = 3, got 40000\.$"):
+        MergeLabelsd("label", num_labels=3)({"label": labels})
+    kept = MergeLabelsd("label", num_labels=40000, kept=[2])({"label": labels})["label"]
+    assert kept.tolist() == [[0, 2, 0]]
 
 
 def test_merged_labels_keep_their_header(prepared):
@@ -250,13 +258,13 @@ def read(folder, name):
 
 def test_all_files_lie_on_the_fixed_grid(registration):
     _, paths, folder, _ = registration
-    assert {path.name for path in folder.iterdir()} == FILES | {"summary.json", "warped_label.nii.gz"}
+    assert {path.name for path in folder.iterdir()} == FILES | {"summary.json", "warped_labels.nii.gz"}
     fixed = nib.load(paths["fixed"])
     for path in folder.glob("*.nii.gz"):
         image = nib.load(path)
         assert image.shape[:3] == fixed.shape
         np.testing.assert_allclose(image.affine, fixed.affine, rtol=0, atol=1e-5)  # float32 in the header
-    assert read(folder, "warped_label.nii.gz").get_data_dtype() == np.int32
+    assert read(folder, "warped_labels.nii.gz").get_data_dtype() == np.int32
     assert read(folder, "warped.nii.gz").get_data_dtype() == np.float32
 
 
@@ -272,7 +280,7 @@ def test_itk_warps_as_we_do(registration):
     _, paths, folder, _ = registration
     for name, key, interpolator in [
         ("warped.nii.gz", "moving", sitk.sitkLinear),
-        ("warped_label.nii.gz", "moving_label", sitk.sitkNearestNeighbor),
+        ("warped_labels.nii.gz", "moving_label", sitk.sitkNearestNeighbor),
     ]:
         expected = itk_warp(folder, paths[key], paths["fixed"], "displacement.nii.gz", interpolator)
         inside = np.isfinite(expected)
@@ -314,7 +322,7 @@ def test_the_summary_tells_what_was_gained(registration):
     moving, fixed, before, reference = (
         np.asarray(nib.load(paths[key]).dataobj) for key in ("moving", "fixed", "moving_label", "fixed_label")
     )
-    warped, after = (np.asarray(read(folder, name).dataobj) for name in ("warped.nii.gz", "warped_label.nii.gz"))
+    warped, after = (np.asarray(read(folder, name).dataobj) for name in ("warped.nii.gz", "warped_labels.nii.gz"))
     for key, image in (("similarity_before", moving), ("similarity_after", warped)):
         assert summary[key] == pytest.approx(np.corrcoef(image.ravel(), fixed.ravel())[0, 1], abs=1e-5)
     for key, labels in (("before", before), ("after", after)):
@@ -389,6 +397,6 @@ def test_no_summary_of_a_registration_that_failed(prepared, tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         SaveRegistrationd(str(tmp_path / "out"), overwrite=earlier)(data)
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == (FILES | {"warped_label.nii.gz", "summary.json"} if earlier else set())
+    assert left == (FILES | {"warped_labels.nii.gz", "summary.json"} if earlier else set())
     monkeypatch.undo()
     SaveRegistrationd(str(tmp_path / "out"), overwrite=earlier)(data)

@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
-from voxelmorph_monai.blocks import invert, warp, warp_labels
+from voxelmorph_monai.blocks import invert, signed, warp, warp_labels
 from voxelmorph_monai.metrics import inverse_consistency
 from voxelmorph_monai.results import Images, correlation, overlap, regularity, save_results
 from voxelmorph_monai.spaces import (
@@ -104,6 +104,7 @@ class MergeLabelsd(MapTransform):
         for key in self.key_iterator(merged):
             labels = merged[key]
             assert isinstance(labels, Tensor)
+            merged[key] = labels = signed(labels)
             if self.table is not None:
                 known = labels.long().clamp(0, len(self.table) - 1)  # the last entry of the table is 0
                 merged[key] = self.table.to(labels.device)[known]
@@ -152,7 +153,7 @@ class WarpLabelsd(Transform):
 
 _FILES = (
     "warped.nii.gz",
-    "warped_label.nii.gz",
+    "warped_labels.nii.gz",
     "displacement.nii.gz",
     "inverse_displacement.nii.gz",
     "jacobian.nii.gz",
@@ -166,7 +167,7 @@ class SaveRegistrationd(Transform):
 
     ``warped.nii.gz`` (the moving image's own intensities, on the fixed image's grid), ``displacement.nii.gz`` and
     ``inverse_displacement.nii.gz`` (for ITK, ANTs and 3D Slicer: vectors in LPS mm), ``jacobian.nii.gz``,
-    ``report.png``, ``summary.json`` and, given labels, ``warped_label.nii.gz``. Needs the items ``moving``, ``fixed``
+    ``report.png``, ``summary.json`` and, given labels, ``warped_labels.nii.gz``. Needs the items ``moving``, ``fixed``
     (from :class:`LoadScand`) and ``ddf``, ``warped`` (the network's); takes ``inverse_ddf``, else inverts ``ddf``;
     takes ``moving_label`` and ``fixed_label`` for the Dice of each label.
 
@@ -207,7 +208,7 @@ class SaveRegistrationd(Transform):
         save_displacement(folder / "inverse_displacement.nii.gz", inverse.numpy(), affine)
         if "moving_label" in data:
             labels = _warped_labels(data["moving_label"], ddf, "nearest")
-            save_image(folder / "warped_label.nii.gz", labels[0].numpy(), affine)
+            save_image(folder / "warped_labels.nii.gz", labels[0].numpy(), affine)
         images = Images(np.asarray(data["moving"][0]), np.asarray(fixed[0]), warped)
         save_results(folder, images, ddf.numpy(), affine, summary)
         return summary
