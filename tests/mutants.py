@@ -135,7 +135,8 @@ LOSSES = [
     ("/ self.image_sigma**2", "/ self.image_sigma", "unit: deviation for variance"),
     ("return -_MeanLNCC", "return _MeanLNCC", "sign: trained to be dissimilar"),
     ("value=-1 / window **", "value=-1 / (window - 1) **", "one off: voxels of a window"),
-    ("F.pad(x, padding) - _centre(x)", "F.pad(x, padding) - 0 * _centre(x)", "not centred: cancels"),
+    ("F.pad(x, padding).sub_(centre)", "F.pad(x, padding)", "not centred: cancels"),
+    (".mul_(scales[i][1] * (2 / warped.numel()))", ".mul_(2 / warped.numel())", "unit: gradient of the scaled image"),
     (
         "keepdim=True) * one_side",
         "keepdim=True)",

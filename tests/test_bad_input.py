@@ -168,7 +168,6 @@ MOVING: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "must hold finite numbers",
     ),
     "constant": ("scan.nii", lambda path: write(path, np.full(SIZE, 7, np.int16)), "must show something"),
-    "all negative": ("scan.nii", lambda path: write(path, blob() - 1000), "some of them above 0"),
     "far away": ("scan.nii", lambda path: write(path, blob(), AFFINE + 900 * np.eye(4, k=3)), "must overlap"),
     "unknown ending": ("scan.xyz", text, BROKEN),
     "picture": ("scan.png", text, "pictures do not say where they lie"),
@@ -309,6 +308,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
         "and a spacing > 0",
     ),
     "no brain": (["--space", "mni152"], "must be a skull-stripped head"),
+    "no device": (["--device", "abacus"], "device must be cpu, or cuda where there is a GPU, got 'abacus'"),
 }
 
 
@@ -329,6 +329,7 @@ def test_outputs_that_would_harm_or_cannot_be_are_refused(
 ) -> None:
     scans = pair(folder)[:2]
     (folder / "theirs").mkdir()
+    (folder / "link").symlink_to(folder)
     text(folder / "theirs" / "thesis.txt")
     save_dicom(folder / "series", blob(), AFFINE)
     for output, words, message in (
@@ -338,6 +339,10 @@ def test_outputs_that_would_harm_or_cannot_be_are_refused(
         ("theirs", ["--overwrite"], "must hold only what 'vxm register' writes here, to be overwritten"),
         (".", ["--overwrite"], "must not hold an input"),
         ("moving.nii.gz", ["--overwrite"], "must not hold an input"),
+        ("link", ["--overwrite"], "must not hold an input"),
+        ("theirs/..", ["--overwrite"], "must not hold an input"),
+        ("n" * 240, [], "must have names of 220 bytes at most"),
+        (os.fsdecode(b"caf\xe9"), [], "must be a path in UTF-8"),
     ):
         refused([*scans, "--output", str(folder / output), *words], message)
     dicom = [str(folder / "series"), scans[1], "--output"]

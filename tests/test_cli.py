@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from voxelmorph_monai import cli, comparison, preparation, registration, uncertainty
 from voxelmorph_monai.cli import main
@@ -266,6 +267,39 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=interrupted))
     assert main(["prepare", "a", "b"]) == 130
     assert capsys.readouterr().err == "vxm prepare: interrupted\n"
+
+
+def test_termination_unwinds_as_an_interrupt_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undone: list[str] = []
+
+    def terminated(args: argparse.Namespace) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            return 0
+        finally:
+            undone.append("half of a file")
+
+    monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=terminated))
+    monkeypatch.setattr(sys, "argv", ["vxm", "prepare", "a", "b"])
+    monkeypatch.setattr("voxelmorph_monai.processes.keep_freed_memory", lambda: True)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main() == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert undone
+    assert capsys.readouterr().err == "vxm prepare: terminated\n"
+
+
+def test_a_gpu_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(args: argparse.Namespace) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=full))
+    assert main(["prepare", "a", "b"]) == 2
+    assert capsys.readouterr().err == "vxm prepare: CUDA out of memory. Tried to allocate 2 GiB.\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")

@@ -126,6 +126,14 @@ def test_keep_best_wants_a_number(tmp_path):
         evaluate([float("nan")], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
 
 
+def test_keep_best_wants_finite_weights(tmp_path):
+    network = nn.Linear(1, 1)
+    network.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"^weights must be finite to be kept, but 1 parameters are not, first bias: "):
+        evaluate([0.0], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_the_best_of_what_cannot_be_measured(tmp_path):
     network = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"dice must be a number to keep the best weights, got NaN"):

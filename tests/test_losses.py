@@ -233,11 +233,35 @@ def test_lncc_is_its_definition(size, window):
 @pytest.mark.parametrize("contrast", [1, 3e-3, 1e-3])  # variances far above, around and below the floor of 1e-5
 @pytest.mark.parametrize("size", [(13, 16), (10, 12, 9)])
 def test_lncc_is_monai_s_in_float64(size, contrast):
-    inputs = [(contrast * rand(2, 1, *size)).requires_grad_() for _ in range(2)]
+    """Of images whose largest deviation from their mean is 1, as ours counts contrast."""
+    inputs = [contrast * rand(2, 1, *size) for _ in range(2)]
+    axes = tuple(range(2, 2 + len(size)))
+    for x in inputs:
+        x.flatten(2)[..., -1] = 1
+        x /= (x - x.mean(axes, keepdim=True)).abs().amax(axes, keepdim=True)
+        x.requires_grad_()
     ours = LNCCLoss()(*inputs)
     theirs = LocalNormalizedCrossCorrelationLoss(spatial_dims=len(size), kernel_size=9)(*inputs)
     assert_close(ours, theirs)
     assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e10])
+def test_lncc_does_not_depend_on_the_scale(scale):
+    a, b = rand(2, 2, 13, 16).float().requires_grad_(), rand(2, 2, 13, 16).float()
+    scaled = (scale * a).detach().requires_grad_()
+    loss, same = LNCCLoss()(a, b), LNCCLoss()(scaled, -b / 7)
+    assert_close(same, loss, rtol=1e-5, atol=0)  # roundings
+    (expected,), (found,) = torch.autograd.grad(loss, a), torch.autograd.grad(same, scaled)
+    assert_close(found * scale, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_lncc_of_nothing_is_nothing():
+    nothing = torch.zeros(1, 1, 7, 8).requires_grad_()
+    loss = LNCCLoss()(nothing, rand(1, 1, 7, 8).float())
+    loss.backward()
+    assert loss == 0
+    assert nothing.grad.isfinite().all()
 
 
 def test_lncc_gives_each_input_its_gradient_alone():

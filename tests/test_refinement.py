@@ -231,8 +231,12 @@ def test_unfold_leaves_alone_what_is_far_from_a_fold(size):
 
 
 def test_unfold_takes_one_field():
-    with pytest.raises(ValueError, match=r"^ddf must be of one pair, \(1, D, \*spatial\), got \[2, 2, 9, 9\]\.$"):
+    with pytest.raises(ValueError, match=r"^ddf must be of one pair, .* 2 voxels or more .* got \[2, 2, 9, 9\]\.$"):
         unfold(torch.zeros(2, 2, 9, 9))
+    with pytest.raises(ValueError, match=r"^ddf must be of one pair.* got \[1, 3, 9, 9, 1\]\.$"):
+        unfold(torch.zeros(1, 3, 9, 9, 1))
+    with pytest.raises(ValueError, match=r"^ddf must be finite, got 162 values that are not\.$"):
+        unfold(torch.full((1, 2, 9, 9), torch.nan))
 
 
 def test_what_turns_far_folds_nowhere_beyond_the_images_either():

@@ -7,6 +7,7 @@ takes seconds, which nobody should wait for ``vxm --help``.
 import argparse
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -612,27 +613,35 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+def _terminate(*_: object) -> None:
+    """Let what is half done be removed, as after an interruption."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vxm`` with the given arguments (default: the process's); returns the exit code.
 
-    0 success, 1 some of the work failed, 2 wrong input, 130 interrupted.
+    0 success, 1 some of the work failed, 2 wrong input, 130 interrupted, 143 terminated.
     """
     args = _parser().parse_args(argv)
     if argv is None:
         from voxelmorph_monai.processes import keep_freed_memory
 
         keep_freed_memory()
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return _COMMANDS[args.command].run(args)
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"vxm {args.command}: {reason}", file=sys.stderr)
         if argv is None:
             atexit.register(_leave, 2)
         return 2
-    except KeyboardInterrupt:
-        print(f"vxm {args.command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"vxm {args.command}: {'terminated' if error.args else 'interrupted'}", file=sys.stderr)
+        return 143 if error.args else 130
 
 
 if __name__ == "__main__":

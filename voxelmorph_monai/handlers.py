@@ -128,9 +128,15 @@ class KeepBest:
         if math.isnan(value):
             raise ValueError(f"{self.metric} must be a number to keep the best weights, got NaN: nothing to measure.")
         if value > self.best:
+            state = self.network.state_dict()
+            if broken := [name for name, weights in state.items() if not bool(weights.isfinite().all())]:
+                raise ValueError(
+                    f"weights must be finite to be kept, but {len(broken)} parameters are not, first {broken[0]}: the "
+                    "training diverged, a lower learning rate may help."
+                )
             self.best = value
             if process()[0] == 0:
-                _save(self.network.state_dict(), self.path)
+                _save(state, self.path)
 
     def state_dict(self) -> dict[str, float]:
         """Give the best value so far."""

@@ -142,14 +142,17 @@ def _local_moments(image: Tensor, window: int) -> _LocalMoments:
     return _LocalMoments(total, torch.maximum(variance, floor, out=variance), free)
 
 
-def _centre(image: Tensor) -> Tensor:
-    """What to subtract from each channel so that its numbers are small: nothing if they lie around 0, else the mean.
+def _centre(image: Tensor) -> tuple[Tensor, Tensor]:
+    """What to subtract from each channel, and then to multiply it by, so that its numbers are small.
 
-    A background of 0 stays 0, and there no rounding looks like contrast.
+    Subtracted is nothing if they lie around 0, else the mean. A background of 0 stays 0, and there no rounding looks
+    like contrast. The largest size becomes 1, so that the least contrast that counts depends on no unit.
     """
     axes = tuple(range(2, image.ndim))
-    one_side = (image.amin(axes, keepdim=True) > 0) | (image.amax(axes, keepdim=True) < 0)
-    return image.mean(axes, keepdim=True) * one_side
+    low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
+    centre = image.mean(axes, keepdim=True) * ((low > 0) | (high < 0))
+    largest = torch.maximum(high - centre, centre - low)
+    return centre, (1 / largest).where(largest > 0, 1.0)
 
 
 class _MeanLNCC(torch.autograd.Function):
@@ -168,7 +171,11 @@ class _MeanLNCC(torch.autograd.Function):
         # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
         # the images have to move along, so pad first. As nothing changes, no gradient goes through the centre.
         padding = [margin] * (2 * (warped.ndim - 2))
-        images = [F.pad(x, padding) - _centre(x) for x in (warped, fixed)]
+        scales = [_centre(x) for x in (warped, fixed)]
+        images = [
+            F.pad(x, padding).sub_(centre).mul_(scale)
+            for x, (centre, scale) in zip((warped, fixed), scales, strict=True)
+        ]
         needed = [i for i in range(2) if ctx.needs_input_grad[i]]
         # Of each window, with zeros around: p; for each image that needs them q, and p S_b - q S_a.
         maps = [torch.zeros_like(images[0]) for _ in range(1 + 2 * len(needed))]
@@ -194,7 +201,7 @@ class _MeanLNCC(torch.autograd.Function):
                 p, q, of_means = (box_sum(x, window) for x in near)
                 a, b = (x[:, :, start : stop + reach][core] for x in (images[i], images[1 - i]))
                 slab = torch.mul(b, p, out=gradient[:, :, start:stop])
-                slab.addcmul_(a, q, value=-1).sub_(of_means, alpha=1 / n).mul_(2 / warped.numel())
+                slab.addcmul_(a, q, value=-1).sub_(of_means, alpha=1 / n).mul_(scales[i][1] * (2 / warped.numel()))
         ctx.save_for_backward(*gradients)
         return torch.stack(sums).sum() / warped.numel()
 
@@ -220,7 +227,7 @@ class LNCCLoss(_Loss):
         window: side of the window in voxels, odd.
 
     >>> image = torch.rand(1, 1, 20, 24)
-    >>> round(float(LNCCLoss()(image, -3 * image)), 3)  # neither scale nor sign matters
+    >>> round(float(LNCCLoss()(1e-4 * image, -3 * image)), 3)  # neither scale nor sign matters
     -1.0
     """
 

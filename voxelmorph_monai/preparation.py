@@ -26,6 +26,7 @@ from voxelmorph_monai.processes import Processes, default_jobs, failures
 from voxelmorph_monai.spaces import (
     Affine,
     Plane,
+    background,
     read_image,
     read_labels,
     require_right_angles,
@@ -136,9 +137,9 @@ def sample_scan(name: str) -> Path:
 
 
 def _box(image: tuple[NDArray[Any], Affine]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lower and upper corner (RAS, mm) of the box that holds all voxels above 0, whatever the axes of the array."""
+    """Lower and upper corner (RAS, mm) of the box that holds all that ``image`` shows, whatever its axes."""
     array, affine = image
-    found = ndimage.find_objects((array > 0).astype(np.uint8))[0]
+    found = ndimage.find_objects((array > background(array)).astype(np.uint8))[0]
     corners = np.stack(np.meshgrid(*[(edge.start, edge.stop - 1) for edge in found], [1], indexing="ij"))
     ends = (affine @ corners.reshape(len(affine), -1))[:-1]
     return ends.min(axis=1), ends.max(axis=1)
@@ -159,7 +160,7 @@ def _extent(image: tuple[NDArray[Any], Affine] | None) -> tuple[Plane | None, ND
 
 
 def fitting_grid(image: tuple[NDArray[Any], Affine]) -> Grid:
-    """Grid around what ``image`` ``(array, affine)`` shows above 0, and a margin.
+    """Grid around what ``image`` ``(array, affine)`` shows above its background, and a margin.
 
     It is as fine as the finest axis of the image, unless that makes more voxels than the literature's grid has.
     """
@@ -174,7 +175,7 @@ def fitting_grid(image: tuple[NDArray[Any], Affine]) -> Grid:
 
 
 def grid_affine(grid: Grid, image: tuple[NDArray[Any], Affine] | None = None) -> Affine:
-    """Affine (RAS, mm) of ``grid`` around what ``image`` ``(array, affine)`` shows above 0 (default: MNI152's brain).
+    """Affine (RAS, mm) of ``grid`` around what ``image`` ``(array, affine)`` shows (default: MNI152's brain).
 
     Around a slice it lies in its plane, ``(X, Y, 1)``.
 
@@ -206,8 +207,9 @@ def resample(
     affine: Affine,
     mapping: NDArray[np.floating[Any]],
     order: int = 1,
+    outside: float = 0.0,
 ) -> NDArray[Any]:
-    """Sample ``image`` ``(array, affine)`` on another grid; beyond its outermost voxels it is 0.
+    """Sample ``image`` ``(array, affine)`` on another grid.
 
     Args:
         image: what to sample.
@@ -215,10 +217,11 @@ def resample(
         affine: of the other grid (RAS, mm).
         mapping: 4 x 4, from points of the other grid to points of the image (RAS, mm).
         order: 1 linear; 0 nearest, which invents no label.
+        outside: what it is beyond its outermost voxels.
     """
     to_voxels = np.linalg.inv(image[1]) @ mapping @ affine
     to_voxels[:3][np.array(image[0].shape) == 1] = 0  # across a slice there is no outside
-    return ndimage.affine_transform(image[0], to_voxels, output_shape=tuple(size), order=order)
+    return ndimage.affine_transform(image[0], to_voxels, output_shape=tuple(size), order=order, cval=outside)
 
 
 def resample_intensities(
@@ -239,8 +242,9 @@ def _template(grid: Grid) -> NDArray[np.float32]:
 
 
 def rescale(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Clip intensities at 0 and divide by the 99.5th percentile of what is above it: [0, 1]."""
-    return np.clip(array / np.percentile(array[array > 0], 99.5), 0, 1)
+    """Intensities above the background, divided by their 99.5th percentile and clipped: [0, 1]."""
+    shown = array - background(array)
+    return np.clip(shown / np.percentile(shown[shown > 0], 99.5), 0, 1)
 
 
 def _some(names: Sequence[Any]) -> str:
@@ -297,7 +301,7 @@ def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -
 
 def check_brain(image: tuple[NDArray[Any], Affine], subject: str) -> None:
     """Raise ValueError unless ``image`` ``(array, affine)`` can be a skull-stripped head, its axes at right angles."""
-    if image[0].min() < -0.1 * image[0].max():  # interpolation overshoots by less
+    if background(image[0]) < 0:
         raise ValueError(f"{subject} must have a background of 0 and nothing far below it, got {image[0].min():.3g}.")
     sides = spacing(image[1])
     litres = np.count_nonzero(image[0] > 0) * np.prod(sides) * 1e-6

@@ -83,8 +83,8 @@ def _cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
     return image
 
 
-def _box(moving: Tensor, fixed: Tensor, multiple: int) -> tuple[list[int], list[int]]:
-    """Start and size of the box around what the images show; each side a ``multiple`` plus 1, to be halved."""
+def _box(moving: Tensor, fixed: Tensor) -> tuple[list[int], list[int]]:
+    """Start and size of the box around what the images show."""
     shown = torch.stack([(image != image.amin()).any(1) for image in (moving, fixed)]).any(0)[0]
     start, size = [], []
     for d in range(shown.ndim):
@@ -94,7 +94,7 @@ def _box(moving: Tensor, fixed: Tensor, multiple: int) -> tuple[list[int], list[
         # Not further than the image reaches: a margin is there to let the field fade.
         low, high = max(low - _MARGIN, 0), min(high + _MARGIN, shown.shape[d] - 1)
         start.append(low)
-        size.append(-(-(high - low) // multiple) * multiple + 1)
+        size.append(high - low + 1)
     return start, size
 
 
@@ -304,8 +304,12 @@ def unfold(ddf: Tensor, least: float = 0.0) -> Tensor:
         ddf: ``(1, D, *spatial)`` in voxels; what does not fold is given back as it is.
         least: share of its volume that is enough for a voxel at first; with 0 nothing but folds is touched.
     """
-    if len(ddf) != 1:
-        raise ValueError(f"ddf must be of one pair, (1, D, *spatial), got {list(ddf.shape)}.")
+    if len(ddf) != 1 or min(ddf.shape[2:]) < 2:
+        raise ValueError(
+            f"ddf must be of one pair, (1, D, *spatial), 2 voxels or more along each axis, got {list(ddf.shape)}."
+        )
+    if not bool(ddf.isfinite().all()):
+        raise ValueError(f"ddf must be finite, got {int((~ddf.isfinite()).sum())} values that are not.")
     tight = _tight(ddf, least)
     if not bool(tight.any()):
         return ddf
@@ -458,8 +462,10 @@ def _refine(
     progress: bool,
 ) -> Refinement:
     begin, whole = clock(), list(pair.fixed.shape[2:])
-    levels = _levels(whole)
-    start, size = _box(pair.moving, pair.fixed, 2 ** levels[0][1])
+    start, size = _box(pair.moving, pair.fixed)
+    levels = _levels(size)
+    multiple = 2 ** levels[0][1]
+    size = [-(-(n - 1) // multiple) * multiple + 1 for n in size]  # to be halved
     pairs = [pair.cut(start, size)]
     for _ in range(levels[0][0]):
         pairs.append(pairs[-1].halved())

@@ -48,6 +48,7 @@ from voxelmorph_monai.spaces import (
     Affine,
     Composite,
     Plane,
+    background,
     in_plane,
     linear_transform,
     read_image,
@@ -66,6 +67,7 @@ __all__ = [
     "RegistrationResult",
     "check_options",
     "check_output_folder",
+    "choose_device",
     "extended",
     "load_network",
     "network_input",
@@ -86,6 +88,7 @@ TRANSFORMS = ("affine", "rigid", "none")
 
 _FADE = 16  # voxels around the network's grid within which its displacement fades to 0
 _NUM_POINTS = 100_000  # at which the inverse is checked
+_LONGEST_NAME = 220  # bytes: file systems take 255, and a temporary name is longer
 _NAMES = {
     **NAMES,
     "warped": "warped.nii.gz",
@@ -144,8 +147,14 @@ def shipped_weights() -> Path:
     return shipped_bundle("brain_t1_registration") / "models" / "model.pt"
 
 
-def _device(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(device: str | None) -> str:
+    """``device``, or a GPU if there is one; raises ValueError where it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got '{device}'.") from error
+    return device
 
 
 def load_network(
@@ -165,7 +174,7 @@ def load_network(
     """
     network = VoxelMorph(preset, spatial_dims)
     load_weights(network, str(weights or shipped_weights()))
-    return Registration(network, bidirectional=network.num_steps > 0).to(_device(device)).eval()
+    return Registration(network, bidirectional=network.num_steps > 0).to(choose_device(device)).eval()
 
 
 @lru_cache(maxsize=1)  # a process that registers many pairs loads their network once
@@ -205,10 +214,11 @@ def _check_dimensions(network: Registration | None, space: str, spatial_dims: in
 
 def _check_scan(image: Image, space: str, subject: str) -> None:
     array = image[0]
-    if array.ndim != 3 or sorted(array.shape)[1] < 2 or not np.isfinite(array).all() or not (array > 0).any():
+    shown = int((array > background(array)).sum()) if array.size else 0
+    if array.ndim != 3 or sorted(array.shape)[1] < 2 or not np.isfinite(array).all() or not shown:
         raise ValueError(
-            f"{subject} must be one 3-D volume of finite numbers, some of them above 0, got shape {array.shape}, "
-            f"{int(np.isfinite(array).sum())} finite numbers and {int((array > 0).sum())} above 0."
+            f"{subject} must be one 3-D volume of finite numbers, some of them above the background, got shape "
+            f"{array.shape}, {int(np.isfinite(array).sum())} finite numbers and {shown} above it."
         )
     if space == "mni152":
         check_brain(image, subject)
@@ -253,11 +263,11 @@ def _align(moving: Image, fixed: Image, transform: str) -> Affine:
         raise ValueError(f"moving and fixed must show something alike, but ITK cannot align them: {reason}") from error
 
 
-def _masked(image: Image, mask: NDArray[Any] | None, subject: str) -> Image:
+def _masked(image: Image, mask: NDArray[Any] | None, subject: str, outside: float) -> Image:
     if mask is None:
         return image
-    array = np.where(mask > 0, image[0], 0)
-    if not (array > 0).any():
+    array = np.where(mask > 0, image[0], outside)
+    if not (array > outside).any():
         raise ValueError(
             f"the mask of {subject} must hold some of what the scan shows, but where it is above 0 ({(mask > 0).sum()} "
             "voxels) the scan is nowhere."
@@ -348,7 +358,8 @@ def register(
         points_in_moving = result.forward.points(points_in_fixed)  # (N, 3), RAS mm
 
     Args:
-        moving: intensities ``(X, Y, Z)``, 0 around what is to be registered, and the affine (RAS, mm).
+        moving: intensities ``(X, Y, Z)`` and the affine (RAS, mm); around what is to be registered they are 0, or, with
+            ``space="fixed"``, the lowest of all far below 0, as in CT.
         fixed: the same.
         network: in evaluation mode, as :func:`load_network` gives it; without one the map is affine, unless refined.
             Of slices, a 2-D one.
@@ -363,8 +374,8 @@ def register(
         grid: where the displacement is found; for slices with two sizes. Default: the literature's (``Grid()``) in
             ``"mni152"``, in ``"fixed"`` that of :func:`~voxelmorph_monai.preparation.fitting_grid`.
         device: to refine on without a network, whose own it is otherwise (default: a GPU if there is one).
-        masks: of the moving and the fixed scan, in their shapes: the map is sought as if scans were 0 where these are
-            0, which strips a skull. What is warped is the whole scan.
+        masks: of the moving and the fixed scan, in their shapes: the map is sought as if scans showed nothing where
+            these are 0, which strips a skull. What is warped is the whole scan.
         names: what to call the scans in an error.
         progress: show what is being done, if standard error is a terminal.
 
@@ -372,9 +383,13 @@ def register(
         ValueError: a scan or an option cannot be used; the message says which and why.
     """
     check_options(space, transform, similarity, budget)
+    own = next(network.parameters()).device if network is not None else torch.device(choose_device(device))
     _check_dimensions(network, space, 2 if _is_slice(fixed) else 3)
-    whole = moving
-    moving, fixed = (_masked(*each) for each in zip((moving, fixed), masks, names, strict=True))
+    whole, outside = moving, background(moving[0])
+    moving, fixed = (
+        _masked(image, mask, name, background(image[0]) if space == "fixed" else 0.0)
+        for image, mask, name in zip((moving, fixed), masks, names, strict=True)
+    )
     for image, name in zip((moving, fixed), names, strict=True):
         _check_scan(image, space, name)
     _check_pair(moving, fixed, names)
@@ -392,7 +407,6 @@ def register(
             to_moving, to_fixed = _align(*scaled, transform), np.eye(4)
     fields: tuple[Any, Any] = (None, None)
     if grid is not None:
-        own = next(network.parameters()).device if network is not None else torch.device(_device(device))
         seen = network_input(scaled, (to_moving, to_fixed), grid, affine).to(own)
         ddf, inverse_ddf = _predict(network, budget, similarity, seen, stages)
         fields = extended(ddf, affine), extended(inverse_ddf, affine)
@@ -401,8 +415,8 @@ def register(
     with stages.stage("compose"):
         whole_ddf = forward.on_grid(fixed[0].shape, fixed[1])
     with stages.stage("warp"):
-        warped = warp_scan(whole, whole_ddf, fixed[1])
-    if not (warped > 0).any():
+        warped = warp_scan(whole, whole_ddf, fixed[1], outside=outside)
+    if not (warped > outside).any():
         raise ValueError(f"{names[0]} and {names[1]} must overlap once they are aligned, but they do not.")
     return RegistrationResult(warped, whole_ddf, forward, inverse, stages.seconds, grid)
 
@@ -410,7 +424,7 @@ def register(
 def _inverse_consistency(result: RegistrationResult, fixed: Image) -> float:
     """Mean distance (mm) by which the inverse misses where the forward map came from, over the fixed image."""
     array, affine = fixed
-    inside = np.flatnonzero(array > 0)
+    inside = np.flatnonzero(array > background(array))
     some = inside[:: max(1, len(inside) // _NUM_POINTS)]
     points = np.stack(np.unravel_index(some, array.shape), axis=1) @ affine[:3, :3].T + affine[:3, 3]
     again = result.inverse.points(result.forward.points(points))
@@ -420,10 +434,11 @@ def _inverse_consistency(result: RegistrationResult, fixed: Image) -> float:
 def _stages(image: Labels, fixed: Labels, result: RegistrationResult, order: int) -> dict[str, NDArray[Any]]:
     """The moving image on the fixed grid where its header puts it, after the affine transform, and after all."""
     array, affine = fixed
+    outside = background(image[0]) if order else 0  # of labels there is none
     return {
-        "before": resample(image, array.shape, affine, _headers(image, fixed), order),
-        "affine": resample(image, array.shape, affine, result.forward.linear, order),
-        "after": warp_scan(image, result.ddf, affine, order),
+        "before": resample(image, array.shape, affine, _headers(image, fixed), order, outside),
+        "affine": resample(image, array.shape, affine, result.forward.linear, order, outside),
+        "after": warp_scan(image, result.ddf, affine, order, outside),
     }
 
 
@@ -444,8 +459,9 @@ def _summary(
         "inverse_consistency_mm": _inverse_consistency(result, fixed),
         "seconds": result.seconds,
     }
-    top = np.percentile(moving[0][moving[0] > 0], 99.5)
-    drawn = [np.clip(stages[stage] / top, 0, 1) for stage in ("affine", "after")]
+    low = background(moving[0])
+    top = np.percentile(moving[0][moving[0] > low] - low, 99.5)
+    drawn = [np.clip((stages[stage] - low) / top, 0, 1) for stage in ("affine", "after")]
     return summary, Images(drawn[0], rescale(fixed[0]), drawn[1])
 
 
@@ -509,11 +525,21 @@ def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[st
         names: of the files that it gets.
         overwrite: whether it may take the place of one with such files; None: never, there is no such option.
     """
+    names, real = list(names), output.resolve()
     for path in inputs:
-        if output == path.absolute() or output in path.absolute().parents:
+        if real == path.resolve() or real in path.resolve().parents:
             raise ValueError(f"{output} must not hold an input, got {path}.")
-        if path.is_dir() and path.absolute() in output.parents:
+        if path.is_dir() and path.resolve() in real.parents:
             raise ValueError(f"{output} must not lie within an input, got {path}.")
+    for name in (output.name, *names):
+        if len(os.fsencode(name)) > _LONGEST_NAME:
+            raise ValueError(
+                f"{output} and the files in it must have names of {_LONGEST_NAME} bytes at most, got {name}."
+            )
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(output)!r} must be a path in UTF-8, as ITK writes to no other.") from error
     require_replaceable(output, overwrite, "'vxm register'", names)
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
@@ -617,6 +643,7 @@ def register_files(
     paths, output = {role: Path(path) for role, path in given.items() if path is not None}, Path(output).absolute()
     files = _bids_names(Path(moving), Path(fixed)) if bids else _NAMES
     check_options(space, transform, similarity, budget)
+    choose_device(device)
     check_output_folder(output, paths.values(), files.values(), overwrite)
     images = read_image(moving, planar=True), read_image(fixed, planar=True)
     dims = 2 if _is_slice(images[1]) else 3

@@ -361,6 +361,16 @@ def inside(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.bool_
     return np.logical_and.reduce((index >= -0.5) & (index < end))
 
 
+def background(array: NDArray[Any]) -> float:
+    """Intensity around what a scan shows: 0, or its lowest if that is far below 0, as CT has it (Hounsfield units).
+
+    >>> background(np.array([-1000, 40, 700])), background(np.array([-2, 0, 40]))  # interpolation undershoots a little
+    (-1000.0, 0.0)
+    """
+    low = float(array.min())
+    return low if low < -0.1 * abs(float(array.max())) else 0.0
+
+
 def _vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
     """A displacement in voxels ``(3, X, Y, Z)`` as vectors in mm along LPS: ``(X, Y, Z, 3)``."""
     ddf = np.asarray(ddf, dtype=np.result_type(ddf, np.float32))
@@ -447,24 +457,27 @@ class Composite(NamedTuple):
 
 
 def warp_scan(
-    image: tuple[NDArray[Any], Affine], ddf: NDArray[np.float32], affine: Affine, order: int = 1
+    image: tuple[NDArray[Any], Affine],
+    ddf: NDArray[np.float32],
+    affine: Affine,
+    order: int = 1,
+    outside: float = 0.0,
 ) -> NDArray[Any]:
     """Pull ``image`` ``(array, affine)`` onto another grid along a displacement, by a single interpolation.
-
-    Outside the image, further than half a voxel from its outermost ones, the result is 0, as ITK has it.
 
     Args:
         image: what to warp; the result has its type.
         ddf: ``(3, X, Y, Z)`` in voxels of the other grid, from its points to those of the image.
         affine: of the other grid (RAS, mm).
         order: 1 linear; 0 nearest, which invents no label.
+        outside: what the result is further than half a voxel from the outermost voxels; 0, as ITK has it.
     """
     array, to_voxels = image[0], np.linalg.inv(image[1]) @ affine
     warped = np.zeros(ddf.shape[1:], dtype=array.dtype)
     for part, index in slabs(ddf.shape[1:]):
         at = _within(apply_affine(to_voxels, index + ddf[:, part]), array.shape)
         values = ndimage.map_coordinates(array, at, array.dtype, order=order, mode="nearest")
-        warped[part] = np.where(inside(at, array.shape), values, 0)
+        warped[part] = np.where(inside(at, array.shape), values, outside)
     return warped
 
 
