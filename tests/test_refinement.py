@@ -282,6 +282,14 @@ def test_inverse_is_the_flow_backwards_though_steep(size):
     assert unfolded(found)
 
 
+@pytest.mark.parametrize(("side", "coarsest"), [(12, 1), (30, 2), (60, 4)])
+def test_resolutions_are_those_of_what_the_images_show(side, coarsest):
+    image = torch.zeros(1, 1, 128, 128)
+    image[..., 30 : 30 + side, 40 : 40 + side] = 4 + noise((side, side), 1)
+    found = refine(image, image.roll(1, 3), budget=math.inf, max_steps=1)
+    assert found.curve[0].scale == coarsest
+
+
 def test_several_channels_and_other_levels():
     moving, fixed, truth = example((21, 19))  # so small that there is one resolution
     found = refine(moving.repeat(1, 2, 1, 1), fixed.repeat(1, 2, 1, 1), budget=math.inf)
