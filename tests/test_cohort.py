@@ -206,6 +206,14 @@ def test_options_are_checked_before_the_work(tmp_path: Path, listed: Path, calls
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_weights_may_be_of_slices_or_of_volumes(tmp_path: Path, listed: Path, calls: list[str], dims: int) -> None:
+    weights = tmp_path / "w.pt"
+    torch.save(VoxelMorph("vm1", dims).state_dict(), weights)
+    assert not register_cohort(listed, tmp_path / "out", weights=weights, preset="vm1").errors
+    assert len(calls) == 4
+
+
 def test_folders_of_others_stay_as_they_are(tmp_path: Path, listed: Path, calls: list[str]) -> None:
     out = tmp_path / "out"
     (out / "c").mkdir(parents=True)

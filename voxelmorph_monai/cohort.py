@@ -134,6 +134,17 @@ def _read_list(path: Path, output: Path) -> list[_Pair]:
     return pairs
 
 
+def _check_weights(weights: Path, preset: str) -> None:
+    """Raise unless these are weights of the preset, for slices or for volumes: which of them, each pair tells itself.
+
+    Nothing is put on a GPU: a process that has, keeps some of its memory from those that register.
+    """
+    try:
+        load_network(weights, preset, 2, "cpu")
+    except ValueError:
+        load_network(weights, preset, 3, "cpu")
+
+
 def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of :func:`register_files`, given or default; raises on those that cannot be meant."""
     bound = signature(register_files).bind("", "", "", **options)
@@ -144,7 +155,7 @@ def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
     check_options(*(complete[name] for name in ("space", "transform", "similarity", "budget")))
     if complete["weights"] is not None:
         complete["weights"] = Path(complete["weights"]).absolute()  # a worker may run elsewhere
-        load_network(complete["weights"], complete["preset"])
+        _check_weights(complete["weights"], complete["preset"])
     return complete
 
 
