@@ -131,7 +131,7 @@ def touch(path: Path) -> None:
         (lambda folder: (folder / "out" / "c" / "pair.json").write_text("{"), "c"),
         (lambda folder: shutil.rmtree(folder / "out" / "c"), "c"),
         (lambda folder: write_list(folder, "x,a.nii,f.nii", "b,c.nii,f.nii"), "ac"),
-        (lambda folder: shutil.copytree(folder / "out" / "c", folder / "out" / ".123.d"), ""),
+        (lambda folder: shutil.copytree(folder / "out" / "c", folder / "out" / ".123-0a1b2c3d.d"), ""),
         (lambda folder: (folder / "out" / "cohort.csv").unlink(), ""),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,8 +106,9 @@ def sweep(folder: Path) -> None:
 
     That is what has a temporary name of :func:`atomic` or :func:`atomic_folder`.
     """
-    for leftover in folder.glob(".[0-9]*.*"):
-        _remove(leftover)
+    for path in list(folder.glob(".*")):
+        if re.match(r"\.\d+-[0-9a-f]{8}\.", path.name):  # as _mark makes them
+            _remove(path)
 
 
 def stamp(path: Path) -> list[Any]:
