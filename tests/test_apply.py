@@ -389,6 +389,7 @@ BAD_POINTS = {
     "words": ("r.csv", "x,y,z\n1,2,three\n", r"line 2, must hold three finite coordinates"),
     "NaN": ("r.csv", "x,y,z\n1,2,nan\n", r"line 2, must hold three finite coordinates"),
     "binary": ("r.csv", b"\xff\xfe\x00x", r"must be text in UTF-8"),
+    "a cell without end": ("r.csv", "x" * 200_000, r"r\.csv must be a table that can be read, got field larger"),
     "another system": ("r.fcsv", fcsv_file(inner(1), "LPS"), r"must be read as it says, in LPS, got coordinates RAS"),
     "no CoordinateSystem": (
         "p.fcsv",

@@ -374,6 +374,7 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
         "columns": ("label;name\n300;a\n", "must have the columns number and name, got"),
         "lacking": ("number,name\n300,a\n", r"must name every label of the atlases, .* but lack \[5, 20\]"),
         "case": ("number,name\n300,a\n20,A\n5,\n", r"differ in more than case, and no 'background', got \['a'\]"),
+        "long": ("number,name\n300," + 200_000 * "a", r"wrong\.csv must be a CSV file in UTF-8: field larger than"),
         "none": ("number,name\n300,\n20,\n5,\n", "must name 1 to 255 structures of the atlases, got 0"),
     }
     output = tmp_path / "bundle"
@@ -394,7 +395,7 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
         make_atlas_bundle([(scan, labels)], output)
     with pytest.raises(ValueError, match="must come with atlases; those of MNI152 are known"):
         make_atlas_bundle([], output, names=names)
-    with pytest.raises(FileNotFoundError, match="names must be a CSV file, but there is no"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.csv must be a table of names \(CSV\), but there is no such"):
         make_atlas_bundle([(scan, labels)], output, names=tmp_path / "nothing.csv")
     with pytest.raises(FileExistsError, match="must be new, but it exists"):
         make_atlas_bundle([(scan, labels)], tmp_path, names=names)

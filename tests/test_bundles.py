@@ -131,6 +131,8 @@ def test_label_maps_train_a_network_that_goes_on_from_given_weights(
     longer = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "first"), "maps_dir": str(maps)}
     longer |= {"num_labels": 4, "pairs_per_epoch": 2, "learning_rate": 1e-3, "max_epochs": 2}
     _fails("got: settings {'max_epochs': 1}, now {'max_epochs': 2}", ["train.json", "synthetic.yaml"], **longer)
+    noisier = {**longer, "max_epochs": 1, "synthesis#noise": 0.1}
+    _fails("got: settings {'synthesis': 'Synthesis, sha256 ", ["train.json", "synthetic.yaml"], **noisier)
     weights = str(tmp_path / "first" / "model.pt")
     again = train(
         prepared, tmp_path / "again", "synthetic.yaml", maps_dir=str(maps), pretrained=weights, learning_rate=0.0
@@ -343,8 +345,18 @@ def test_modes_train_alone_and_together(
     assert (trained.train_dataset.augmentation is not None) == bool({"flip.yaml", "augmentation.yaml"} & set(overlays))
     state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert state["optimizer"]["state"][0]["step"] == num_steps
-    names = {"both_orders": "prepare_batch", "flip": "augmentation", "accumulation": "accumulation_steps"}
+    names = {"both_orders": "prepare_batch", "accumulation": "accumulation_steps"}
     assert {key for name, key in names.items() if f"{name}.yaml" in overlays} <= set(state["settings"])
+
+
+def test_another_augmentation_is_not_resumed(bundle: Path, prepared: Path, tmp_path: Path) -> None:
+    files = ["train.json", "flip.yaml"]
+    options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path / "out"), "num_labels": 4}
+    options |= {"pairs_per_epoch": 2, "learning_rate": 1e-3, "max_epochs": 1}
+    workflow(files, **options).run()
+    _fails("settings {'augmentation': 'RandFlipd, sha256 ", files, **options, **{"augmentation#prob": 0.25})
+    _fails("settings {'augmentation': 'RandFlipd, sha256 ", files, **options, augmentation=None)
+    workflow(files, **options, **{"augmentation#prob": 0.5}).run()
 
 
 def test_augmented_training_resumes_to_the_same_weights(bundle: Path, prepared: Path, tmp_path: Path) -> None:
@@ -755,9 +767,10 @@ def test_what_differs_from_the_checkpoint_is_refused(bundle: Path, prepared: Pat
     _fails(f"{differs}label_mode': 'nearest'}}, now ", ["train.json"], **options, label_mode="linear")
     atlas = {key: str(prepared / f"{key}s" / "1.nii.gz") for key in ("image", "label")}
     _fails(f"{differs}atlas': None, 'atlas_role': None}}, now ", ["train.json"], **options, atlas=atlas)
-    settings = {"both_orders": "'prepare_batch': 'both orders'", "flip": "'augmentation': 'flip'"}
-    for name, setting in {**settings, "augmentation": "'augmentation': 'all'"}.items():
-        _fails(f"got: settings {{}}, now {{{setting}}}", ["train.json", f"{name}.yaml"], **options)
+    _fails("got: settings {}, now {'prepare_batch': 'both orders'}", ["train.json", "both_orders.yaml"], **options)
+    for name, kind in (("flip", "RandFlipd"), ("augmentation", "Compose")):
+        augmented = f"{differs}augmentation': None}}, now {{'augmentation': '{kind}, sha256 "
+        _fails(augmented, ["train.json", f"{name}.yaml"], **options)
     table = {**options, "structures": {"rim": [1]}, "num_labels": 1}
     _fails(f"{differs}structures': 'None', 'num_labels': 4}}, now ", ["train.json"], **table)
 

@@ -131,7 +131,7 @@ def touch(path: Path) -> None:
         (lambda folder: (folder / "out" / "c" / "pair.json").write_text("{"), "c"),
         (lambda folder: shutil.rmtree(folder / "out" / "c"), "c"),
         (lambda folder: write_list(folder, "x,a.nii,f.nii", "b,c.nii,f.nii"), "ac"),
-        (lambda folder: shutil.copytree(folder / "out" / "c", folder / "out" / ".123.d"), ""),
+        (lambda folder: shutil.copytree(folder / "out" / "c", folder / "out" / ".123-0a1b2c3d.d"), ""),
         (lambda folder: (folder / "out" / "cohort.csv").unlink(), ""),
     ],
 )
@@ -204,6 +204,14 @@ def test_options_are_checked_before_the_work(tmp_path: Path, listed: Path, calls
             register_cohort(listed, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not calls
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_weights_may_be_of_slices_or_of_volumes(tmp_path: Path, listed: Path, calls: list[str], dims: int) -> None:
+    weights = tmp_path / "w.pt"
+    torch.save(VoxelMorph("vm1", dims).state_dict(), weights)
+    assert not register_cohort(listed, tmp_path / "out", weights=weights, preset="vm1").errors
+    assert len(calls) == 4
 
 
 def test_folders_of_others_stay_as_they_are(tmp_path: Path, listed: Path, calls: list[str]) -> None:

@@ -312,7 +312,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         ("moving,fixd\na,b\n", r"must have the columns image, \[label\], .* got \['moving', 'fixd'\]\."),
         ("image,fixed\na,b\n", r"must have the columns"),
         ("", r"must have the columns .* got \[\]\."),
-        ("image,label\na,b\n,c\n", r"line 3 of .* must give image, got \{'image': '', 'label': 'c'\}\."),
+        (
+            "image,label\na,b\n,c\n",
+            r"line 3 of .* must give image, got \['', 'c'\] in the columns \['image', 'label'\]\.",
+        ),
         ("image,label\na,b,c\n", r"line 2 of .* must give image, got "),
         (
             "image,section\na,training\nb,Test\n",
@@ -320,11 +323,13 @@ def test_what_does_not_fit_is_named(tmp_path):
         ),
         ("image,section\n", r"must have a line for each scan or pair below its columns, got none\."),
         ("moving,fixed,section\na,,test\n", r"line 2 of .* must give fixed, moving, got "),
+        ("moving,fixed,section\na\n", r"line 2 of .* must give fixed, moving, got \['a'\]"),
+        (b"\xff\xfei\0m\0a\0g\0e\0", r"table\.csv must be a CSV file in UTF-8: 'utf-8' codec"),
     ],
 )
 def test_tables_that_cannot_be_read(text, message, tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         write_datalist("csv", path, tmp_path / "out")
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Compose, RandAffined, RandLambda
 from torch.testing import assert_close
 
 from voxelmorph_monai import engines
 from voxelmorph_monai.engines import (
     TimedInferer,
     check_config,
+    fingerprint,
     pair_paths,
     prepare_both_orders,
     prepare_pair,
@@ -164,3 +166,18 @@ def test_other_programs_are_not_looked_at(monkeypatch):
     monkeypatch.setattr("sys.argv", [str(Path("monai", "bundle", "__main__.py")), "run", "--lerning_rate", "1"])
     with pytest.raises(ValueError, match="lerning_rate"):
         check_config()
+
+
+def test_a_fingerprint_tells_options_and_not_what_each_process_has_of_its_own():
+    def transform(angle=0.1, device="cpu", function=lambda x: 2 * x):
+        affine = RandAffined(["moving"], rotate_range=[angle], device=torch.device(device))
+        return Compose([affine, RandLambda(function, prob=0.5)])
+
+    drawn = transform(device="meta")
+    drawn.set_random_state(3)
+    found = [fingerprint(each) for each in (transform(), transform(0.2), transform(function=lambda x: 3 * x))]
+    assert fingerprint(drawn) == fingerprint(transform(function=lambda y: 2 * y)) == found[0]
+    assert len(set(found)) == 3
+    assert found[0].startswith("Compose, sha256 ")
+    assert fingerprint({"b", "a"}) == fingerprint({"a", "b"})
+    assert fingerprint(None) is None

@@ -1,6 +1,7 @@
 """Tables of an evaluation: what stands where, what the summary means, and that nothing is replaced silently."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -124,6 +125,9 @@ def test_nothing_is_replaced_silently(tmp_path) -> None:
 
 def test_scans_of_one_name_keep_their_folders() -> None:
     assert scan_names(["/d/s1/t1.nii.gz", "/d/s2/t1.nii.gz", "/d/a.pkl"]) == ["s1/t1", "s2/t1", "a"]
+    here = Path.cwd().as_posix()
+    assert scan_names(["s1/t1.nii", f"{here}/s2/t1.nii", f"{here}/s1/t1.nii"]) == ["s1/t1", "s2/t1", "s1/t1"]
+    assert scan_names(["/d/1.nii", "/d/1.nii.nii.gz", "/d/1.mgz"]) == ["1.nii", "1.nii.nii.gz", "1.mgz"]
 
 
 def test_what_is_wrong_is_said(tmp_path) -> None:

@@ -103,7 +103,7 @@ def test_what_may_be_written(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
-    for name in ("data.csv", ".lock", ".hidden.txt"):
+    for name in ("data.csv", ".lock", ".hidden.txt", ".2024.notes.txt", ".2024-05-01.txt", ".1-abcdefgh.txt"):
         (tmp_path / name).touch()
     kept = {*tmp_path.iterdir(), tmp_path / "out", tmp_path / "notes.txt"}
     with atomic_folder(tmp_path / "out") as folder, atomic(tmp_path / "notes.txt") as file:

@@ -82,3 +82,25 @@ def test_without_a_word_about_it_the_grid_fits_what_is_registered(app: Any) -> N
     assert app.Settings.read({"space": "fixed"}).grid is None
     assert app.Settings.read({"size": "80,96"}).grid == Grid((80, 96), 1.0)
     assert app.Settings.read({"spacing": "2"}).grid == Grid(spacing=2.0)
+
+
+@pytest.mark.parametrize("weights", ["none", None])
+def test_labels_are_propagated_on_the_device_that_is_given(
+    app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str | None
+) -> None:
+    found: dict[str, Any] = {}
+
+    def propagate(*_: Any, **options: Any) -> None:
+        found.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr(app, "number_structures", lambda _: {})
+    monkeypatch.setattr(app, "propagate", propagate)
+    monkeypatch.setattr(app, "load_network", lambda *_, device: f"network on {device}")
+    task = object.__new__(app.LabelPropagation)  # its first class is MONAI Label's
+    task.settings = app.Settings.read({"device": "cpu"})._replace(weights=weights)
+    study = propagation.Study("a", tmp_path / "a.nii", tmp_path / "a_labels.nii", {})
+    task.studies = SimpleNamespace(trained=tmp_path / "model.pt", usable=lambda: {"a": study})
+    with pytest.raises(StopIteration):
+        task({"image": tmp_path / "b.nii"})
+    assert (found["device"], found["network"]) == ("cpu", None if weights else "network on cpu")

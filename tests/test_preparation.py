@@ -224,7 +224,7 @@ def test_strangers_files_and_broken_records_are_no_obstacle(tmp_path: Path, scan
     prepare([scans], output, **PATTERNS, grid=GRID)
     (output / "images" / ".DS_Store").write_text("not ours")
     (output / "images" / ".ipynb_checkpoints").mkdir()
-    leftover = output / "images" / ".4711.a.nii.gz"
+    leftover = output / "images" / ".4711-0a1b2c3d.a.nii.gz"
     leftover.write_text("half an ima")
     (output / "transforms" / "a.json").write_text("{}")
     (output / "datalist.json").write_text("{")

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from voxelmorph_monai.atlas import MAX_LABELS, AtlasSegmentation, aligned
-from voxelmorph_monai.files import atomic_folder, require_new, write_json
+from voxelmorph_monai.files import atomic_folder, read_table, require_new, write_json
 from voxelmorph_monai.networks import load_weights
 from voxelmorph_monai.preparation import Grid, check_brain, grid_affine, mni152, mni152_tissue, resample
 from voxelmorph_monai.registration import shipped_weights
@@ -60,18 +60,16 @@ def _template(name: str) -> str:
 
 def _read_names(path: Path) -> dict[int, str]:
     """Name by number of a table with the columns ``number`` and ``name``."""
-    if not path.is_file():
-        raise FileNotFoundError(f"names must be a CSV file, but there is no {path}.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if not {"number", "name"} <= set(rows.fieldnames or []):
-            raise ValueError(f"{path} must have the columns number and name, got {rows.fieldnames}.")
-        names: dict[int, str] = {}
-        for row in rows:
-            text, name = str(row["number"]).strip(), str(row["name"] or "").strip()
-            if not text.isdecimal() or int(text) < 1 or int(text) in names:
-                raise ValueError(f"{path} must number each label once, with whole numbers from 1, got '{text}'.")
-            names[int(text)] = name
+    columns, rows = read_table(path, "a table of names")
+    if not {"number", "name"} <= set(columns):
+        raise ValueError(f"{path} must have the columns number and name, got {columns}.")
+    names: dict[int, str] = {}
+    for _, cells in rows:
+        row = dict(zip(columns, cells, strict=False))
+        text = row.get("number", "")
+        if not text.isdecimal() or int(text) < 1 or int(text) in names:
+            raise ValueError(f"{path} must number each label once, with whole numbers from 1, got '{text}'.")
+        names[int(text)] = row.get("name", "")
     return names
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from voxelmorph_monai.files import atomic, atomic_folder, stamp, sweep, write_json
+from voxelmorph_monai.files import atomic, atomic_folder, read_table, stamp, sweep, write_json
 from voxelmorph_monai.formats import scan_name
 from voxelmorph_monai.processes import Pool, Processes, attempt, default_jobs, failures, num_cpus
 from voxelmorph_monai.registration import check_options, load_network, register_files
@@ -67,24 +67,16 @@ class _Pair(NamedTuple):
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Columns of a CSV file, and the cells of each line that is not empty, with its number."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a list of pairs (CSV), but there is no such file.")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte order mark
-            reader = csv.reader(file, strict=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a CSV file in UTF-8: {error}.") from error
-    columns = rows[0][1] if rows else []
+    """Columns and lines of a list (:func:`~voxelmorph_monai.files.read_table`)."""
+    columns, rows = read_table(path, "a list of pairs")
     if not {"moving", "fixed"} <= set(columns) <= {"name", *_FILES} or len(columns) > len(set(columns)):
         raise ValueError(
             f"{path} must have the columns moving and fixed, and may have name, {', '.join(_FILES[2:])}, got "
             f"{', '.join(columns) or 'none'}."
         )
-    if len(rows) == 1:
+    if not rows:
         raise ValueError(f"{path} must list at least one pair, got none.")
-    return columns, rows[1:]
+    return columns, rows
 
 
 def _pair(cells: Mapping[str, str], folder: Path) -> _Pair:
@@ -134,6 +126,17 @@ def _read_list(path: Path, output: Path) -> list[_Pair]:
     return pairs
 
 
+def _check_weights(weights: Path, preset: str) -> None:
+    """Raise unless these are weights of the preset, for slices or for volumes: which of them, each pair tells itself.
+
+    Nothing is put on a GPU: a process that has, keeps some of its memory from those that register.
+    """
+    try:
+        load_network(weights, preset, 2, "cpu")
+    except ValueError:
+        load_network(weights, preset, 3, "cpu")
+
+
 def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of :func:`register_files`, given or default; raises on those that cannot be meant."""
     bound = signature(register_files).bind("", "", "", **options)
@@ -144,7 +147,7 @@ def _complete(options: Mapping[str, Any]) -> dict[str, Any]:
     check_options(*(complete[name] for name in ("space", "transform", "similarity", "budget")))
     if complete["weights"] is not None:
         complete["weights"] = Path(complete["weights"]).absolute()  # a worker may run elsewhere
-        load_network(complete["weights"], complete["preset"])
+        _check_weights(complete["weights"], complete["preset"])
     return complete
 
 

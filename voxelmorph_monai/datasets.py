@@ -6,7 +6,6 @@ protocol has one, ``"atlas"``, each a list of scans or of pairs (see ``data``). 
 those that are published here are (affinely aligned, skull-stripped, on one grid).
 """
 
-import csv
 import io
 import json
 import pickle
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from voxelmorph_monai.data import pair, take_apart
-from voxelmorph_monai.files import atomic, write_json
+from voxelmorph_monai.files import atomic, read_table, write_json
 from voxelmorph_monai.spaces import save_image
 
 __all__ = ["LAYOUTS", "SaveSubmission", "load_submission", "read_pickle", "write_datalist"]
@@ -149,12 +148,7 @@ def _read_csv(source: Path) -> Sections:
     ``section`` says where a line belongs; if no scan but an atlas has one, scans are split. Paths are relative to the
     table.
     """
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} must be a table (CSV), but there is no such file.")
-    with source.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        header = list(reader.fieldnames or [])
-        lines = list(reader)
+    header, lines = read_table(source, "a table")
     columns = [name for name in header if name != "section"]
     for known, needed in ((_SCAN_COLUMNS, {"image"}), (_PAIR_COLUMNS, {"moving", "fixed"})):
         if needed <= set(columns) <= set(known):
@@ -167,11 +161,14 @@ def _read_csv(source: Path) -> Sections:
     if not lines:
         raise ValueError(f"{source} must have a line for each scan or pair below its columns, got none.")
     sections: Sections = {}
-    for number, line in enumerate(lines, start=2):
-        if None in line or not all(line[name] for name in needed):
-            raise ValueError(f"line {number} of {source} must give {', '.join(sorted(needed))}, got {line}.")
-        item = {name: str(source.parent / line[name]) for name in columns if line[name]}
-        section = (line.get("section") or "").strip()
+    for number, cells in lines:
+        line = dict(zip(header, cells, strict=False))
+        if len(cells) > len(header) or not all(line.get(name) for name in needed):
+            raise ValueError(
+                f"line {number} of {source} must give {', '.join(sorted(needed))}, got {cells} in the columns {header}."
+            )
+        item = {name: str(source.parent / line[name]) for name in columns if line.get(name)}
+        section = line.get("section", "")
         if section not in _SECTIONS:
             raise ValueError(
                 f"section in line {number} of {source} must be empty or one of {', '.join(_SECTIONS[1:])}, "

@@ -1,16 +1,19 @@
 """What MONAI's engines and bundles lack to train and evaluate on pairs of images."""
 
+import hashlib
 import inspect
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import monai.bundle
 import monai.utils
+import numpy as np
 import torch
 from fire.parser import DefaultParseValue
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
@@ -21,6 +24,7 @@ from torch import Tensor
 __all__ = [
     "TimedInferer",
     "check_config",
+    "fingerprint",
     "pair_paths",
     "prepare_both_orders",
     "prepare_pair",
@@ -112,6 +116,37 @@ def check_config(argv: Sequence[str] | None = None) -> None:
     ]
     if unused:
         raise ValueError(f"options and entries of configs must be used somewhere, but these are not: {unused}.")
+
+
+def _described(value: Any) -> str:
+    """Text of an object with all that it holds, but for what each process has of its own."""
+    if code := getattr(value, "__code__", None):
+        value = [code.co_code, code.co_names, code.co_consts]
+    elif isinstance(value, Tensor | np.ndarray):
+        value = value.tolist()
+    elif not isinstance(value, type | Enum) and getattr(value, "__dict__", None):
+        return f"{type(value)}{_described(vars(value))}"
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if not isinstance(v, np.random.RandomState | torch.device)}
+        return "{" + ", ".join(f"{key!r}: {_described(item)}" for key, item in kept.items()) + "}"
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [_described(item) for item in value]
+        return "[" + ", ".join(items if isinstance(value, list | tuple) else sorted(items)) + "]"
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def fingerprint(value: object) -> str | None:
+    """Class of a transform, or of whatever else makes batches, and a checksum of all its options; None of None.
+
+    MONAI does not tell its expressions what the config is, so this goes by the object itself.
+
+    >>> first, second, third = (monai.transforms.RandFlip(prob) for prob in (0.5, 0.5, 0.25))
+    >>> fingerprint(first) == fingerprint(second), fingerprint(first) == fingerprint(third)
+    (True, False)
+    """
+    if value is None:
+        return None
+    return f"{type(value).__name__}, sha256 {hashlib.sha256(_described(value).encode()).hexdigest()[:12]}"
 
 
 class TimedInferer(Inferer):

@@ -7,7 +7,7 @@ measure with the suffix ``_before`` is the one of that name before the registrat
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import commonpath
+from os.path import abspath, commonpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,18 +63,23 @@ class Evaluation(NamedTuple):
 
 
 def scan_names(paths: Sequence[str | Path]) -> list[str]:
-    """Short and unambiguous names for files: without folders and ending, with folders where they are needed.
+    """Short and unambiguous names for files: without folders and ending, unless they are needed.
 
     >>> scan_names(["/data/images/1005.nii.gz", "/data/atlas.mgz", "/data/images/1005.nii.gz"])
     ['1005', 'atlas', '1005']
     >>> scan_names(["/data/sub-01/t1.nii.gz", "/data/sub-02/t1.nii.gz"])
     ['sub-01/t1', 'sub-02/t1']
+    >>> scan_names(["/data/sub-01/t1.nii.gz", "/data/sub-01/t1.mgz", "/data/sub-02/t2.nii"])
+    ['sub-01/t1.nii.gz', 'sub-01/t1.mgz', 'sub-02/t2.nii']
     """
-    names = {path: scan_name(path) for path in paths}
-    if len(set(names.values())) == len(names):
-        return [names[path] for path in paths]
-    common = commonpath([str(Path(path).parent) for path in paths])
-    return [Path(path).with_name(names[path]).relative_to(common).as_posix() for path in paths]
+    files = [Path(abspath(path)) for path in paths]
+    names = {file: scan_name(file) for file in files}
+    if len(set(names.values())) < len(names):
+        common = commonpath([file.parent for file in files])
+        names = {file: file.with_name(name).relative_to(common).as_posix() for file, name in names.items()}
+        if len(set(names.values())) < len(names):
+            names = {file: file.relative_to(common).as_posix() for file in names}
+    return [names[file] for file in files]
 
 
 def merge_sides(structures: Iterable[str]) -> dict[str, list[str]]:

@@ -1,8 +1,10 @@
 """Files and folders that appear whole or not at all, JSON, and what may be replaced."""
 
+import csv
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +13,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "atomic_folder", "require_new", "require_replaceable", "stamp", "sweep", "write_json"]
+__all__ = [
+    "atomic",
+    "atomic_folder",
+    "read_table",
+    "require_new",
+    "require_replaceable",
+    "stamp",
+    "sweep",
+    "write_json",
+]
 
 
 def _mark() -> str:
@@ -105,8 +116,27 @@ def sweep(folder: Path) -> None:
 
     That is what has a temporary name of :func:`atomic` or :func:`atomic_folder`.
     """
-    for leftover in folder.glob(".[0-9]*.*"):
-        _remove(leftover)
+    for path in list(folder.glob(".*")):
+        if re.match(r"\.\d+-[0-9a-f]{8}\.", path.name):  # as _mark makes them
+            _remove(path)
+
+
+def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Columns of a CSV file (none if it is empty), and the cells of each line that is not empty, with its number.
+
+    Raises:
+        FileNotFoundError: there is no such file; ``what`` it must be goes into the message.
+        ValueError: it is no CSV file in UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be {what} (CSV), but there is no such file.")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte order mark
+            reader = csv.reader(file, strict=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be a CSV file in UTF-8: {error}.") from error
+    return (rows[0][1] if rows else []), rows[1:]
 
 
 def stamp(path: Path) -> list[Any]:

@@ -86,7 +86,7 @@ class Settings(NamedTuple):
     Attributes:
         weights: file of the network's weights, or ``none``; None: those that fit.
         preset: of the network.
-        device: of the network.
+        device: to compute on.
         grid: where displacements are found; None: the literature's for brains, one that fits for anything else.
         space: where the network works.
         transform: to align scans with.
@@ -326,8 +326,8 @@ class LabelPropagation(InferTask):
         chosen, told = self._chosen(labelled, request.get("moving") or _SIMILAR, fixed, settings)
         numbers = number_structures(list(labelled.values()))
         options = settings.register_options(self.studies.trained)
-        weights, preset, device = (options.pop(key) for key in ("weights", "preset", "device"))
-        network = None if weights is None else load_network(weights, preset, device=device)
+        weights, preset = (options.pop(key) for key in ("weights", "preset"))
+        network = None if weights is None else load_network(weights, preset, device=options["device"])
         labels = propagate(chosen, fixed, numbers, network=network, **options)
         present = {name: value for name, value in numbers.items() if (labels == value).any()}
         with _answer(ending) as path:
