@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import itk
-import torch
 from fastapi import HTTPException
 from monai.bundle import ConfigWorkflow
 from monailabel.interfaces.app import MONAILabelApp
@@ -32,6 +31,7 @@ from voxelmorph_monai.propagation import Study, number_structures, propagate, ra
 from voxelmorph_monai.registration import (
     SPACES,
     TRANSFORMS,
+    choose_device,
     load_network,
     register_files,
     shipped_bundle,
@@ -123,8 +123,7 @@ class Settings(NamedTuple):
                 f"weights must come with preset {preset}, a file, or none, as those that come along are of preset "
                 f"{_PRESET}."
             )
-        if device is not None and not _usable(device):
-            raise ValueError(f"device must be cpu, or cuda where there is a GPU, got '{device}'.")
+        choose_device(device)
         size = tuple(_number("size", n, 8, 1024, int) for n in conf.get("size", "160,192,224").split(","))
         grid = Grid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100))
         return cls(
@@ -174,14 +173,6 @@ class Settings(NamedTuple):
             "transform": self.transform,
             "grid": self.grid,
         }
-
-
-def _usable(device: str) -> bool:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
-        return False
-    return True
 
 
 @contextmanager
