@@ -28,7 +28,7 @@ from tqdm import tqdm
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
-from voxelmorph_monai.files import atomic_folder, require_replaceable
+from voxelmorph_monai.files import atomic_folder, require_replaceable, scan_files
 from voxelmorph_monai.formats import scan_name, spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
@@ -521,11 +521,10 @@ def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[st
 
 
 def _sha256(path: Path) -> str:
-    """Hash of a file, or of the files in a folder in the order of their names."""
+    """Hash of a file, or of all files of a scan in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for file in scan_files(path):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
