@@ -388,6 +388,13 @@ BAD_POINTS = {
     "a short row": ("r.csv", "x,y,z\n\n1,2\n", r"r\.csv, line 3, must hold three finite coordinates, got \['1', '2'\]"),
     "words": ("r.csv", "x,y,z\n1,2,three\n", r"line 2, must hold three finite coordinates"),
     "NaN": ("r.csv", "x,y,z\n1,2,nan\n", r"line 2, must hold three finite coordinates"),
+    "an open quote": (
+        "r.csv",
+        'x,y,z,n\n1,2,3,a\n4,5,6,"b\n7,8,9,c\n',
+        r"r\.csv must be a table of points, but line 4 cannot",
+    ),
+    "an open quote, long": ("r.csv", 'x,y,z\n"' + "1,2,3\n" * 30_000, r"r\.csv must be a table .* field larger than"),
+    "an open quote in fcsv": ("p.fcsv", fcsv_file(inner(2), "LPS").replace("F-0", '"F'), r"p\.fcsv must be a table of"),
     "binary": ("r.csv", b"\xff\xfe\x00x", r"must be text in UTF-8"),
     "another system": ("r.fcsv", fcsv_file(inner(1), "LPS"), r"must be read as it says, in LPS, got coordinates RAS"),
     "no CoordinateSystem": (
