@@ -409,6 +409,9 @@ BAD_POINTS = {
     "no system here": ("p.mrk.json", markups(coordinateSystem=None), r"must say one coordinateSystem, RAS or LPS"),
     "micrometres": ("p.mrk.json", markups(coordinateUnits="um"), r"must be in mm, got coordinateUnits \['um'\]"),
     "two numbers": ("p.mrk.json", markups(controlPoints=[{"position": [1, 2]}]), r"point 1, must hold three finite"),
+    "a number": ("p.mrk.json", markups(controlPoints=[{"position": 7}]), r"p\.mrk\.json, point 1, must hold .* got 7"),
+    "a text": ("p.mrk.json", markups(controlPoints=[{"position": "123"}]), r"point 1, must hold three .* got 123"),
+    "two systems": ("p.mrk.json", markups(coordinateSystem=["RAS"]), r"p\.mrk\.json must say one coordinateSystem"),
     "none placed": ("p.mrk.json", markups(controlPoints=[]), r"must hold points, but there is none"),
 }
 
@@ -461,6 +464,16 @@ def bad_files() -> None:
     second = one.format(1, identity).split("\n", 1)[1]
     Path("two.tfm").write_text(one.format(0, identity) + second)
     Path("singular.tfm").write_text(one.format(0, "1 0 0 0 1 0 0 0 0 0 0 0"))
+    euler = one.format(0, "0 {} 0 0 0 0").replace("Affine", "Euler3D").replace(": 0 0 0\n", ": 0 0 0 {}\n")
+    for name, numbers in {"nan.txt": ("nan", 0), "inf.tfm": (0, "1e999"), "word.txt": ("x", 0)}.items():
+        Path(name).write_text(euler.format(*numbers))  # ITK itself stops at such a number, and reads past its memory
+    sitk.WriteTransform(sitk.TranslationTransform(3, (0.0, np.nan, 0.0)), "nan.mat")
+    field_of_nan = np.zeros((3, 5, 6, 7))
+    field_of_nan[1, 2, 3, 4] = np.nan
+    save_chain("nan.h5", chain([linear_transform(affine_map()), field_transform(field_of_nan, OBLIQUE)]))
+    spline = sitk.BSplineTransformInitializer(sitk.Image(9, 9, 9, sitk.sitkFloat32), [3, 3, 3])
+    spline.SetParameters([np.nan, *spline.GetParameters()[1:]])
+    sitk.WriteTransform(spline, "nan.hdf5")
     Path("nothing.tfm").write_text(
         "#Insight Transform File V1.0\n#Transform 0\nTransform: CompositeTransform_double_3_3\n"
     )
@@ -489,6 +502,12 @@ BAD_TRANSFORMS = {
     "words.lta": "words.lta must be a linear transform of FreeSurfer",
     "two.tfm": r"must hold one transform \(or one composite\), got 2",
     "singular.tfm": "must hold linear transforms with an inverse",
+    "nan.txt": "nan.txt must hold finite numbers as parameters, got 0 nan 0 0 0 0",
+    "inf.tfm": "inf.tfm must hold finite numbers as parameters, got 0 0 0 1e999",
+    "word.txt": "word.txt must hold finite numbers as parameters, got 0 x 0 0 0 0",
+    "nan.mat": "nan.mat must hold finite numbers, but its TranslationTransform has NaN or Inf",
+    "nan.h5": "nan.h5 must hold finite numbers, but its DisplacementFieldTransform has NaN or Inf",
+    "nan.hdf5": "nan.hdf5 must hold finite numbers, but its BSplineTransform has NaN or Inf",
     "nothing.tfm": "must hold a transform, got an empty composite",
     "moving.txt.gz": r"a transform must end in one of \.h5, .*, \.nii\.gz, got moving\.txt\.gz",
 }
