@@ -69,8 +69,8 @@ def open_chain(transforms: Sequence[str], *images: str | Path | None) -> Chain:
         ValueError: an image is in other dimensions; None stands for no image.
     """
     found = read_chain(transforms)
-    for image in filter(None, images):
-        if spatial_dims_of(Path(image)) != found.spatial_dims:
+    for image in images:
+        if image is not None and spatial_dims_of(Path(image)) != found.spatial_dims:
             raise ValueError(f"{image} must be an image in {found.spatial_dims}-D, as the transforms are.")
     return found
 
