@@ -388,6 +388,13 @@ BAD_POINTS = {
     "a short row": ("r.csv", "x,y,z\n\n1,2\n", r"r\.csv, line 3, must hold three finite coordinates, got \['1', '2'\]"),
     "words": ("r.csv", "x,y,z\n1,2,three\n", r"line 2, must hold three finite coordinates"),
     "NaN": ("r.csv", "x,y,z\n1,2,nan\n", r"line 2, must hold three finite coordinates"),
+    "an open quote": (
+        "r.csv",
+        'x,y,z,n\n1,2,3,a\n4,5,6,"b\n7,8,9,c\n',
+        r"r\.csv must be a table of points, but line 4 cannot",
+    ),
+    "an open quote, long": ("r.csv", 'x,y,z\n"' + "1,2,3\n" * 30_000, r"r\.csv must be a table .* field larger than"),
+    "an open quote in fcsv": ("p.fcsv", fcsv_file(inner(2), "LPS").replace("F-0", '"F'), r"p\.fcsv must be a table of"),
     "binary": ("r.csv", b"\xff\xfe\x00x", r"must be text in UTF-8"),
     "a cell without end": ("r.csv", "x" * 200_000, r"r\.csv must be a table that can be read, got field larger"),
     "another system": ("r.fcsv", fcsv_file(inner(1), "LPS"), r"must be read as it says, in LPS, got coordinates RAS"),
@@ -403,6 +410,9 @@ BAD_POINTS = {
     "no system here": ("p.mrk.json", markups(coordinateSystem=None), r"must say one coordinateSystem, RAS or LPS"),
     "micrometres": ("p.mrk.json", markups(coordinateUnits="um"), r"must be in mm, got coordinateUnits \['um'\]"),
     "two numbers": ("p.mrk.json", markups(controlPoints=[{"position": [1, 2]}]), r"point 1, must hold three finite"),
+    "a number": ("p.mrk.json", markups(controlPoints=[{"position": 7}]), r"p\.mrk\.json, point 1, must hold .* got 7"),
+    "a text": ("p.mrk.json", markups(controlPoints=[{"position": "123"}]), r"point 1, must hold three .* got 123"),
+    "two systems": ("p.mrk.json", markups(coordinateSystem=["RAS"]), r"p\.mrk\.json must say one coordinateSystem"),
     "none placed": ("p.mrk.json", markups(controlPoints=[]), r"must hold points, but there is none"),
 }
 
@@ -455,6 +465,16 @@ def bad_files() -> None:
     second = one.format(1, identity).split("\n", 1)[1]
     Path("two.tfm").write_text(one.format(0, identity) + second)
     Path("singular.tfm").write_text(one.format(0, "1 0 0 0 1 0 0 0 0 0 0 0"))
+    euler = one.format(0, "0 {} 0 0 0 0").replace("Affine", "Euler3D").replace(": 0 0 0\n", ": 0 0 0 {}\n")
+    for name, numbers in {"nan.txt": ("nan", 0), "inf.tfm": (0, "1e999"), "word.txt": ("x", 0)}.items():
+        Path(name).write_text(euler.format(*numbers))  # ITK itself stops at such a number, and reads past its memory
+    sitk.WriteTransform(sitk.TranslationTransform(3, (0.0, np.nan, 0.0)), "nan.mat")
+    field_of_nan = np.zeros((3, 5, 6, 7))
+    field_of_nan[1, 2, 3, 4] = np.nan
+    save_chain("nan.h5", chain([linear_transform(affine_map()), field_transform(field_of_nan, OBLIQUE)]))
+    spline = sitk.BSplineTransformInitializer(sitk.Image(9, 9, 9, sitk.sitkFloat32), [3, 3, 3])
+    spline.SetParameters([np.nan, *spline.GetParameters()[1:]])
+    sitk.WriteTransform(spline, "nan.hdf5")
     Path("nothing.tfm").write_text(
         "#Insight Transform File V1.0\n#Transform 0\nTransform: CompositeTransform_double_3_3\n"
     )
@@ -483,6 +503,12 @@ BAD_TRANSFORMS = {
     "words.lta": "words.lta must be a linear transform of FreeSurfer",
     "two.tfm": r"must hold one transform \(or one composite\), got 2",
     "singular.tfm": "must hold linear transforms with an inverse",
+    "nan.txt": "nan.txt must hold finite numbers as parameters, got 0 nan 0 0 0 0",
+    "inf.tfm": "inf.tfm must hold finite numbers as parameters, got 0 0 0 1e999",
+    "word.txt": "word.txt must hold finite numbers as parameters, got 0 x 0 0 0 0",
+    "nan.mat": "nan.mat must hold finite numbers, but its TranslationTransform has NaN or Inf",
+    "nan.h5": "nan.h5 must hold finite numbers, but its DisplacementFieldTransform has NaN or Inf",
+    "nan.hdf5": "nan.hdf5 must hold finite numbers, but its BSplineTransform has NaN or Inf",
     "nothing.tfm": "must hold a transform, got an empty composite",
     "moving.txt.gz": r"a transform must end in one of \.h5, .*, \.nii\.gz, got moving\.txt\.gz",
 }
@@ -531,6 +557,9 @@ BAD_COMMANDS = {
     "compose W flat.nii --output w.h5": "must have the same dimensions, got 1Warp.nii.gz in 3-D, flat.nii in 2-D",
     "apply flat.nii --image moving.nii.gz --reference fixed.nii.gz --output w.nii": "moving.nii.gz must be .* 2-D",
     "jacobian flat.nii --reference fixed.nii.gz --output w.nii": "fixed.nii.gz must be an image in 2-D, as the",
+    "convert flat.nii w.nii --reference fixed.nii.gz": "fixed.nii.gz must be an image in 2-D, as the transforms are",
+    "compose flat.nii --reference fixed.nii.gz --output w.nii": "fixed.nii.gz must be an image in 2-D",
+    "invert flat.nii --moving moving.nii.gz --output w.nii": "moving.nii.gz must be an image in 2-D",
     "convert flat.nii w.lta": "a file of format lta must be of a transform in 3-D, got one in 2-D",
     "convert W 0 --to ants": r"01Warp\.nii\.gz must be new",
     "jacobian fold.nii --reference fixed.nii.gz --output j.nii --log": r"but \d+ of 6555 voxels fold",

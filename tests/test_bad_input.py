@@ -443,3 +443,16 @@ def test_names_that_bids_does_not_know_become_names_it_knows(folder: Path) -> No
     assert {path.name for path in (folder / "out").iterdir()} == set(
         registration._bids_names(Path("strangename.nii.gz"), Path("fixed.nii.gz")).values()
     ) - {"sub-strangename_space-fixed_dseg.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    ("moving", "fixed", "message"),
+    [
+        ("患者.nii.gz", "fixed.nii.gz", "患者.nii.gz must have letters or digits"),
+        ("moving.nii.gz", "__.nii", "__.nii must have letters or digits"),
+        ("sub-1_dseg.nii.gz", "fixed.nii.gz", r"sub-1_dseg\.nii\.gz must be a scan's name, .* got that of a dseg"),
+    ],
+)
+def test_names_that_bids_cannot_tell_apart_are_refused(moving: str, fixed: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registration._bids_names(Path(moving), Path(fixed))

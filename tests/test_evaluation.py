@@ -141,3 +141,31 @@ def test_what_is_wrong_is_said(tmp_path) -> None:
     (tmp_path / "e" / "pairs.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"must hold an evaluation's tables, but they cannot be read"):
         load_evaluation(tmp_path / "e")
+
+
+def test_a_structure_may_be_called_na(tmp_path):
+    names = ["NA", "None", "null"]
+    measures = {"dice": np.array([[0.5, 0.25, np.nan], [1, 0, 0.5]]), "seconds": np.array([np.nan, 2.0])}
+    written = tabulate([("NA", "b"), ("c", "nan")], measures, names)
+    save_evaluation(tmp_path / "e", written, {})
+    found = load_evaluation(tmp_path / "e")
+    pd.testing.assert_frame_equal(found.structures, written.structures)
+    pd.testing.assert_frame_equal(found.pairs, written.pairs)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("summary.json", '"groups": {}', '"groups": null', r"summary\.json must hold groups, .* got None"),
+        ("summary.json", '"groups": {}', '"groups": {"a": null}', r"must hold groups, .* got \{'a': None\}"),
+        ("summary.json", '"settings": {}', '"settings": 7', "must hold an evaluation's tables"),
+        ("structures.csv", "0.5", "half", r"structures\.csv must hold numbers in the column dice, but holds text"),
+    ],
+)
+def test_tables_that_somebody_changed_are_named(tmp_path, file, old, new, message):
+    save_evaluation(tmp_path / "e", tabulate([("a", "b")], {"dice": np.array([[0.5]])}, ["x"]), {})
+    path = tmp_path / "e" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_evaluation(tmp_path / "e")

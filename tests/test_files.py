@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from voxelmorph_monai.files import atomic, atomic_folder, require_new, require_replaceable, sweep, write_json
+from voxelmorph_monai.files import (
+    atomic,
+    atomic_folder,
+    require_new,
+    require_replaceable,
+    scan_files,
+    stamp,
+    sweep,
+    write_json,
+)
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
@@ -134,3 +143,29 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("scan", "files"),
+    [
+        ("series", {"series/1.dcm": "", "series/2.dcm": ""}),
+        ("a.mhd", {"a.mhd": "NDims = 3\nElementDataFile = voxels [1].raw\n", "voxels [1].raw": ""}),
+        ("a.mhd", {"a.mhd": "ElementDataFile = s%02d.raw 1 2 1\n", "s01.raw": "", "s02.raw": ""}),
+        ("a.mhd", {"a.mhd": "ElementDataFile = LIST\nx.raw\ny.raw\n", "x.raw": "", "y.raw": ""}),
+        ("a.nhdr", {"a.nhdr": "NRRD0004\ndata file: deep/v.raw\nencoding: raw\n", "deep/v.raw": ""}),
+        ("a.hdr", {"a.hdr": "", "a.img": ""}),
+        ("a.img", {"a.hdr": "", "a.img": "", "a.mat": ""}),
+        ("a.mha", {"a.mha": "ElementDataFile = LOCAL\nother.raw\n"}),
+        ("a.nii.gz", {"a.nii.gz": ""}),
+    ],
+)
+def test_a_scan_is_the_same_if_all_its_files_are(scan: str, files: dict[str, str], tmp_path: Path) -> None:
+    for name, content in {**files, "other.raw": "", "b.img": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert scan_files(tmp_path / scan) == [tmp_path / name for name in sorted(files)]
+    for name in files:
+        before = stamp(tmp_path / scan)
+        status = (tmp_path / name).stat()
+        os.utime(tmp_path / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert stamp(tmp_path / scan) != before

@@ -1,4 +1,5 @@
 import gzip
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from voxelmorph_monai.spaces import (
     require_same_grid,
     save_displacement,
     save_image,
+    save_transform,
     spacing,
     to_itk,
     to_lps,
@@ -182,14 +184,34 @@ def test_spacing_is_the_length_of_the_columns() -> None:
 
 def test_images_on_one_grid_may_differ_by_rounding() -> None:
     image, moved = noise(), AFFINES["oblique"].copy()
-    moved[0, 3] += 0.09
+    moved[0, 3] += 0.08
     require_same_grid((image, AFFINES["oblique"]), (image, moved), ("a", "b"))
     turned = AFFINES["oblique"] @ np.diag([1.05, 1, 1, 1])  # 8 voxels of 0.9 mm: the last ones are 0.36 mm apart
-    with pytest.raises(ValueError, match=r"a\.nii and b\.nii must lie on one grid within 0\.1 mm.* 0\.36 mm apart"):
+    with pytest.raises(ValueError, match=r"a\.nii and b\.nii must lie on one grid within 0\.09 mm.* 0\.36 mm apart"):
         require_same_grid((image, AFFINES["oblique"]), (image, turned), ("a.nii", "b.nii"))
     require_same_grid((image, AFFINES["oblique"]), (image, turned), ("a", "b"), tolerance=0.4)
     with pytest.raises(ValueError, match=r"a and b must have one shape, got \(9, 12, 7\) and \(7, 12, 9\)"):
         require_same_grid((image, np.eye(4)), (image.T, np.eye(4)), ("a", "b"))
+
+
+@pytest.mark.parametrize(("side", "allowed"), [(0.02, 0.002), (3.0, 0.1)])
+def test_one_grid_is_one_to_a_tenth_of_a_voxel(side: float, allowed: float) -> None:
+    image, affine = noise(), np.diag([side, side, 2 * side, 1])
+    for apart in (0.9 * allowed, 1.1 * allowed):
+        moved = affine.copy()
+        moved[2, 3] += apart
+        with pytest.raises(ValueError, match="must lie on one grid") if apart > allowed else nullcontext():
+            require_same_grid((image, affine), (image, moved), ("a", "b"))
+
+
+def test_itk_s_reason_for_not_writing_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("/itk/source.cxx:12:\nITK ERROR: Failed to allocate memory for image.")
+
+    monkeypatch.setattr(itk, "transformwrite", fail)
+    with pytest.raises(OSError, match=r"a\.h5 cannot be written: Failed to allocate memory for image\.$"):
+        save_transform(tmp_path / "a.h5", linear_transform(np.eye(4)))
+    assert not list(tmp_path.iterdir())
 
 
 def write(path: Path, array: NDArray[Any], affine: Affine | None = None) -> Path:

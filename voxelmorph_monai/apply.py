@@ -38,7 +38,7 @@ from voxelmorph_monai.spaces import (
 )
 from voxelmorph_monai.transform_files import Chain, check_output, read_chain
 
-__all__ = ["SIDES", "jacobian_file", "pull_file", "read_grid", "take_points"]
+__all__ = ["SIDES", "jacobian_file", "open_chain", "pull_file", "read_grid", "take_points"]
 
 SIDES = ("fixed", "moving")
 """The image that points were drawn in."""
@@ -62,11 +62,15 @@ def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[st
     check_output(Path(output), overwrite, inputs)
 
 
-def _open(transforms: Sequence[str], *images: str | Path) -> Chain:
-    """Read transforms, which must have the dimensions of the images."""
+def open_chain(transforms: Sequence[str], *images: str | Path | None) -> Chain:
+    """Read transforms (:func:`~voxelmorph_monai.transform_files.read_chain`), whose dimensions the images must have.
+
+    Raises:
+        ValueError: an image is in other dimensions; None stands for no image.
+    """
     found = read_chain(transforms)
     for image in images:
-        if spatial_dims_of(Path(image)) != found.spatial_dims:
+        if image is not None and spatial_dims_of(Path(image)) != found.spatial_dims:
             raise ValueError(f"{image} must be an image in {found.spatial_dims}-D, as the transforms are.")
     return found
 
@@ -123,7 +127,7 @@ def pull_file(
     array, affine = read(moving, planar=True)
     require_right_angles(affine, str(moving))
     grid = read_grid(reference)
-    found = _open(transforms, moving, reference)
+    found = open_chain(transforms, moving, reference)
     save_image_like(output, pull((array, affine), found.transform, *grid, interpolation=interpolation), reference)
     return found.residual
 
@@ -150,7 +154,7 @@ def jacobian_file(
     """
     _check_image_output(output, overwrite, [reference, *transforms])
     size, affine = read_grid(reference)
-    transform = _open(transforms, reference).transform
+    transform = open_chain(transforms, reference).transform
     if any(is_field(part) and 1 in field_of(part)[0].shape[1:] for part in flatten(transform)):
         determinant = volume_change(on_grid(transform, size, affine), affine)  # which says nothing of other planes
     else:

@@ -339,21 +339,23 @@ def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.transform_files import read_chain, save_chain
+    from voxelmorph_monai.apply import open_chain
+    from voxelmorph_monai.transform_files import save_chain
 
     saving = _saving(args)
-    transform, residual, spatial_dims = read_chain(args.transforms)
+    transform, residual, spatial_dims = open_chain(args.transforms, args.reference, args.moving)
     save_chain(args.output, transform, spatial_dims=spatial_dims, **saving)
     _report(residual)
     return 0
 
 
 def _invert(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apply import open_chain
     from voxelmorph_monai.chains import invert_transform
-    from voxelmorph_monai.transform_files import read_chain, save_chain
+    from voxelmorph_monai.transform_files import save_chain
 
     saving = _saving(args)
-    transform, missed, spatial_dims = read_chain(args.transforms)
+    transform, missed, spatial_dims = open_chain(args.transforms, args.reference, args.moving)
     inverse, residual = invert_transform(transform)
     save_chain(args.output, inverse, spatial_dims=spatial_dims, **saving)
     _report(max(missed, residual))

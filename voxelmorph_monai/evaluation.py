@@ -231,10 +231,17 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     if not found:
         raise FileNotFoundError(f"{folder} must hold an evaluation ({', '.join(_FILES)}), but it does not.")
     try:
-        names = dict.fromkeys([*_PAIR, "structure"], str)  # 0012 is a name, no number
-        structures, pairs = (pd.read_csv(found[0] / name, dtype=names) for name in _FILES[:2])
+        names = dict.fromkeys([*_PAIR, "structure"], str)  # 0012 is a name, no number, and so is NA
+        options: dict[str, Any] = {"dtype": names, "keep_default_na": False, "na_values": [""]}
+        structures, pairs = (pd.read_csv(found[0] / name, **options) for name in _FILES[:2])
         summary = json.loads((found[0] / _FILES[-1]).read_text(encoding="utf-8"))
         tables = structures.set_index([*_PAIR, "structure"]), pairs.set_index(_PAIR)
-        return Evaluation(*tables, summary["groups"], dict(summary.get("settings", {})))
-    except (OSError, KeyError, ValueError) as error:
+        for name, table in zip(_FILES, tables, strict=False):
+            for column in table.select_dtypes(exclude="number"):
+                raise ValueError(f"{name} must hold numbers in the column {column}, but holds text.")
+        groups = summary["groups"]
+        if not isinstance(groups, dict) or not all(isinstance(members, list) for members in groups.values()):
+            raise ValueError(f"{_FILES[-1]} must hold groups, each a list of structures, got {groups}.")
+        return Evaluation(*tables, groups, dict(summary.get("settings", {})))
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{found[0]} must hold an evaluation's tables, but they cannot be read: {error}") from error

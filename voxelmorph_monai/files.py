@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, JSON, and what may be replaced."""
 
 import csv
+import glob
 import json
 import math
 import os
@@ -19,10 +20,13 @@ __all__ = [
     "read_table",
     "require_new",
     "require_replaceable",
+    "scan_files",
     "stamp",
     "sweep",
     "write_json",
 ]
+
+_DETACHED = re.compile(r"^(?:ElementDataFile *=|data ?file:)(?! *LOCAL)(.*)", re.DOTALL | re.IGNORECASE | re.MULTILINE)
 
 
 def _mark() -> str:
@@ -139,10 +143,36 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, list[s
     return (rows[0][1] if rows else []), rows[1:]
 
 
+def scan_files(path: Path) -> list[Path]:
+    """The files that a scan consists of, in the order of their names.
+
+    Those in a folder; of a header (``.hdr``, ``.mhd``, ``.nhdr``) the files with the voxels too; else the file itself.
+
+    >>> [file.name for file in scan_files(Path("scan.nii.gz"))]
+    ['scan.nii.gz']
+    """
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    found: list[str] = []
+    if pair := re.match(r"(.*)\.(hdr|img)(\.gz)?$", path.name, re.IGNORECASE):
+        endings = (".hdr", ".img", ".mat")  # the last of SPM, which says where the voxels lie
+        found += [f"{path.parent / pair[1]}{ending}{gz}" for ending in endings for gz in ("", ".gz")]
+    elif path.name.lower().endswith((".mhd", ".mha", ".nhdr", ".nrrd")):
+        with path.open("rb") as file:
+            header = _DETACHED.search(os.fsdecode(file.read(2**20)))
+        for line in header[1].splitlines() if header else []:  # one name, a list, or names that count: "s%03d.raw 1 9"
+            names = re.sub(r"%\d*d(\S*).*", r"*\1", glob.escape(line.strip()))
+            found += glob.glob(os.path.join(glob.escape(str(path.parent)), names))
+    return sorted({path, *(Path(file) for file in found if os.path.isfile(file))})
+
+
 def stamp(path: Path) -> list[Any]:
-    """What tells whether a file is still the same, as JSON holds it: path, size in bytes, time of last change (ns)."""
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    """What tells whether a scan or file is still the same, as JSON holds it: path, size in bytes, time of last change.
+
+    Of several files (:func:`scan_files`) the sums; the time is in ns.
+    """
+    statuses = [file.stat() for file in scan_files(path)]
+    return [str(path), sum(status.st_size for status in statuses), sum(status.st_mtime_ns for status in statuses)]
 
 
 def _finite(value: Any) -> Any:

@@ -40,20 +40,25 @@ class PointFile(NamedTuple):
     text: _Text
 
 
-def _numbers(cells: Sequence[Any], subject: str) -> list[float]:
+def _numbers(cells: Any, subject: str) -> list[float]:
     try:
-        numbers = [float(cell) for cell in cells]
-    except (TypeError, ValueError):
+        numbers = [float(cell) for cell in cells] if isinstance(cells, list) else []
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != 3 or not np.isfinite(numbers).all():
-        raise ValueError(f"{subject} must hold three finite coordinates, got {list(cells)}.")
+        raise ValueError(f"{subject} must hold three finite coordinates, got {cells}.")
     return numbers
 
 
-def _rows(text: str) -> _Rows:
+def _rows(path: Path, text: str) -> _Rows:
     """Rows that are not empty, and the lines at which they end."""
-    reader = csv.reader(io.StringIO(text, newline=""))
-    return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} must be a table of points, but line {reader.line_num} cannot be read: {error}."
+        ) from error
 
 
 def _csv_text(rows: Sequence[Sequence[str]]) -> str:
@@ -81,7 +86,7 @@ def _table(path: Path, rows: _Rows, columns: Sequence[str]) -> tuple[list[list[f
 
 
 def _read_csv(path: Path, content: str) -> _Parsed:
-    (_, head), *rows = _rows(content) or [(1, [])]
+    (_, head), *rows = _rows(path, content) or [(1, [])]
     numbers, text = _table(path, rows, head)
     return None, numbers, lambda points: _csv_text([head]) + text(points)
 
@@ -93,7 +98,8 @@ def _read_fcsv(path: Path, content: str) -> _Parsed:
     system = said.get("CoordinateSystem")
     if system not in _FCSV_SYSTEMS:
         raise ValueError(f"{path} must say its CoordinateSystem, RAS or LPS, in a comment, got {system}.")
-    rows = _rows("".join("\n" if line.startswith("#") else line for line in content.splitlines(keepends=True)))
+    lines = content.splitlines(keepends=True)
+    rows = _rows(path, "".join("\n" if line.startswith("#") else line for line in lines))
     numbers, text = _table(path, rows, said.get("columns", "id,x,y,z").split(","))
     top = "".join(f"{line}\n" for line in comments)
     return _FCSV_SYSTEMS[system], numbers, lambda points: top + text(points)
@@ -104,13 +110,13 @@ def _system_of(path: Path, markups: Sequence[dict[str, Any]]) -> str:
     if not kinds <= set(_MADE_OF_POINTS):
         known, others = ", ".join(_MADE_OF_POINTS), ", ".join(sorted(kinds - set(_MADE_OF_POINTS)))
         raise ValueError(f"{path} must hold markups made of points ({known}), got {others}.")
-    systems = {markup.get("coordinateSystem") for markup in markups}
+    systems = {str(markup.get("coordinateSystem")) for markup in markups}
     if len(systems) != 1 or not systems <= set(COORDINATES):
-        raise ValueError(f"{path} must say one coordinateSystem, RAS or LPS, got {sorted(map(str, systems))}.")
+        raise ValueError(f"{path} must say one coordinateSystem, RAS or LPS, got {sorted(systems)}.")
     units = [markup.get("coordinateUnits") for markup in markups]
     if any(unit not in (None, "mm", ["mm"] * 3) for unit in units):
         raise ValueError(f"{path} must be in mm, got coordinateUnits {units}.")
-    return str(systems.pop())
+    return systems.pop()
 
 
 def _read_markups(path: Path, content: str) -> _Parsed:

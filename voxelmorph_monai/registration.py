@@ -28,7 +28,7 @@ from tqdm import tqdm
 from voxelmorph_monai import __version__
 from voxelmorph_monai.affine import register_affine
 from voxelmorph_monai.blocks import invert
-from voxelmorph_monai.files import atomic_folder, require_replaceable
+from voxelmorph_monai.files import atomic_folder, require_replaceable, scan_files
 from voxelmorph_monai.formats import scan_name, spatial_dims_of
 from voxelmorph_monai.networks import Registration, VoxelMorph, load_weights
 from voxelmorph_monai.preparation import (
@@ -497,13 +497,16 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     ('sub-01_ses-2_space-tplMNI152T1w_T1w.nii.gz', 'sub-01_ses-2_from-sub01ses2T1w_to-tplMNI152T1w_mode-image_xfm.h5')
     """
     spaces = [re.sub("[^0-9A-Za-z]", "", scan_name(path)) for path in (moving, fixed)]
+    for path, space in zip((moving, fixed), spaces, strict=True):
+        if not space:
+            raise ValueError(f"{path} must have letters or digits (A-Z, a-z, 0-9) in its name, which BIDS keeps alone.")
     if spaces[0] == spaces[1]:  # from here to there, and back, would be one name
         raise ValueError(f"moving and fixed must differ in name, as files get both names, got {moving} and {fixed}.")
     match = _BIDS.fullmatch(scan_name(moving))
     entities, suffix = match.groups() if match else (f"sub-{spaces[0]}", "T1w")
     there, back = (f"{entities}_from-{a}_to-{b}_mode-image" for a, b in (spaces, spaces[::-1]))
     here = f"{entities}_space-{spaces[1]}"
-    return {
+    names = {
         "warped": f"{here}_{suffix}.nii.gz",
         "warped_labels": f"{here}_dseg.nii.gz",
         "jacobian": f"{here}_desc-jacobian_{suffix}.nii.gz",
@@ -514,6 +517,9 @@ def _bids_names(moving: Path, fixed: Path) -> dict[str, str]:
         "report": f"{there}_desc-registration_report.png",
         "summary": f"{there}_desc-registration_summary.json",
     }
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{moving} must be a scan's name, as its files are named after it, got that of a {suffix}.")
+    return names
 
 
 def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[str], overwrite: bool | None) -> None:
@@ -547,11 +553,10 @@ def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[st
 
 
 def _sha256(path: Path) -> str:
-    """Hash of a file, or of the files in a folder in the order of their names."""
+    """Hash of a file, or of all files of a scan in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for file in scan_files(path):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -189,7 +189,7 @@ def require_same_grid(
     first: tuple[Volume, Affine],
     second: tuple[Volume, Affine],
     names: tuple[str, str],
-    tolerance: float = 0.1,
+    tolerance: float | None = None,
 ) -> None:
     """Raise ValueError unless two images have one shape and place each voxel at one point.
 
@@ -197,16 +197,18 @@ def require_same_grid(
         first: ``(array, affine)``.
         second: ``(array, affine)``.
         names: what to call them in the error.
-        tolerance: largest distance, in mm, between the two places of a voxel; the default is far above the rounding of
-            headers and far below a voxel.
+        tolerance: largest distance, in mm, between the two places of a voxel; the default, 0.1 mm or a tenth of the
+            shortest side of a voxel, is far above the rounding of headers and far below a voxel.
     """
+    if tolerance is None:
+        tolerance = min(0.1, 0.1 * float(spacing(first[1]).min()))
     shape, other = first[0].shape, second[0].shape
     if shape != other:
         raise ValueError(f"{names[0]} and {names[1]} must have one shape, got {shape} and {other}.")
     apart = corner_distance(first[1], second[1], shape)
     if not apart <= tolerance:
         raise ValueError(
-            f"{names[0]} and {names[1]} must lie on one grid within {tolerance} mm, but their affines put a voxel "
+            f"{names[0]} and {names[1]} must lie on one grid within {tolerance:.3g} mm, but their affines put a voxel "
             f"{apart:.3g} mm apart: {first[1].tolist()} and {second[1].tolist()}."
         )
 
@@ -484,14 +486,14 @@ def warp_scan(
 def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
     """Have ITK write ``path``, whole or not at all, and raise an OSError if it cannot."""
     with atomic(path) as temporary:
-        failed = False
+        reason = None
         with silent_stderr():  # on which HDF5 prints a page, and another when the writer is gone
             try:
                 write(temporary)
-            except RuntimeError:
-                failed = True
-        if failed:
-            raise OSError(f"{path} cannot be written: is the disk full?")
+            except RuntimeError as error:
+                reason = " ".join(str(error).split()).rsplit("ITK ERROR: ")[-1]
+        if reason is not None:
+            raise OSError(f"{path} cannot be written: {reason or 'is the disk full?'}")
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
@@ -543,8 +545,12 @@ def save_transform(path: str | Path, transform: itk.Transform) -> None:
     def write(temporary: Path) -> None:
         itk.transformwrite([transform], str(temporary), compression=True)
         if temporary.suffix not in (".h5", ".hdf5"):  # on a full disk ITK leaves an empty file, and says nothing
-            (again,) = itk.transformread(str(temporary))
-            if not np.allclose(again.GetParameters(), transform.GetParameters(), rtol=1e-6, atol=1e-6):
+            try:
+                (again,) = itk.transformread(str(temporary))
+                whole = np.allclose(again.GetParameters(), transform.GetParameters(), rtol=1e-6, atol=1e-6)
+            except RuntimeError:
+                whole = False
+            if not whole:
                 raise RuntimeError
 
     _write_by_itk(path, write)

@@ -10,6 +10,7 @@ FSL                            ``.mat``, ``.nii.gz`` of FLIRT and FNIRT, togethe
 All of them take points of the fixed image to points of the moving one, once they are read.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,10 +79,18 @@ class Chain(NamedTuple):
     spatial_dims: int
 
 
-def _require_end(path: Path) -> None:
-    """Raise ValueError for a text that is cut off.
+def _is_finite(number: str) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except ValueError:
+        return False
 
-    Without its fixed parameters ITK takes a transform for the identity, and the last number may lack digits.
+
+def _check_text(path: Path) -> None:
+    """Raise ValueError for a text that is cut off, or has other than finite numbers.
+
+    Without its fixed parameters ITK takes a transform for the identity, and the last number may lack digits. At what it
+    knows as no number ITK stops reading a line, and then takes parameters from beyond its end.
     """
     if path.suffix in (".txt", ".tfm"):
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -89,10 +98,13 @@ def _require_end(path: Path) -> None:
         ends = re.findall("^FixedParameters:.*\n", text, re.MULTILINE)
         if len(ends) < len(transforms):
             raise ValueError(f"{path} must be a whole ITK transform, each with a line of FixedParameters at its end.")
+        for line in re.findall("^(?:Fixed)?Parameters:(.*)", text, re.MULTILINE):
+            if not all(map(_is_finite, line.split())):
+                raise ValueError(f"{path} must hold finite numbers as parameters, got {line.strip()[:80]}.")
 
 
 def _read_itk(path: Path) -> itk.Transform:
-    _require_end(path)
+    _check_text(path)
     try:
         with silent_stderr():
             found = itk.transformread(str(path))
@@ -107,6 +119,8 @@ def _read_itk(path: Path) -> itk.Transform:
     if not parts:
         raise ValueError(f"{path} must hold a transform, got an empty composite.")
     for part in parts:
+        if not _finite(part):
+            raise ValueError(f"{path} must hold finite numbers, but its {part.GetNameOfClass()} has NaN or Inf.")
         if part.IsLinear() and not _invertible(matrix_of(part)):
             raise ValueError(f"{path} must hold linear transforms with an inverse, got {matrix_of(part).tolist()}.")
         if part.GetInputSpaceDimension() == 2 and not part.IsLinear() and not is_field(part):
@@ -115,8 +129,13 @@ def _read_itk(path: Path) -> itk.Transform:
     return found[0]
 
 
+def _finite(part: itk.Transform) -> bool:
+    numbers = part.GetFixedParameters(), part.GetDisplacementField() if is_field(part) else part.GetParameters()
+    return all(bool(np.isfinite(np.asarray(each)).all()) for each in numbers)
+
+
 def _invertible(matrix: Affine) -> bool:
-    return bool(np.isfinite(matrix).all()) and float(np.linalg.cond(matrix[:-1, :-1])) < 1e6
+    return float(np.linalg.cond(matrix[:-1, :-1])) < 1e6
 
 
 def _require_file(path: Path) -> None:
