@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import itk
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -468,6 +469,7 @@ def bad_files() -> None:
     euler = one.format(0, "0 {} 0 0 0 0").replace("Affine", "Euler3D").replace(": 0 0 0\n", ": 0 0 0 {}\n")
     for name, numbers in {"nan.txt": ("nan", 0), "inf.tfm": (0, "1e999"), "word.txt": ("x", 0)}.items():
         Path(name).write_text(euler.format(*numbers))  # ITK itself stops at such a number, and reads past its memory
+    Path("few.txt").write_text(euler.format(0, 0).replace("0 0 0 0 0 0", "0 0 0 0 0"))  # ITK might crash on it
     sitk.WriteTransform(sitk.TranslationTransform(3, (0.0, np.nan, 0.0)), "nan.mat")
     field_of_nan = np.zeros((3, 5, 6, 7))
     field_of_nan[1, 2, 3, 4] = np.nan
@@ -503,6 +505,7 @@ BAD_TRANSFORMS = {
     "words.lta": "words.lta must be a linear transform of FreeSurfer",
     "two.tfm": r"must hold one transform \(or one composite\), got 2",
     "singular.tfm": "must hold linear transforms with an inverse",
+    "few.txt": "few.txt must hold 6 parameters of its Euler3DTransform, got 5",
     "nan.txt": "nan.txt must hold finite numbers as parameters, got 0 nan 0 0 0 0",
     "inf.tfm": "inf.tfm must hold finite numbers as parameters, got 0 0 0 1e999",
     "word.txt": "word.txt must hold finite numbers as parameters, got 0 x 0 0 0 0",
@@ -512,6 +515,16 @@ BAD_TRANSFORMS = {
     "nothing.tfm": "must hold a transform, got an empty composite",
     "moving.txt.gz": r"a transform must end in one of \.h5, .*, \.nii\.gz, got moving\.txt\.gz",
 }
+
+
+@pytest.mark.parametrize("name", transform_files._NUM_PARAMETERS)
+def test_numbers_of_parameters_are_itk_s(name: str) -> None:
+    for dims, number in zip((2, 3), transform_files._NUM_PARAMETERS[name], strict=True):
+        kind = getattr(itk, name)
+        keys = [key for key in ((itk.D,), (itk.D, dims), (itk.D, dims, dims)) if key in set(kind)]
+        made = [kind[key if len(key) > 1 else key[0]].New() for key in keys]
+        (found,) = [one.GetNumberOfParameters() for one in made if one.GetInputSpaceDimension() == dims] or [0]
+        assert found == number
 
 
 @pytest.mark.usefixtures("folder")

@@ -63,6 +63,29 @@ _NIFTI = (".nii", ".nii.gz")
 _ENDINGS = {"itk": _ITK, "1007": _NIFTI, "1006": _NIFTI, "lta": (".lta",), "fsl": (".mat", *_NIFTI)}
 _READ = (*_ITK, ".lta", *_NIFTI)
 _OTHERS = (".m3z", ".mgz", ".mgh")
+# Parameters of what ITK writes as text, in 2-D and 3-D: of fewer it takes the rest from beyond its memory.
+_NUM_PARAMETERS = {
+    "AffineTransform": (6, 12),
+    "CenteredAffineTransform": (8, 15),
+    "CenteredEuler3DTransform": (0, 9),
+    "CenteredRigid2DTransform": (5, 0),
+    "CenteredSimilarity2DTransform": (6, 0),
+    "ComposeScaleSkewVersor3DTransform": (0, 12),
+    "Euler2DTransform": (3, 0),
+    "Euler3DTransform": (0, 6),
+    "IdentityTransform": (0, 0),
+    "MatrixOffsetTransformBase": (6, 12),
+    "QuaternionRigidTransform": (0, 7),
+    "Rigid2DTransform": (3, 0),
+    "ScaleSkewVersor3DTransform": (0, 15),
+    "ScaleTransform": (2, 3),
+    "ScaleVersor3DTransform": (0, 9),
+    "Similarity2DTransform": (4, 0),
+    "Similarity3DTransform": (0, 7),
+    "TranslationTransform": (2, 3),
+    "VersorRigid3DTransform": (0, 6),
+    "VersorTransform": (0, 3),
+}
 
 
 class Chain(NamedTuple):
@@ -87,7 +110,7 @@ def _is_finite(number: str) -> bool:
 
 
 def _check_text(path: Path) -> None:
-    """Raise ValueError for a text that is cut off, or has other than finite numbers.
+    """Raise ValueError for a text that is cut off, or has other than finite numbers, or too few or many of them.
 
     Without its fixed parameters ITK takes a transform for the identity, and the last number may lack digits. At what it
     knows as no number ITK stops reading a line, and then takes parameters from beyond its end.
@@ -101,6 +124,10 @@ def _check_text(path: Path) -> None:
         for line in re.findall("^(?:Fixed)?Parameters:(.*)", text, re.MULTILINE):
             if not all(map(_is_finite, line.split())):
                 raise ValueError(f"{path} must hold finite numbers as parameters, got {line.strip()[:80]}.")
+        for name, dims, line in re.findall(r"^Transform: (\w+?)_\w+_([23])_[23]\s+Parameters:(.*)", text, re.MULTILINE):
+            number, found = _NUM_PARAMETERS.get(name, (None, None))[int(dims) - 2], len(line.split())
+            if number is not None and found != number:
+                raise ValueError(f"{path} must hold {number} parameters of its {name}, got {found}.")
 
 
 def _read_itk(path: Path) -> itk.Transform:
