@@ -405,11 +405,15 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
 
 
 def test_a_bundle_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, tissue, affine = small_brain()
+
     def full(*args: Any) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(atlas_bundle.torch, "save", full)
-    monkeypatch.setattr(atlas_bundle, "_align", lambda scan, grid: (np.ones(GRID.size, np.uint8),) * 2)
+    monkeypatch.setattr(atlas_bundle, "mni152", lambda: (image, affine))
+    monkeypatch.setattr(atlas_bundle, "mni152_tissue", lambda: (tissue, affine))
+    monkeypatch.setattr(atlas_bundle, "_align", lambda scan, grid: (np.ones(SIZE, np.uint8),) * 2)
     with pytest.raises(OSError, match="no space left"):
         make_atlas_bundle([], tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -838,13 +838,13 @@ class HalfResolution(torch.nn.Module):
 
 # The exporter walks torch's own trees by a spelling that torch deprecates.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
-@pytest.mark.parametrize(("size", "half"), [((9, 12), (5, 7)), ((9, 11, 14), (5, 7, 6))], ids=["2-D", "3-D"])
-def test_onnx_gives_the_same(size: tuple[int, ...], half: tuple[int, ...]) -> None:
-    image, dvf = torch.rand(1, 1, *size), noise(half).float()
+def test_onnx_gives_the_same() -> None:
+    """In 2-D; test_distribution exports networks of 3-D."""
+    image, dvf = torch.rand(1, 1, 9, 12), noise((5, 7)).float()
     program = torch.onnx.export(HalfResolution().eval(), (image, dvf), dynamo=True, verbose=False)
     assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     (warped,) = session.run(None, dict(zip(names, (image.numpy(), dvf.numpy()), strict=True)))
-    # float32: coordinates up to 14 err by 1e-6, times 4 interpolations, times a slope of at most 1 per voxel.
+    # float32: coordinates up to 12 err by 1e-6, times 4 interpolations, times a slope of at most 1 per voxel.
     same(torch.from_numpy(warped), HalfResolution()(image, dvf), atol=1e-5)

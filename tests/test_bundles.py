@@ -244,6 +244,10 @@ MODES = [
     *("both_orders", "flip", "augmentation", "accumulation"),
 ]
 
+# One mode each: all else is that of dense and diffeomorphic, from which they differ in how vectors are resized and
+# sampled, as test_networks proves.
+LIKE_OTHERS = {"vxmdense": "ncc", "miccai2018": "probabilistic"}
+
 
 def _combinations() -> Iterator[tuple[str, str, str]]:
     """Each preset with each mode, on a data set in turn: each data set meets each preset and each mode, too.
@@ -251,11 +255,13 @@ def _combinations() -> Iterator[tuple[str, str, str]]:
     With ``VXM_TEST_COMBINATIONS=all`` on every data set, which takes minutes.
     """
     every = os.environ.get("VXM_TEST_COMBINATIONS") == "all"
-    for i, preset in enumerate(PRESETS):
+    for i, preset in enumerate(sorted(PRESETS, key=LIKE_OTHERS.__contains__)):
         for j, mode in enumerate(MODES):
             if mode == "bidirectional" and preset in ("vm1", "vm2"):  # no velocity, which test_networks expects to fail
                 continue
             if mode == "probabilistic" and preset not in ("diffeomorphic", "miccai2018"):  # no variance
+                continue
+            if mode != LIKE_OTHERS.get(preset, mode):
                 continue
             for data in DATA_SETS if every else [list(DATA_SETS)[(i + j) % len(DATA_SETS)]]:
                 yield data, preset, mode
@@ -263,7 +269,9 @@ def _combinations() -> Iterator[tuple[str, str, str]]:
 
 def test_each_data_set_meets_each_preset_and_each_mode() -> None:
     found = list(_combinations())
-    assert {(data, preset) for data, preset, _ in found} == {(data, preset) for data in DATA_SETS for preset in PRESETS}
+    wanted = {(data, preset) for data in DATA_SETS for preset in PRESETS if preset not in LIKE_OTHERS}
+    assert {(data, preset) for data, preset, _ in found} >= wanted
+    assert {preset for _, preset, _ in found} == set(PRESETS)
     missing = {(data, mode) for data in DATA_SETS for mode in MODES} - {(data, mode) for data, _, mode in found}
     assert {mode for _, mode in missing} <= {"bidirectional", "probabilistic"}  # not for every preset
 
@@ -501,18 +509,6 @@ def test_structures_are_measured_one_by_one(bundle: Path, prepared: Path, tmp_pa
     assert dice[:, 2].isnan().all()
 
 
-def test_resumed_training_ends_with_the_same_weights(bundle: Path, prepared: Path, tmp_path: Path) -> None:
-    whole = train(prepared, tmp_path / "whole", "ncc.yaml", max_epochs=3)
-    train(prepared, tmp_path / "cut", "ncc.yaml", max_epochs=1)
-    resumed = train(prepared, tmp_path / "cut", "ncc.yaml", max_epochs=3)
-    assert resumed.trainer.state.iteration == whole.trainer.state.iteration == 6
-    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")]
-    for name, tensor in states[0]["network"].items():
-        assert torch.equal(tensor, states[1]["network"][name]), name
-    for key in ("best", "early_stop", "epoch"):
-        assert states[0][key] == states[1][key]
-
-
 def test_two_processes_learn_what_one_does_with_twice_the_batch(bundle: Path, prepared: Path, tmp_path: Path) -> None:
     # Steps of plain gradient descent: Adam would turn rounding errors of gradients near 0 into steps of full size.
     (bundle / "configs" / "sgd.yaml").write_text(
@@ -645,32 +641,27 @@ def test_a_new_data_set_takes_a_few_lines(bundle: Path, tmp_path: Path) -> None:
     assert ((dice["cerebral cortex"] > 0) & (dice["cerebral cortex"] < 1)).all()
 
 
+@pytest.mark.usefixtures("one_thread")  # as in the two processes: exactly the same
 def test_two_processes_measure_what_one_does(
     bundle: Path, prepared: Path, tmp_path: Path, four_structures: str
 ) -> None:
     # a scan of another section: 3 pairs, so that one process has more than the other
     atlas = {f"{kind}": str(prepared / f"{kind}s" / "4.nii.gz") for kind in ("image", "label")}
-    options = {"section": "training", "atlas": str(atlas), "weights": "models/model.pt", "amp": "False"}
+    options: dict[str, object] = {"section": "training", "atlas": atlas, "weights": "models/model.pt", "amp": False}
     options |= {"dataset_dir": str(prepared), "output_dir": str(tmp_path)}
-    found = []
-    for processes in (1, 2):
-        several = "'configs/multi_gpu_train.json', " if processes > 1 else ""
-        files = f"['configs/train.json', 'configs/{four_structures}', {several}'configs/evaluate.json']"
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        command = [*(command if processes > 1 else []), "monai.bundle", "run", "evaluating", "--config_file", files]
-        command += [*("--evaluation_dir", str(tmp_path / str(processes)))]
-        command += [word for name, value in options.items() for word in (f"--{name}", value)]
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(load_evaluation(tmp_path / str(processes)))
-    one, two = found
+    workflow(["train.json", four_structures, "evaluate.json"], **options, evaluation_dir=str(tmp_path / "1")).run()
+    files = [f"configs/{name}" for name in ("train.json", four_structures, "multi_gpu_train.json", "evaluate.json")]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "monai.bundle", "run", "evaluating", "--config_file", str(files)),
+        *("--evaluation_dir", str(tmp_path / "2")),
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_evaluation(tmp_path / processes) for processes in ("1", "2"))
     assert list(one.pairs.index) == [("4", "1"), ("4", "2"), ("4", "3")]
     assert list(one.over("dice", "groups")) == ["nuclei"]
     pd.testing.assert_frame_equal(two.structures, one.structures, check_exact=True)

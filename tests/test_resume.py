@@ -48,7 +48,7 @@ def train(prepared, output, moment, epoch):
     torch.set_num_threads(1)
     os.chdir(BUNDLE)
     options = {"max_epochs": MAX_EPOCHS, "pairs_per_epoch": 2, "num_labels": 4, "learning_rate": 1e-3}
-    files = ["configs/train.json", "configs/mse.yaml", "configs/flip.yaml"]
+    files = ["configs/train.json", "configs/mse.yaml", "configs/flip.yaml", "configs/diffeomorphic.yaml"]
     workflow = ConfigWorkflow(
         files, logging_file=False, workflow_type="train", dataset_dir=prepared, output_dir=output, **options
     )
@@ -97,6 +97,7 @@ def test_killed_at_any_moment_it_ends_the_same(prepared, tmp_path):
         if name == "checkpoint.pt":
             assert states[0]["epoch"] == states[1]["epoch"] == MAX_EPOCHS
             assert states[0]["best"] == states[1]["best"]
+            assert states[0]["early_stop"] == states[1]["early_stop"]
             optimizers = [state.pop("optimizer")["state"] for state in states]
             for ours, theirs in zip(*(each.values() for each in optimizers), strict=True):
                 assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
