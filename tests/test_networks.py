@@ -628,6 +628,7 @@ def test_overfits_one_pair(preset):
         ({"preset": "diffeomorphic", "passes": 2}, r"passes must be at least 1, and 1 for probabilistic, got 2\."),
         ({"preset": "dense", "smoothing": float("nan")}, r"smoothing must be a number of voxels, .*, got nan\."),
         ({"preset": "dense", "smoothing": "1.5"}, r"smoothing must be a number of voxels, .*, got '1\.5'\."),
+        ({"preset": "dense", "num_steps": 31}, r"num_steps must be 0 to 30, as in blocks\.integrate, got 31\."),
         ({"preset": "dense", "smoothing": -1}, r"smoothing must be a number of voxels, .*, got -1\."),
         (
             {"preset": "diffeomorphic", "smoothing": 1},

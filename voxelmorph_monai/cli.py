@@ -27,11 +27,10 @@ class _Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def _add_grid_arguments(parser: argparse.ArgumentParser, *, fits: bool = False) -> None:
+def _add_grid_arguments(parser: argparse.ArgumentParser, *, fits: bool = False, planar: bool = False) -> None:
     fixed = "; with --space fixed what fits the fixed scan, which --size changes" if fits else ""
-    parser.add_argument(
-        "--size", nargs="+", type=int, help=f"voxels along L-R, I-S, A-P; two for 2-D (160 192 224{fixed})"
-    )
+    slices = "; two for 2-D" if planar else ""
+    parser.add_argument("--size", nargs="+", type=int, help=f"voxels along L-R, I-S, A-P{slices} (160 192 224{fixed})")
     parser.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (1.0)")
 
 
@@ -130,7 +129,7 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
     parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="register only what lies in it, as of a brain")
     parser.add_argument("--fixed-mask", "--mask", type=Path, metavar="FILE", help="the same of the fixed scan")
-    _add_grid_arguments(parser, fits=True)
+    _add_grid_arguments(parser, fits=True, planar=True)
     parser.add_argument("--bids", action="store_true", help="name the files as BIDS derivatives of the moving scan")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier registration in DIR")
 

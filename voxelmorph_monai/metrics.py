@@ -6,8 +6,8 @@ processes, then ``aggregate()``: the mean over the structures of each pair that 
 have one. ``monai.handlers.IgniteMetricHandler(metric_fn=...)`` attaches it to an engine. Structures and pairs without a
 value are NaN; a mean over none at all is NaN too, where MONAI's reduction would say 0.
 
-Fields are in voxels as in ``blocks``. Only here do they become millimetres, by ``spacing``: the side lengths of a voxel
-in mm along each array axis, or one number for all. Results are float64.
+Fields are in voxels as in ``blocks``. They become millimetres by ``spacing``: the side lengths of a voxel in mm along
+each array axis, or one number for all. Results are float64.
 """
 
 import math

@@ -295,6 +295,8 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         raise ValueError(f"smoothing must be a number of voxels, and 0 for probabilistic networks, got {sigma!r}.")
     if architecture.passes < 1 or (architecture.passes > 1 and architecture.probabilistic):
         raise ValueError(f"passes must be at least 1, and 1 for probabilistic, got {architecture.passes}.")
+    if not 0 <= architecture.num_steps <= 30:
+        raise ValueError(f"num_steps must be 0 to 30, as in blocks.integrate, got {architecture.num_steps}.")
     if architecture.probabilistic and architecture.num_steps == 0:
         raise ValueError("probabilistic needs a velocity to sample: num_steps must be at least 1, got 0.")
     if architecture.probabilistic and architecture.integration_level != architecture.feature_level:
