@@ -83,6 +83,13 @@ def test_a_known_rotation_is_found_again() -> None:
     assert np.linalg.det(found[:3, :3]) > 0
 
 
+def test_what_is_a_millimetre_long_is_aligned_as_a_brain_is() -> None:
+    matrix, smaller = pose(20, 30, 0.05), np.diag([0.01, 0.01, 0.01, 1.0])
+    image = moved(template(), matrix)
+    found = transform_affine(register_affine((image[0], smaller @ image[1]), (template()[0], smaller @ template()[1])))
+    assert distance(np.linalg.inv(smaller) @ found @ smaller, matrix) < 0.3
+
+
 def test_another_brain_is_aligned_alike_from_any_pose() -> None:
     matrix = pose(120, -90, -0.08, 0.04)
     turned = transform_affine(register_affine(moved(other_brain(), matrix), template()))

@@ -37,6 +37,7 @@ __all__ = ["register_affine"]
 
 _COARSE = 0.064  # sides: a brain is about 20 voxels wide, 500 poses are scored within a second
 _FINE = (0.032, 0.016)  # sides: finer copies change the result by less than 0.1 mm in a brain
+_SMALLEST = 8.0  # mm, side of what is aligned as it is
 _MARGINS = 0.4, 0.08  # sides, around the moving image: room for poses, ITK leaves out what falls outside; fixed image
 _NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart, half of what the optimisation makes up for
 _NUM_STARTS = 8
@@ -216,6 +217,12 @@ def register_affine(
     if _agree(_Copy(*moving), _Copy(*fixed)):
         return linear_transform(np.eye(fixed[0].ndim + 1))
     side, scale = _side(fixed), 1.0
+    if side < _SMALLEST:  # ITK's optimiser counts in mm
+        unit = np.array([100 / side] * fixed[0].ndim + [1])[:, None]
+        (large_moving, large_fixed) = ((array, affine * unit) for array, affine in (moving, fixed))
+        found = transform_affine(register_affine(large_moving, large_fixed, transform))
+        found[:-1, -1] *= side / 100
+        return linear_transform(found)
     images = _around_brain(*moving, margin=_MARGINS[0] * side), _around_brain(*fixed, margin=_MARGINS[1] * side)
     coarse = _coarsen(images[0], _COARSE * side), _coarsen(images[1], _COARSE * side)
     centre, kind = _centre(coarse[1]), "rigid"
