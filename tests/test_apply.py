@@ -397,7 +397,7 @@ BAD_POINTS = {
     "an open quote, long": ("r.csv", 'x,y,z\n"' + "1,2,3\n" * 30_000, r"r\.csv must be a table .* field larger than"),
     "an open quote in fcsv": ("p.fcsv", fcsv_file(inner(2), "LPS").replace("F-0", '"F'), r"p\.fcsv must be a table of"),
     "binary": ("r.csv", b"\xff\xfe\x00x", r"must be text in UTF-8"),
-    "a cell without end": ("r.csv", "x" * 200_000, r"r\.csv must be a table that can be read, got field larger"),
+    "a cell without end": ("r.csv", "x" * 200_000, r"r\.csv must be a table of points, but line 1 .*: field larger"),
     "another system": ("r.fcsv", fcsv_file(inner(1), "LPS"), r"must be read as it says, in LPS, got coordinates RAS"),
     "no CoordinateSystem": (
         "p.fcsv",

@@ -176,8 +176,6 @@ def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:
         said, numbers, text = _READERS[ending](path, content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8, got {error}.") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} must be a table that can be read, got {error}.") from error
     if said is None and coordinates not in COORDINATES:
         raise ValueError(f"{path} does not tell its coordinates: say RAS or LPS (--coordinates), got {coordinates}.")
     if coordinates not in (None, said or coordinates):
