@@ -301,7 +301,7 @@ def test_only_what_is_missing_or_changed_is_done_again(tmp_path: Path, scans: Pa
     assert again() == []
     (tmp_path / "out" / "labels" / "c.nii.gz").unlink()
     (tmp_path / "out" / "transforms" / "d.json").unlink()  # what is written last: d was interrupted
-    (tmp_path / "out" / "images" / ".17.d.nii.gz").write_text("half a file")
+    (tmp_path / "out" / "images" / ".17-0a1b2c3d.d.nii.gz").write_text("half a file")
     os.utime(scans / "e_t1.nii.gz", (1, 1))
     os.utime(scans / "f_labels.nii.gz", (1, 1))
     assert again() == list("cdef")
