@@ -348,7 +348,8 @@ def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
         raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
     ddf, n = _widen(ddf), ddf.shape[2]
     found: list[Tensor] = []
-    for start, stop in slabs(ddf, 1 << 20):  # at 160 x 192 x 224 a fifth of the CPU time
+    # At 160 x 192 x 224 a fifth of the CPU time that it takes at once, or two thirds where freed memory is kept.
+    for start, stop in slabs(ddf, 1 << 20):
         first = max(start - 1, 0)  # with the neighbours
         slab = _determinant(ddf.narrow(2, first, min(stop + 1, n) - first), scheme)
         found.append(slab.narrow(2, start - first, stop - start))
