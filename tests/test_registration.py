@@ -553,6 +553,14 @@ def test_without_a_network_the_refinement_runs_on_the_device_that_is_named(monke
     assert used == [("meta", math.inf), ("cpu", 5)]  # that of the network
 
 
+def test_an_affine_map_is_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there, which this torch could not use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", None)  # nothing is put anywhere
+    scan = phantom(AFFINES["straight"])[0], AFFINES["straight"]
+    assert not register(scan, scan, **ALIGNED).ddf.any()  # type: ignore[arg-type]
+
+
 def test_the_default_grid_fits_scans_of_any_size() -> None:
     """A body longer than the grid for brains."""
     affine = AFFINES["straight"] @ np.diag([3.0, 3, 3, 1])
@@ -610,6 +618,7 @@ def test_weights_are_loaded_and_wrong_ones_refused(tmp_path: Path) -> None:
         ({"network": network(), "grid": Grid((9, 9, 9))}, r"a grid must hold the fixed image, .* but has \[9\.0, 9"),
         ({"moving": (np.zeros(SIZE, np.float32), np.eye(4))}, "moving must be one 3-D volume of finite numbers"),
         ({"fixed": (np.ones(SIZE[:2], np.float32), np.eye(4))}, "fixed must be one 3-D volume of finite numbers"),
+        ({"moving": (np.ones((9, 0, 9), np.float32), np.eye(4))}, "moving must be one 3-D volume of finite numbers"),
         ({"moving": (np.full(SIZE, np.nan, np.float32), np.eye(4))}, "0 finite numbers and 0 above it"),
         ({"fixed": (phantom(np.diag([2.0, 2, 2, 1]))[0], np.eye(4) + np.eye(4, k=1))}, "axes of fixed must be at righ"),
         ({"moving": (phantom(AFFINES["straight"])[0], np.eye(4) + 900 * np.eye(4, k=3))}, "must overlap"),

@@ -218,11 +218,10 @@ def register_affine(
         return linear_transform(np.eye(fixed[0].ndim + 1))
     side, scale = _side(fixed), 1.0
     if side < _SMALLEST:  # ITK's optimiser counts in mm
-        unit = np.array([100 / side] * fixed[0].ndim + [1])[:, None]
-        (large_moving, large_fixed) = ((array, affine * unit) for array, affine in (moving, fixed))
-        found = transform_affine(register_affine(large_moving, large_fixed, transform))
-        found[:-1, -1] *= side / 100
-        return linear_transform(found)
+        larger = np.diag([100 / side] * fixed[0].ndim + [1])  # about a brain's
+        grown = [(array, larger @ affine) for array, affine in (moving, fixed)]
+        found = transform_affine(register_affine(grown[0], grown[1], transform))
+        return linear_transform(np.linalg.inv(larger) @ found @ larger)
     images = _around_brain(*moving, margin=_MARGINS[0] * side), _around_brain(*fixed, margin=_MARGINS[1] * side)
     coarse = _coarsen(images[0], _COARSE * side), _coarsen(images[1], _COARSE * side)
     centre, kind = _centre(coarse[1]), "rigid"

@@ -149,7 +149,8 @@ def shipped_weights() -> Path:
 
 def choose_device(device: str | None) -> str:
     """``device``, or a GPU if there is one; raises ValueError where it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:  # nothing is put on a GPU that may not be needed
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
@@ -214,7 +215,7 @@ def _check_dimensions(network: Registration | None, space: str, spatial_dims: in
 
 def _check_scan(image: Image, space: str, subject: str) -> None:
     array = image[0]
-    shown = int((array > background(array)).sum()) if array.size else 0
+    shown = int((array > background(array)).sum())
     if array.ndim != 3 or sorted(array.shape)[1] < 2 or not np.isfinite(array).all() or not shown:
         raise ValueError(
             f"{subject} must be one 3-D volume of finite numbers, some of them above the background, got shape "
@@ -648,7 +649,7 @@ def register_files(
     paths, output = {role: Path(path) for role, path in given.items() if path is not None}, Path(output).absolute()
     files = _bids_names(Path(moving), Path(fixed)) if bids else _NAMES
     check_options(space, transform, similarity, budget)
-    choose_device(device)
+    choose_device(device)  # here, as scans are read before the network
     check_output_folder(output, paths.values(), files.values(), overwrite)
     images = read_image(moving, planar=True), read_image(fixed, planar=True)
     dims = 2 if _is_slice(images[1]) else 3

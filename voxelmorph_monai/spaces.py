@@ -369,8 +369,8 @@ def background(array: NDArray[Any]) -> float:
     >>> background(np.array([-1000, 40, 700])), background(np.array([-2, 0, 40]))  # interpolation undershoots a little
     (-1000.0, 0.0)
     """
-    low = float(array.min())
-    return low if low < -0.1 * abs(float(array.max())) else 0.0
+    low, high = float(array.min(initial=0)), float(array.max(initial=0))
+    return low if low < -0.1 * high else 0.0
 
 
 def _vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
