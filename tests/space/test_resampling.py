@@ -1,0 +1,62 @@
+"""Scans on other grids and in other intensities."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import ImageGrid
+from voxelmorph_monai.space.resampling import fraction_inside, rescale, scale_white_matter
+from voxelmorph_monai.space.scan import Scan
+
+
+def block(start: int, stop: int) -> Scan:
+    """30 voxels of 2 mm a side, of which those from start to stop along x show something."""
+    array = np.zeros((30, 30, 30), np.float32)
+    array[start:stop, 5:25, 5:25] = 100
+    return Scan(array, np.diag([2.0, 2, 2, 1]))
+
+
+@pytest.mark.parametrize(("shift", "fraction"), [(0, 1.0), (20, 0.5), (-20, 0.5), (30, 0.25), (60, 0.0)])
+def test_the_fraction_inside_counts_what_is_shown(shift: float, fraction: float) -> None:
+    scan, mapping = block(5, 25), np.eye(4)  # it shows x from 10 to 48 mm
+    mapping[0, 3] = shift
+    there = np.diag([1.0, 1, 1, 1])
+    there[:3, 3] = (10, 0, 0)  # the grid goes from 10 to 49 mm
+    assert fraction_inside(scan, ImageGrid((40, 60, 60), there), mapping) == pytest.approx(fraction, abs=0.03)
+
+
+def test_the_fraction_inside_does_not_count_the_background() -> None:
+    scan = block(0, 3)
+    ct = scan.like(np.where(scan.array > 0, -100, -1000).astype(np.float32))
+    half = ImageGrid((15, 30, 30), scan.affine)
+    assert fraction_inside(scan, half, np.eye(4)) == fraction_inside(ct, half, np.eye(4)) == 1
+    assert fraction_inside(block(27, 30), half, np.eye(4)) == 0
+
+
+def tissues(modes: tuple[float, float, float], volumes: tuple[int, int, int], vessels: float) -> NDArray[np.float32]:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(mode, 0.06 * modes[2], volume) for mode, volume in zip(modes, volumes, strict=True)]
+    bright = rng.uniform(1.2 * modes[2], 3 * modes[2], int(vessels * sum(volumes)))
+    shown = np.concatenate([*parts, bright]).clip(1e-3)
+    return np.concatenate([np.zeros(64**3 - len(shown)), shown]).reshape(64, 64, 64).astype(np.float32)
+
+
+@pytest.mark.parametrize("volumes", [(20_000, 60_000, 50_000), (40_000, 90_000, 30_000), (10_000, 30_000, 60_000)])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("vessels", [0.0, 0.02])
+def test_white_matter_arrives_at_110_of_255(volumes: tuple[int, int, int], scale: float, vessels: float) -> None:
+    scan = Scan(tissues((0.3 * scale, 0.7 * scale, scale), volumes, vessels), np.eye(4))
+    found = scale_white_matter(scan).array
+    assert found.dtype == np.float32
+    seen = (scan.array > 0) & (found < 1)  # one factor, but for what is clipped
+    factor = np.median(found[seen] / scan.array[seen])
+    # A bin is 0.4 % of the range, which vessels stretch to three times; smoothing pulls towards grey matter.
+    assert factor * scale == pytest.approx(110 / 255, rel=0.03)
+    assert found.max() <= 1
+
+
+def test_rescaling_ends_at_the_brightest_half_percent() -> None:
+    scan = Scan(tissues((0.3, 0.7, 1), (20_000, 60_000, 50_000), 0.004), np.eye(4))
+    found = rescale(scan)
+    assert np.mean(found.array[scan.array > 0] == 1) == pytest.approx(0.005, abs=1e-4)
+    assert found.background == 0

@@ -1,0 +1,173 @@
+"""Affine maps in physical space: millimetres, RAS and LPS, right angles, the grid of an image.
+
+An ``affine`` is nibabel's: a 4 x 4 matrix that maps voxel indices to millimetres in RAS (x grows to the right, y to
+the front, z up). ITK and its files use LPS, in which the first two coordinates have the opposite sign. This conversion
+happens here and, for scans that ITK reads, in :mod:`~voxelmorph_monai.io.volumes` and
+:mod:`~voxelmorph_monai.io.dicom`, but nowhere else. Within a plane an affine is 3 x 3.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "ImageGrid",
+    "apply_affine",
+    "check_affine",
+    "check_same_grid",
+    "corner_distance",
+    "half_map",
+    "in_plane",
+    "inside",
+    "is_sheared",
+    "points_to_lps",
+    "ras_to_lps",
+    "require_right_angles",
+    "slabs",
+    "spacing",
+    "to_lps",
+]
+
+Affine = NDArray[np.float64]
+
+
+def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> float:
+    """Largest distance (mm) between the positions of a voxel under two affines, on a grid of this shape."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(4, -1)
+    return float(np.linalg.norm((first - second) @ corners, axis=0).max())
+
+
+_SLAB_VOXELS = 2**20  # voxels processed at a time
+
+
+class ImageGrid(NamedTuple):
+    """Size and position of an image grid.
+
+    Attributes:
+        size: number of voxels ``(X, Y, Z)``.
+        affine: map from voxel indices to positions (RAS, mm).
+    """
+
+    size: Sequence[int]
+    affine: Affine
+
+
+def ras_to_lps(spatial_dims: int) -> Affine:
+    """Matrix from RAS to LPS, which is its own inverse."""
+    return np.diag([-1.0, -1.0, *[1.0] * (spatial_dims - 1)])
+
+
+def half_map(mapping: Affine) -> Affine:
+    """The map that, done twice, is ``mapping``, 4 x 4, which turns points by less than half a circle.
+
+    Iteration of Denman and Beavers (Applied Mathematics and Computation 1976), which converges quadratically.
+
+    >>> half_map(np.diag([4.0, 9.0, 1.0, 1.0])).diagonal().tolist()
+    [2.0, 3.0, 1.0, 1.0]
+    """
+    half, inverse = mapping, np.eye(4)
+    for _ in range(12):
+        half, inverse = (half + np.linalg.inv(inverse)) / 2, (inverse + np.linalg.inv(half)) / 2
+    return half
+
+
+def spacing(affine: Affine) -> Affine:
+    """Distance between neighbouring voxels along each array axis, in mm: ``(3,)``, or ``(2,)`` within a plane.
+
+    >>> spacing(np.diag([-2.0, 1.0, 3.0, 1.0])).tolist()
+    [2.0, 1.0, 3.0]
+    """
+    return np.linalg.norm(affine[:-1, :-1], axis=0)
+
+
+def check_affine(affine: Affine, subject: str) -> None:
+    """Raise ValueError unless ``affine`` is 4 x 4, finite and has an inverse."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise ValueError(f"the affine of {subject} is not 4 x 4 finite numbers: {affine.tolist()}. Correct its header.")
+    volume = abs(np.linalg.det(affine[:3, :3]))
+    if volume <= 1e-6 * np.prod(spacing(affine)):
+        raise ValueError(
+            f"the affine of {subject} has no inverse: its axes {affine[:3, :3].tolist()} span no volume. Correct its "
+            "header."
+        )
+
+
+def is_sheared(affine: Affine) -> bool:
+    """Whether angles between axes differ from 90 degrees by more than header rounding (1e-3: 0.25 mm in a brain)."""
+    direction = affine[:-1, :-1] / spacing(affine)
+    return not np.allclose(direction.T @ direction, np.eye(len(direction)), atol=1e-3)
+
+
+def require_right_angles(affine: Affine, subject: str) -> None:
+    """Raise ValueError if the axes of an image are sheared, which neither ITK nor a qform can express."""
+    if is_sheared(affine):
+        raise ValueError(
+            f"the axes of {subject} are not at right angles in the affine {affine.tolist()}. Correct its header, or "
+            "resample it to a grid without shear."
+        )
+
+
+def to_lps(value: NDArray[np.floating[Any]]) -> Affine:
+    """Convert a point ``(3,)`` or a map of points ``(4, 4)`` from RAS to LPS, or back; also in 2-D."""
+    if value.ndim == 1:
+        return ras_to_lps(len(value))[:-1, :-1] @ value
+    return ras_to_lps(len(value) - 1) @ value @ ras_to_lps(len(value) - 1)
+
+
+def points_to_lps(points: NDArray[np.floating[Any]]) -> NDArray[Any]:
+    """Convert points or vectors ``(..., 3)`` or ``(..., 2)`` from RAS to LPS, or back."""
+    return points * np.array([-1, -1, 1])[: points.shape[-1]]
+
+
+def in_plane(matrix: NDArray[np.floating[Any]]) -> Affine:
+    """Reduce a 4 x 4 matrix to x and y: 3 x 3. Nothing is lost if it keeps the plane z = 0."""
+    return matrix[np.ix_([0, 1, 3], [0, 1, 3])].astype(np.float64)
+
+
+def apply_affine(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDArray[np.float64]:
+    """Map ``points`` ``(3, ...)`` by a 4 x 4 matrix."""
+    shift = matrix[:3, 3].reshape(3, *[1] * (points.ndim - 1))
+    return np.tensordot(matrix[:3, :3], points, axes=1) + shift
+
+
+def slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Cut a grid along its first axis into parts of about a million voxels; yields slice and indices ``(3, ...)``."""
+    step = max(1, _SLAB_VOXELS // (size[1] * size[2]))
+    for start in range(0, size[0], step):
+        stop = min(start + step, size[0])
+        index = np.indices((stop - start, size[1], size[2]), dtype=np.float64)
+        index[0] += start
+        yield slice(start, stop), index
+
+
+def inside(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether indices ``(3, ...)`` lie in an image of this shape: at most half a voxel beyond its outermost voxels."""
+    end = np.reshape(shape, (3, *[1] * (index.ndim - 1))) - 0.5
+    return np.logical_and.reduce((index >= -0.5) & (index < end))
+
+
+def check_same_grid(
+    first: ImageGrid, second: ImageGrid, names: tuple[str, str], tolerance: float | None = None
+) -> None:
+    """Raise ValueError unless two grids have the same size and place each voxel at the same point.
+
+    Args:
+        first: first grid.
+        second: second grid.
+        names: names of their images, for the error.
+        tolerance: largest distance in mm between the two positions of a voxel (default: 0.1 mm or a tenth of the
+            shortest side of a voxel, which is far above header rounding and far below a voxel).
+    """
+    if tolerance is None:
+        tolerance = min(0.1, 0.1 * float(spacing(first.affine).min()))
+    shape, other = tuple(first.size), tuple(second.size)
+    if shape != other:
+        raise ValueError(f"{names[0]} has shape {shape} and {names[1]} has {other}. Resample them to one grid.")
+    apart = corner_distance(first.affine, second.affine, shape)
+    if not apart <= tolerance:
+        raise ValueError(
+            f"{names[0]} and {names[1]} are not on one grid: their headers place a voxel {apart:.3g} mm apart, affines "
+            f"{first.affine.tolist()} and {second.affine.tolist()}. Correct a header, or resample one of them."
+        )

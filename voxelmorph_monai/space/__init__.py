@@ -1,0 +1,1 @@
+"""Where scans lie: RAS, mm; how they are resampled and aligned."""

@@ -1,0 +1,195 @@
+r"""Rigid and affine registration by mutual information, from any pose, in 2-D and 3-D.
+
+The transform maps points of the fixed image to points of the moving one. It is found in three steps:
+
+1. many poses, scored on coarse copies: rotations about the centres of what the images show and, where a field of view
+   cuts one of them off, shifts along all axes;
+2. a climb, with few parameters, on the same copies: from the best of them, and from where the headers put the images
+   already;
+3. a climb with all parameters from the one that is best then, on two finer copies.
+
+Images that are the same where the headers put them stay there. How coarse is counted in sides of a cube as large as
+what the images show, so that a mouse is registered as a man: for a brain, whose side is some 125 mm, the copies have
+voxels of 8, 4 and 2 mm.
+
+What a field of view cuts off is unknown, not background, and does not count
+(:mod:`~voxelmorph_monai.space.mutual_information`). Nothing is drawn at random and sums are taken in one order, so that
+the same images give the same transform whatever the number of threads.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, require_right_angles, spacing
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.space.mutual_information import Copy, MutualInformation, coarsen, is_shown, maximise
+from voxelmorph_monai.space.scan import Plane, Scan
+
+__all__ = ["align", "header_map", "register_affine"]
+
+ndimage, rotations = lazy("scipy.ndimage"), lazy("scipy.spatial.transform")
+
+_SIZES = {2: (0.032, 0.016, 0.008), 3: (0.064, 0.032, 0.016)}  # sides: a brain is about 20 voxels wide at first
+_REACH = 0.14  # sides, around what the fixed image shows: what is compared
+_NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart, half of what a climb makes up for
+_SHIFT = 3  # coarse voxels between neighbouring shifts, about half of what a climb makes up for
+_NUM_STARTS = 8
+_TOLERANCE = 0.01  # of a voxel, the shortest step of a climb
+_SAME = 0.9999  # correlation of images that differ by rounding alone
+_NUM_POINTS = 20_000  # at which it is looked whether images are the same
+
+
+def _side(array: NDArray[Any], affine: Affine) -> float:
+    """Side in mm of a cube, or square, as large as all that an image shows."""
+    return float(np.count_nonzero(is_shown(array)) * np.prod(spacing(affine))) ** (1 / array.ndim)
+
+
+def _rotations(number: int, spatial_dims: int) -> NDArray[Any]:
+    """Evenly spread rotations ``(number, D, D)``, the identity first.
+
+    In 3-D they lie on the super-Fibonacci spiral of Alexa (CVPR 2022).
+    """
+    if spatial_dims == 2:
+        angles = 2 * np.pi * np.arange(number) / number
+        return rotations.Rotation.from_euler("z", angles[:, None]).as_matrix()[:, :2, :2]
+    s = np.arange(number - 1) + 0.5
+    inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
+    a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
+    quaternions = np.stack([inner * np.sin(a), inner * np.cos(a), outer * np.sin(b), outer * np.cos(b)], axis=1)
+    return np.concatenate([np.eye(3)[None], rotations.Rotation.from_quat(quaternions).as_matrix()])
+
+
+def _ends(copy: Copy) -> NDArray[Any]:
+    """Corners ``(2, D)`` of the straight box (mm) around a copy."""
+    corners = np.array([*product(*[(0, n - 1) for n in copy.array.shape])])
+    places = corners @ copy.affine[:-1, :-1].T + copy.affine[:-1, -1]
+    return np.stack([places.min(axis=0), places.max(axis=0)])
+
+
+def _poses(moving: Copy, fixed: Copy, scale: float) -> Iterator[Affine]:
+    """Maps to try: rotations about the centres, with a scale, and shifts if one of the images is cut off.
+
+    How large a part of something is says nothing of its scale: then there are rotations without one, too.
+    """
+    cut = moving.known is not None or fixed.known is not None
+    dims, centre, target = fixed.array.ndim, fixed.centre, moving.centre
+
+    def pose(linear: NDArray[Any], to: NDArray[Any]) -> Affine:
+        matrix = np.eye(dims + 1)
+        matrix[:-1, :-1] = linear
+        matrix[:-1, -1] = to - linear @ centre
+        return matrix
+
+    turns = _rotations(_NUM_ROTATIONS, dims)
+    for linear in [*scale * turns, *(turns if cut and scale != 1 else [])]:
+        yield pose(linear, target)
+    if cut:
+        (low, high), (other_low, other_high) = _ends(moving), _ends(fixed)
+        middle = (low + high) / 2 + centre - (other_low + other_high) / 2
+        farthest = np.maximum(high - low, other_high - other_low) / 2  # half of the smaller one is in common then
+        step = _SHIFT * float(spacing(fixed.affine).max())
+        for index in product(*[np.arange(-(r // step), r // step + 1) for r in farthest]):
+            yield pose(np.eye(dims), middle + step * np.array(index))
+
+
+def _same(moving: tuple[NDArray[Any], Affine], fixed: tuple[NDArray[Any], Affine]) -> bool:
+    """Whether the images are the same where the headers put them: then there is nothing to optimise, and to spoil."""
+    shown = np.flatnonzero(is_shown(fixed[0]))
+    some = np.stack(np.unravel_index(shown[:: max(1, len(shown) // _NUM_POINTS)], fixed[0].shape))
+    to_voxels = np.linalg.inv(moving[1]) @ fixed[1]
+    at = to_voxels[:-1, :-1] @ some + to_voxels[:-1, -1:]
+    ends = np.reshape(moving[0].shape, (-1, 1)) - 0.5
+    inside = ((at >= -0.5) & (at <= ends)).all(axis=0)
+    if inside.mean() < 0.5:
+        return False
+    there = ndimage.map_coordinates(moving[0], at[:, inside], np.float64, order=1, mode="nearest")
+    here = fixed[0][tuple(some[:, inside])].astype(np.float64)
+    there, here = there - there.mean(), here - here.mean()
+    return bool((there * here).sum() > _SAME * np.sqrt((there**2).sum() * (here**2).sum()))
+
+
+def register_affine(
+    moving: tuple[NDArray[Any], Affine],
+    fixed: tuple[NDArray[Any], Affine],
+    kind: str = "affine",
+    names: tuple[str, str] = ("moving", "fixed"),
+) -> Affine:
+    """Align two images ``(array, affine)``.
+
+    Args:
+        moving: image whose background is about 0, in any pose. A few very bright voxels spoil the histogram: clip them.
+            Or ``(X, Y)`` with a 3 x 3 affine.
+        fixed: the same.
+        kind: ``"rigid"`` (6 parameters, 3 in 2-D) or ``"affine"`` (12 and 6).
+        names: what messages call the images.
+
+    Returns:
+        Matrix, 4 x 4 or 3 x 3, that takes points of ``fixed`` to points of ``moving`` (RAS, mm).
+
+    Raises:
+        ValueError: an image cannot be aligned.
+    """
+    if kind not in ("rigid", "affine"):
+        raise ValueError(f"an alignment is 'rigid' or 'affine', not '{kind}'.")
+    for name, (array, affine) in zip(names, (moving, fixed), strict=True):
+        if array.ndim not in (2, 3) or affine.shape != (array.ndim + 1,) * 2 or not (array > 0).any():
+            raise ValueError(f"{name} must be (X, Y, Z) and not 0 everywhere, got {array.shape}.")
+        require_right_angles(affine, name)
+    if moving[0].ndim != fixed[0].ndim:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must both be 2-D or 3-D, got {moving[0].shape} and {fixed[0].shape}."
+        )
+    dims = fixed[0].ndim
+    if _same(moving, fixed):
+        return np.eye(dims + 1)
+    sides = _side(*moving), _side(*fixed)
+    sizes, reach = [max(sides) * size for size in _SIZES[dims]], _REACH * max(sides)
+    copies = [*zip(coarsen(*moving, sizes, 0), coarsen(*fixed, sizes, reach), strict=True)]
+    coarse = copies[0]
+    for name, copy in zip(names, coarse, strict=True):
+        if not np.ptp(copy.array) > 0:
+            raise ValueError(f"{name} shows the same intensity everywhere, {copy.array.flat[0]:g}: nothing to go by.")
+    poses = [*_poses(*coarse, 1.0 if kind == "rigid" else sides[0] / sides[1])]
+    information = MutualInformation(*coarse, reach)
+    scores = [information.glance(pose) for pose in poses]
+    starts = [poses[k] for k in np.argsort(scores, kind="stable")[::-1][:_NUM_STARTS]]
+    starts.append(np.eye(dims + 1))
+    start_kind = "rigid" if kind == "rigid" else "similarity"
+    results = [maximise(information, start, start_kind, 5 * _TOLERANCE * sizes[0]) for start in starts]
+    result = results[int(np.argmax([information(each) for each in results]))]
+    for size, pair, thinned in zip(sizes[1:], copies[1:], (False, True), strict=True):
+        result = maximise(MutualInformation(*pair, reach, thinned), result, kind, _TOLERANCE * size)
+    return result
+
+
+def header_map(moving: Scan, fixed: Scan) -> Affine:
+    """Map from points of ``fixed`` to those of ``moving`` as the headers have it: for slices, from plane to plane."""
+    if not fixed.is_slice:
+        return np.eye(4)
+    source = Plane.of(fixed)
+    return source.map_to(Plane.of(moving, source), np.eye(3))
+
+
+def align(moving: Scan, fixed: Scan, alignment: str = "affine") -> Affine:
+    """Linear map, 4 x 4, from points of ``fixed`` to points of ``moving`` (RAS, mm).
+
+    Args:
+        moving: scan whose background is 0, in any pose; slices are aligned within their planes.
+        fixed: the same.
+        alignment: ``"affine"``, ``"rigid"``, or ``"none"``, which leaves the scans where their headers put them.
+
+    Raises:
+        ValueError: the scans show nothing alike, or ``alignment`` is none of these.
+    """
+    if alignment == "none":
+        return header_map(moving, fixed)
+    names = moving.name, fixed.name
+    if not fixed.is_slice:
+        return register_affine((moving.array, moving.affine), (fixed.array, fixed.affine), alignment, names)
+    source = Plane.of(fixed)
+    target = Plane.of(moving, source)
+    return source.map_to(target, register_affine(target.flatten(moving), source.flatten(fixed), alignment, names))

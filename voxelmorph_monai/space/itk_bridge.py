@@ -1,0 +1,118 @@
+"""To ITK and back: images and linear transforms.
+
+Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the array's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, check_affine, ras_to_lps, require_right_angles, spacing, to_lps
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.io.formats import silent_stderr
+from voxelmorph_monai.lazy import lazy
+
+__all__ = [
+    "Image",
+    "Transform",
+    "from_itk",
+    "linear_transform",
+    "save_transform",
+    "set_grid",
+    "to_itk",
+    "transform_affine",
+    "write_by_itk",
+]
+
+itk = lazy("itk")
+
+Image = Any
+"""An image of ITK, which has no types."""
+
+Transform = Any
+"""A transform of ITK."""
+
+
+def to_itk(array: NDArray[Any], affine: Affine) -> Image:
+    """Copy ``array`` ``(X, Y, Z)`` with its affine (RAS) to an ITK image (LPS) of the same pixel type.
+
+    An array ``(X, Y)`` with a 3 x 3 affine becomes a 2-D image.
+    """
+    if array.ndim == 3:
+        check_affine(affine, "an image for ITK")
+    require_right_angles(affine, "an image for ITK")
+    image = itk.image_from_array(np.ascontiguousarray(array.T))
+    set_grid(image, affine)
+    return image
+
+
+def set_grid(image: Image, affine: Affine) -> None:
+    """Put an ITK image where the affine (RAS) says."""
+    lps = ras_to_lps(len(affine) - 1) @ affine
+    image.SetSpacing(spacing(affine).tolist())
+    image.SetOrigin(lps[:-1, -1].tolist())
+    image.SetDirection(itk.matrix_from_array(lps[:-1, :-1] / spacing(affine)))
+
+
+def from_itk(image: Image) -> tuple[NDArray[Any], Affine]:
+    """Copy an ITK image (LPS) to an array ``(X, Y, Z)`` and its affine (RAS), or ``(X, Y)`` and one of 3 x 3."""
+    spatial_dims = image.GetImageDimension()
+    lps = np.eye(spatial_dims + 1)
+    lps[:-1, :-1] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
+    lps[:-1, -1] = image.GetOrigin()
+    return itk.array_from_image(image).T, ras_to_lps(spatial_dims) @ lps
+
+
+def transform_affine(transform: Transform) -> Affine:
+    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm; 3 x 3 of one in 2-D."""
+    lps = np.eye(transform.GetInputSpaceDimension() + 1)
+    lps[:-1, :-1] = itk.array_from_matrix(transform.GetMatrix())
+    lps[:-1, -1] = transform.GetOffset()
+    return to_lps(lps)
+
+
+def linear_transform(matrix: NDArray[np.floating[Any]], double: bool = True) -> Transform:
+    """ITK transform (LPS) of a map of points in RAS, mm; the inverse of :func:`transform_affine`.
+
+    Args:
+        matrix: the map, 4 x 4, or 3 x 3 in 2-D.
+        double: whether its parameters have double precision, or single.
+    """
+    transform = itk.AffineTransform[itk.D if double else itk.F, len(matrix) - 1].New()
+    lps = to_lps(matrix).astype(np.float64 if double else np.float32)
+    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:-1, :-1])))
+    transform.SetTranslation(lps[:-1, -1].tolist())
+    return transform
+
+
+def write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Have ITK write ``path``, whole or not at all, and raise an OSError if it cannot."""
+    with atomic(path) as temporary:
+        reason = None
+        with silent_stderr():  # on which HDF5 prints a page, and another when the writer is gone
+            try:
+                write(temporary)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split()).rsplit("ITK ERROR: ")[-1]
+        if reason is not None:
+            raise OSError(f"{path} cannot be written: {reason or 'is the disk full?'}")
+
+
+def save_transform(path: str | Path, transform: Transform) -> None:
+    """Write an ITK transform in the format of the ending, ``.txt``, ``.mat`` or ``.h5``; whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        itk.transformwrite([transform], str(temporary), compression=True)
+        if temporary.suffix not in (".h5", ".hdf5"):  # on a full disk ITK leaves an empty file, and says nothing
+            try:
+                (again,) = itk.transformread(str(temporary))
+                whole = np.allclose(again.GetParameters(), transform.GetParameters(), rtol=1e-6, atol=1e-6)
+            except RuntimeError:
+                whole = False
+            if not whole:
+                raise RuntimeError
+
+    write_by_itk(path, write)

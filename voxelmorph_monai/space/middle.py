@@ -1,0 +1,50 @@
+"""The middle of several scans: the mean of linear maps, and a grid around all that the scans show."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from voxelmorph_monai.affines import ImageGrid, apply_affine
+from voxelmorph_monai.space.scan import Scan
+
+__all__ = ["grid_around", "linear_mean"]
+
+_MARGIN = 8  # voxels around what the scans show
+_Matrix = NDArray[np.floating[Any]]
+
+
+def linear_mean(maps: Sequence[_Matrix]) -> NDArray[np.float64]:
+    """Mean of linear maps, 4 x 4, by their logarithms: that of a map and its inverse is the identity.
+
+    >>> shift = np.eye(4); shift[0, 3] = 6.0
+    >>> linear_mean([shift, np.eye(4)])[0].round(6).tolist()
+    [1.0, 0.0, 0.0, 3.0]
+    """
+    logarithms = [linalg.logm(np.asarray(each, dtype=np.float64)).real for each in maps]
+    found: NDArray[np.float64] = linalg.expm(np.mean(logarithms, axis=0))
+    found[3] = [0, 0, 0, 1]  # up to rounding it is
+    return found
+
+
+def grid_around(scans: Sequence[Scan], maps: Sequence[_Matrix], spacing: float | None = None) -> ImageGrid:
+    """A grid along RAS around what any scan shows above its background.
+
+    Args:
+        scans: the scans.
+        maps: 4 x 4, from points of the grid to points of each scan (RAS, mm).
+        spacing: side of a voxel in mm (default: that of the finest scan, on average over its axes).
+    """
+    side = spacing or min(float(np.prod(scan.spacing)) ** (1 / 3) for scan in scans)
+    ends = []
+    for scan, mapping in zip(scans, maps, strict=True):
+        index = np.argwhere(scan.array > scan.background)
+        corners = np.stack(np.meshgrid(*zip(index.min(0), index.max(0), strict=True), indexing="ij")).reshape(3, -1)
+        ends.append(apply_affine(np.linalg.inv(mapping) @ scan.affine, corners))
+    low, high = np.hstack(ends).min(1), np.hstack(ends).max(1)
+    size = np.ceil((high - low) / side).astype(int) + 1 + 2 * _MARGIN
+    affine = np.diag([side, side, side, 1.0])
+    affine[:3, 3] = (low + high) / 2 - side * (size - 1) / 2
+    return ImageGrid(size.tolist(), affine)

@@ -1,0 +1,357 @@
+r"""Mutual information of two images as a function of the linear map between them, and how to climb it.
+
+What one scan shows is compared with the other only where both know it. A scan knows what lies within its field of view.
+Beyond that it knows that background goes on where it ends in background; where it cuts something off, it knows nothing,
+and the points there do not count.
+
+The mutual information is that of Mattes et al. (IEEE TMI 2003): intensities of the moving image are spread over the
+bins of a histogram by a cubic B-spline, those of the fixed image are counted. With :math:`p` the share of the points in
+each cell, :math:`m` the moving and :math:`f` the fixed intensity,
+
+.. math:: I = \sum_{f, m} p(f, m) \log \frac{p(f, m)}{p(f) \, p(m)}, \qquad
+          \frac{dI}{d\theta} = \Big\langle s(f, m) \, \frac{dm}{d\theta} \Big\rangle, \quad
+          s = \frac{\partial}{\partial m} \log \frac{p(f, m)}{p(m)},
+
+a mean over the points. The mean of :math:`s^2 \, (dm / d\theta)(dm / d\theta)^T`, Fisher's information, says how the
+parameters differ in scale and hang together; in the coordinates that make it the identity, BFGS needs some ten steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, spacing
+from voxelmorph_monai.lazy import lazy
+
+__all__ = ["Copy", "MutualInformation", "coarsen", "generators", "is_shown", "maximise"]
+
+linalg, ndimage = lazy("scipy.linalg"), lazy("scipy.ndimage")
+
+_SHOWN = 0.1  # of the 99th percentile: what is darker is background, or noise in it
+_THIN = 4  # voxels that a copy keeps along each axis if it has them
+_LEVELS = 16  # of intensity within a bin: with more of them the result changes by less than 1e-3 mm
+_MAX_BINS = 32
+_BLOCK = 8192  # points worked at together: their intermediate numbers stay in the cache (3 times)
+_LEAST = 0.25  # fraction of the points that could be compared which must be
+_MAX_STEPS = 40
+_FARTHEST = 0.5  # of the points' root mean square distance from their centre, in one step
+
+_Array = NDArray[np.float64]
+
+
+class Copy(NamedTuple):
+    """Coarse copy of an image, with a margin.
+
+    Attributes:
+        array: intensities ``(X, Y, Z)``, or ``(X, Y)``.
+        affine: takes voxels to mm (RAS), 4 x 4 or 3 x 3.
+        shown: which voxels lie above the background.
+        known: 1 where the scan knows what is there, else 0; None if it does everywhere.
+    """
+
+    array: _Array
+    affine: Affine
+    shown: NDArray[np.bool_]
+    known: _Array | None
+
+    @property
+    def centre(self) -> _Array:
+        """Centre of what is shown, in mm."""
+        return self.affine[:-1, :-1] @ np.argwhere(self.shown).mean(axis=0) + self.affine[:-1, -1]
+
+
+def is_shown(array: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which voxels of an image whose background is about 0 lie above it."""
+    some = array[tuple(slice(None, None, max(1, n // 50)) for n in array.shape)]
+    some = some if (some > 0).any() else array
+    return np.asarray(array > (_SHOWN * np.percentile(some[some > 0], 99) if (some > 0).any() else 0))
+
+
+def _mean_of_blocks(array: NDArray[Any], factor: Sequence[int]) -> NDArray[np.float32]:
+    """Mean of each block of so many voxels; what is left over at the ends of the axes is cut off."""
+    for axis, n in enumerate(factor):
+        lines = np.moveaxis(array, axis, 0)[: array.shape[axis] // n * n].astype(np.float32, copy=False)
+        summed = lines[::n].copy() if n > 1 else lines
+        for k in range(1, n):
+            summed += lines[k::n]
+        array = np.moveaxis(summed / np.float32(n) if n > 1 else lines, 0, axis)
+    return array
+
+
+def _smooth(array: NDArray[np.float32], averaged: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Mean of each voxel and its neighbours along each axis; beyond the border lies what is there.
+
+    Interpolation smooths an image between its voxels and not at them, so that noise would decide on the map. The
+    weights are 1 6 1 along an axis whose voxels have been ``averaged``, which takes most of the noise, and 1 2 1 else.
+    """
+    for axis, own in enumerate(np.where(averaged, np.float32(6), np.float32(2))):
+        lines = np.moveaxis(array, axis, 0)
+        beside = np.concatenate([lines[:1], lines, lines[-1:]])
+        array = np.moveaxis((own * lines + beside[2:] + beside[:-2]) / (own + 2), 0, axis)
+    return array
+
+
+def _extent(array: NDArray[Any], margin: Sequence[int]) -> tuple[slice, ...]:
+    """The voxels that are not 0, and a margin as far as the array goes."""
+    part = []
+    for axis, (n, width) in enumerate(zip(array.shape, margin, strict=True)):
+        found = np.flatnonzero(array.any(axis=tuple(k for k in range(array.ndim) if k != axis)))
+        part.append(slice(max(0, int(found[0]) - width), min(n, int(found[-1]) + 1 + width)))
+    return tuple(part)
+
+
+def coarsen(array: NDArray[Any], affine: Affine, sizes: Sequence[float], margin: float) -> list[Copy]:
+    """Copies of an image with voxels of about ``sizes`` mm, each a multiple of the one after it.
+
+    Args:
+        array: image ``(X, Y, Z)`` or ``(X, Y)`` whose background is about 0.
+        affine: of the image.
+        sizes: sides of the voxels, the largest first. Along an axis whose voxels are as long already, or which has few
+            of them, they stay as they are.
+        margin: mm around the field of view that each copy has at least, and one voxel. Its intensities are those of the
+            border.
+    """
+    sides = spacing(affine)
+    part = _extent(array != 0, np.maximum(np.ceil(2 * sizes[0] / sides).astype(int), 1))
+    array, affine = array[part], affine.copy()
+    affine[:-1, -1] += affine[:-1, :-1] @ [edge.start for edge in part]
+    copies = []
+    for size in reversed(sizes):
+        most = np.maximum(np.array(array.shape) // _THIN, 1)
+        factor = np.clip(np.rint(size / spacing(affine)).astype(int), 1, most)
+        array, affine = _mean_of_blocks(array, factor.tolist()), affine.copy()
+        affine[:-1, -1] += affine[:-1, :-1] @ ((factor - 1) / 2)
+        affine[:-1, :-1] *= factor
+        width = np.maximum(np.ceil(margin / spacing(affine)).astype(int), 1)
+        around = [(n, n) for n in width]
+        wider = affine.copy()
+        wider[:-1, -1] -= affine[:-1, :-1] @ width
+        padded = np.pad(_smooth(array, spacing(affine) > 1.5 * sides), around, mode="edge").astype(np.float64)
+        shown = is_shown(array)
+        goes_on = np.pad(shown, around, mode="edge")  # what the border shows, beyond the field of view
+        beyond = np.pad(np.zeros(array.shape, bool), around, constant_values=True)
+        known = None if not (goes_on & beyond).any() else 1.0 - (goes_on & beyond)
+        copies.append(Copy(padded, wider, goes_on & ~beyond, known))
+    return copies[::-1]
+
+
+def generators(kind: str, dims: int) -> _Array:
+    """Directions ``(P, D (D + 1))`` in which a linear map can change: D x (D + 1) matrices, in rows.
+
+    ``kind`` is ``"rigid"``, ``"similarity"`` or ``"affine"``.
+    """
+    units = np.eye(dims * (dims + 1)).reshape(dims, dims + 1, -1)
+    if kind == "affine":
+        return units.reshape(-1, dims * (dims + 1))
+    found = [units[i, dims] for i in range(dims)]
+    found += [units[i, j] - units[j, i] for i in range(dims) for j in range(i)]
+    if kind == "similarity":
+        found.append(sum(units[i, i] for i in range(dims)))
+    return np.stack(found)
+
+
+def _spline(bins: int) -> tuple[_Array, _Array]:
+    """Weights of the bins ``(levels, bins + 3)`` for an intensity at each level, and their slopes per level."""
+    x = np.arange(bins * _LEVELS + 1)[:, None] / _LEVELS - (np.arange(bins + 3) - 1)
+    far = np.abs(x)
+    weights = np.where(far < 1, 2 / 3 - far**2 + far**3 / 2, np.clip(2 - far, 0, None) ** 3 / 6)
+    slopes = np.where(far < 1, 1.5 * far**2 - 2 * far, -(np.clip(2 - far, 0, None) ** 2) / 2) * np.sign(x)
+    return weights, slopes / _LEVELS
+
+
+def _interpolate(
+    values: _Array, shape: tuple[int, ...], at: _Array, with_slope: bool = True
+) -> tuple[_Array, list[_Array]]:
+    """Values of an image between its voxels, linear, and their slopes along each axis; beyond its border, those there.
+
+    Args:
+        values: of the image, flat.
+        shape: of the image, at least 2 along each axis.
+        at: positions in voxels ``(D, N)``; they are overwritten.
+        with_slope: whether the slopes are wanted.
+    """
+    steps = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
+    first = np.zeros(at.shape[1], np.intp)
+    for x, n, step in zip(at, shape, steps, strict=True):
+        np.clip(x, 0, n - 1 - 1e-6, out=x)
+        whole = x.astype(np.intp)
+        x -= whole
+        first += whole * step
+    corners = np.array(np.meshgrid(*[(0, step) for step in steps], indexing="ij")).sum(axis=0).ravel()
+    found = [values[corner:].take(first) for corner in corners]
+    slopes: list[list[_Array]] = []
+    for x in at:
+        half = len(found) // 2
+        steep = [found[half + k] - found[k] for k in range(half)]
+        if with_slope:
+            slopes = [[each[k] + x * (each[half + k] - each[k]) for k in range(half)] for each in slopes] + [steep]
+        found = [found[k] + x * steep[k] for k in range(half)]
+    return found[0], [each[0] for each in slopes]
+
+
+class _Slope(NamedTuple):
+    """Mutual information at a map, its gradient ``(D (D + 1),)`` and Fisher's information, a square of that."""
+
+    value: float
+    gradient: _Array
+    fisher: _Array | None
+
+
+class MutualInformation:
+    """Mutual information, in nats, of two images under a linear map from points of the fixed to points of the moving.
+
+    Maps change by what is applied before them, in coordinates about the centre of the points that are compared, with
+    the root mean square of their distances from it as the unit.
+
+    Args:
+        moving: coarse copy of one image.
+        fixed: of the other; its voxels that show something, and those up to ``reach`` mm beside them, are compared.
+        reach: in mm.
+        thinned: take a quarter of the voxels, a body-centred lattice (half of them in 2-D).
+    """
+
+    def __init__(self, moving: Copy, fixed: Copy, reach: float, thinned: bool = False) -> None:
+        widths = np.maximum(np.rint(reach / spacing(fixed.affine)).astype(int), 1)
+        taken = fixed.shown
+        for axis, width in enumerate(widths):
+            taken = ndimage.maximum_filter1d(taken, 2 * width + 1, axis=axis)
+        if fixed.known is not None:
+            taken &= fixed.known > 0
+        if thinned:
+            parity = np.indices(taken.shape) % 2
+            taken &= (parity == parity[0]).all(axis=0)
+        points = fixed.affine[:-1, :-1] @ np.argwhere(taken).T + fixed.affine[:-1, -1:]
+        centre = points.mean(axis=1, keepdims=True)
+        self.radius = float(np.sqrt(((points - centre) ** 2).sum(axis=0).mean()))
+        self.points = np.concatenate([(points - centre) / self.radius, np.ones((1, points.shape[1]))])
+        self.to_mm = np.diag([*[self.radius] * len(points), 1.0])
+        self.to_mm[:-1, -1:] = centre
+        self.bins = int(min(np.cbrt(self.points.shape[1]), _MAX_BINS))
+        self._weights, self._slopes = _spline(self.bins)
+        row = len(self._weights)
+        self._rows = (self._levels(fixed.array, taken, self.bins) // 1).clip(max=self.bins - 1).astype(np.intp) * row
+        self._values = self._levels(moving.array, ..., row - 1).ravel() + 0.5
+        self._known = None if moving.known is None else moving.known.ravel()
+        self._shape = moving.array.shape
+        self._to_voxels = np.linalg.inv(moving.affine)
+        volumes = [float(np.prod(spacing(each.affine))) * each.array.size for each in (moving, fixed)]
+        self.least = _LEAST * min(1.0, volumes[0] / volumes[1])
+
+    @staticmethod
+    def _levels(array: _Array, part: Any, number: int) -> _Array:
+        low, high = float(array.min()), float(array.max())
+        return (array[part] - low) * (number / (high - low))
+
+    def __call__(self, matrix: Affine) -> float:
+        """Mutual information times the fraction of the points that the moving image knows; 0 if these are too few.
+
+        What is not known explains nothing: so maps that have more or less in common can be compared.
+        """
+        histogram, _ = self._histogram(self._to_voxels @ matrix @ self.to_mm, with_slope=False)
+        return self._score(histogram, self.points.shape[1])
+
+    def glance(self, matrix: Affine) -> float:
+        """About what :meth:`__call__` gives, for less: of the voxels that are nearest to half of the points."""
+        at = (self._to_voxels @ matrix @ self.to_mm)[:-1] @ self.points[:, ::2]
+        nearest = np.zeros(at.shape[1], np.intp)
+        for x, n in zip(at, self._shape, strict=True):
+            nearest = nearest * n + np.clip(x + 0.5, 0, n - 0.5).astype(np.intp)
+        cells = self._rows[::2] + self._values.take(nearest).astype(np.intp)
+        known = None if self._known is None else self._known.take(nearest)
+        return self._score(np.bincount(cells, known, minlength=self.bins * len(self._weights)), at.shape[1])
+
+    def _score(self, histogram: NDArray[Any], number: int) -> float:
+        fraction = float(histogram.sum()) / number
+        return fraction * self._information(histogram)[0] if fraction >= self.least else 0.0
+
+    def _histogram(self, to_voxels: Affine, with_slope: bool) -> tuple[_Array, list[Any]]:
+        """How often each level of the moving image meets each bin of the fixed one, and what slopes are made of."""
+        histogram, parts = np.zeros(self.bins * len(self._weights)), []
+        for start in range(0, self.points.shape[1], _BLOCK):
+            part = slice(start, start + _BLOCK)
+            at = to_voxels[:-1] @ self.points[:, part]
+            known = None
+            if self._known is not None:
+                known, _ = _interpolate(self._known, self._shape, at.copy(), with_slope=False)
+            level, slopes = _interpolate(self._values, self._shape, at, with_slope)
+            cells = self._rows[part] + level.astype(np.intp)
+            histogram += np.bincount(cells, known, minlength=histogram.size)
+            if with_slope:
+                parts.append((part, cells, known, slopes))
+        return histogram, parts
+
+    def _information(self, histogram: _Array) -> tuple[float, _Array]:
+        """Mutual information, and the log of ``p(f, m) / p(m)`` for each bin of both."""
+        joint = histogram.reshape(self.bins, -1) @ self._weights
+        joint /= max(float(joint.sum()), 1e-9)
+        of_moving, of_fixed = joint.sum(axis=0), joint.sum(axis=1, keepdims=True)
+        given = np.log(np.maximum(joint, 1e-12) / np.maximum(of_moving, 1e-12))
+        given[joint <= 1e-12] = 0
+        return float((joint * (given - np.log(np.maximum(of_fixed, 1e-12)))).sum()), given
+
+    def slope(self, matrix: Affine, with_fisher: bool = False) -> _Slope:
+        """Value, gradient and, if wanted, Fisher's information by the generators of an affine map."""
+        to_voxels = self._to_voxels @ matrix @ self.to_mm
+        histogram, parts = self._histogram(to_voxels, with_slope=True)
+        size = self.points.shape[0] * len(self._shape)
+        if histogram.sum() < self.least * self.points.shape[1]:
+            return _Slope(-np.inf, np.zeros(size), np.eye(size) if with_fisher else None)
+        value, given = self._information(histogram)
+        score = (given @ self._slopes.T).ravel()
+        gradient, fisher = np.zeros((len(self._shape), len(self.points))), np.zeros((size, size))
+        for part, cells, known, slopes in parts:  # in this order, whatever the number of threads
+            steep = score.take(cells) * np.stack(slopes)
+            points = self.points[:, part] if known is None else self.points[:, part] * known
+            gradient += steep @ points.T
+            if with_fisher:
+                rows = (steep[:, None] * self.points[:, part]).reshape(size, -1)
+                fisher += rows @ (rows if known is None else rows * known).T
+        total, turn = histogram.sum(), to_voxels[:-1, :-1]
+        mixed = np.kron(turn, np.eye(len(self.points)))
+        return _Slope(value, (turn.T @ gradient / total).ravel(), mixed.T @ fisher @ mixed / total)
+
+    def change(self, matrix: Affine, direction: _Array) -> tuple[Affine, float]:
+        """Map after a change in a direction ``(D (D + 1),)``, and how far (mm) that moves the points about."""
+        step = np.zeros_like(matrix)
+        step[:-1] = direction.reshape(len(self._shape), -1)
+        return matrix @ self.to_mm @ linalg.expm(step) @ np.linalg.inv(self.to_mm), self.radius * float(
+            np.linalg.norm(step)
+        )
+
+
+def maximise(information: MutualInformation, matrix: Affine, kind: str, tolerance: float) -> Affine:
+    """Climb from a map to where steps are shorter than ``tolerance`` mm, changing it by the generators of a kind."""
+    basis = generators(kind, len(matrix) - 1)
+    here = information.slope(matrix, with_fisher=True)
+    assert here.fisher is not None
+    fisher = basis @ here.fisher @ basis.T
+    if not np.trace(fisher) > 0:  # nothing in common
+        return matrix
+    fisher += 1e-9 * np.trace(fisher) * np.eye(len(fisher))
+    basis = np.linalg.solve(np.linalg.cholesky(fisher), basis)  # in these directions Fisher's information is 1
+    inverse = 2 * np.eye(len(basis))  # of the curvature, which is less: images of two people match in part
+    for number in range(_MAX_STEPS):
+        step = inverse @ (basis @ here.gradient)
+        step *= min(1.0, _FARTHEST / max(float(np.linalg.norm(step @ basis)), 1e-9))
+        while True:
+            trial, length = information.change(matrix, step @ basis)
+            if not length >= tolerance:
+                return matrix
+            there = information.slope(trial)
+            if there.value > here.value:
+                break
+            rise = float(step @ (basis @ here.gradient))
+            step = step * np.clip(rise / (2 * (rise + here.value - there.value)), 0.1, 0.5)  # the top of a parabola
+        bend = basis @ (here.gradient - there.gradient)
+        curvature = float(step @ bend)
+        if curvature > 0:
+            if number == 0:
+                inverse *= np.clip(curvature / (bend @ bend) / 2, 0.25, 4)
+            left = np.eye(len(step)) - np.outer(step, bend) / curvature
+            inverse = left @ inverse @ left.T + np.outer(step, step) / curvature
+        else:
+            inverse *= 2
+        matrix, here = trial, there
+    return matrix

@@ -1,0 +1,110 @@
+"""Sample scans on other grids, and scale their intensities."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import ImageGrid, inside, spacing
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.space.scan import Scan
+from voxelmorph_monai.switch import compiled_module
+
+__all__ = [
+    "SCALINGS",
+    "fraction_inside",
+    "loops_for",
+    "resample",
+    "resample_intensities",
+    "rescale",
+    "scale_white_matter",
+]
+
+ndimage = lazy("scipy.ndimage")
+
+_NUM_BINS, _BIN_SIGMA = 256, 3.0  # of a histogram from 0 to the 99.9th percentile, and of what smooths it
+_LARGE_PEAK = 0.3  # of the highest one: grey matter may be more frequent than white, vessels and noise are far below it
+_NUM_POINTS = 100_000  # at which it is counted how much of a scan lies in a grid: right to 0.5 %
+
+
+def loops_for(scan: Scan, order: int) -> Any:
+    """Compiled loops that can interpolate a scan, with a tenth of SciPy's processor time; None where SciPy has to."""
+    kind = scan.array.dtype
+    fits = kind.isnative and (order == 0 or kind in (np.float32, np.float64))
+    return compiled_module("scan_loops") if fits else None
+
+
+def resample(
+    scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], order: int = 1, outside: float = 0.0
+) -> Scan:
+    """Sample a scan on another grid.
+
+    Args:
+        scan: what to sample; the result has its type.
+        grid: the other grid.
+        mapping: 4 x 4, from points of the other grid to points of the scan (RAS, mm).
+        order: 1 linear; 0 nearest neighbour, which invents no label.
+        outside: the value beyond the outermost voxels of the scan.
+    """
+    to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
+    to_voxels[:3][np.array(scan.shape) == 1] = 0  # across a slice there is no outside
+    loops = loops_for(scan, order)
+    if loops is not None:
+        return Scan(loops.pull(scan.array, to_voxels, grid.size, None, order, outside, 0.0), grid.affine, scan.name)
+    array = ndimage.affine_transform(scan.array, to_voxels, output_shape=tuple(grid.size), order=order, cval=outside)
+    return Scan(array, grid.affine, scan.name)
+
+
+def resample_intensities(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> Scan:
+    """Sample a scan as :func:`resample` does, smoothed along each axis that the other grid samples more coarsely.
+
+    A voxel of that grid then stands for all that lies within it.
+    """
+    width = np.sqrt(np.maximum(spacing(grid.affine).max() ** 2 - scan.spacing**2, 0)) / scan.spacing  # at half height
+    smooth = scan.like(ndimage.gaussian_filter(scan.array, width / 2.355)) if width.any() else scan
+    return resample(smooth, grid, mapping)
+
+
+def rescale(scan: Scan) -> Scan:
+    """Intensities above the background, divided by their 99.5th percentile and clipped: float32 in [0, 1]."""
+    shown = scan.array - scan.background
+    return scan.like(np.clip(shown / np.percentile(shown[shown > 0], 99.5), 0, 1).astype(np.float32, copy=False))
+
+
+def _white_matter_mode(scan: Scan) -> float:
+    """Most frequent intensity of white matter in a skull-stripped T1 scan: the brightest large peak there is."""
+    shown = scan.array[scan.array > 0]
+    edges = np.linspace(0, np.percentile(shown, 99.9), _NUM_BINS + 1)
+    counts = ndimage.gaussian_filter1d(np.histogram(shown, edges)[0].astype(float), _BIN_SIGMA, mode="constant")
+    peaks = np.flatnonzero((counts[1:-1] >= counts[:-2]) & (counts[1:-1] > counts[2:])) + 1
+    large = peaks[counts[peaks] > _LARGE_PEAK * counts.max()]
+    mode = int(large[-1]) if len(large) else int(counts.argmax())
+    return float((edges[mode] + edges[mode + 1]) / 2)
+
+
+def scale_white_matter(scan: Scan) -> Scan:
+    """Intensities of a skull-stripped T1 scan with the mode of its white matter at 110/255, clipped to [0, 1].
+
+    So FreeSurfer's ``norm.mgz`` has it, divided by 255, which the authors of VoxelMorph trained on.
+    """
+    return scan.like(np.clip(scan.array * (110 / 255 / _white_matter_mode(scan)), 0, 1).astype(np.float32, copy=False))
+
+
+SCALINGS = {"percentile": rescale, "white_matter": scale_white_matter}
+"""How images are scaled for a network, by the name that its card has for it."""
+
+
+def fraction_inside(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> float:
+    """Fraction (0 to 1) of the voxels above a scan's background that lie in a grid.
+
+    Args:
+        scan: what may lie beyond the grid.
+        grid: size and affine.
+        mapping: 4 x 4, from points of the scan to points of the grid (RAS, mm).
+    """
+    shown = np.flatnonzero(scan.array > scan.background)
+    some = np.unravel_index(shown[:: max(1, len(shown) // _NUM_POINTS)], scan.shape)
+    to_voxels = np.linalg.inv(grid.affine) @ mapping @ scan.affine
+    index = to_voxels[:3, :3] @ np.stack(some) + to_voxels[:3, 3:]
+    index[np.array(grid.size) == 1] = 0  # across a slice there is no outside
+    return float(inside(index, grid.size).mean()) if len(shown) else 0.0
