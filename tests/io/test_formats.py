@@ -11,8 +11,9 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from voxelmorph_monai.formats import scan_name, spatial_dims_of
-from voxelmorph_monai.spaces import Affine, open_volume, read_image, read_labels, save_image, save_image_like
+from voxelmorph_monai.affines import Affine
+from voxelmorph_monai.io.formats import scan_name, spatial_dims_of
+from voxelmorph_monai.io.images import open_volume, read_image, read_labels, save_image, save_image_like
 
 SIZE = (9, 12, 7)
 LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
@@ -96,7 +97,7 @@ def test_analyze_with_a_matrix_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(array, noise())
     np.testing.assert_allclose(affine, oblique(), atol=1e-9)
     (tmp_path / "old.mat").unlink()
-    with pytest.raises(ValueError, match=r"old\.img must say where it lies; ANALYZE does so only by an SPM \.mat file"):
+    with pytest.raises(ValueError, match=r"old\.img has no position: .*\.mat file"):
         read_image(tmp_path / "old.img")
 
 
@@ -127,11 +128,11 @@ def test_nifti_files_that_tools_put_in_different_places_are_refused(tmp_path: Pa
     moved[0, 3] += 0.08  # the smallest voxel is 0.9 mm
     read_image(nifti(tmp_path / "scan.nii", (moved, 1), (oblique(), 1)))
     moved[0, 3] += 0.02
-    with pytest.raises(ValueError, match=r"scan\.nii must lie in one place, .* put a voxel 0\.1 mm apart"):
+    with pytest.raises(ValueError, match=r"scan\.nii .*sform .*qform .*0\.1 mm apart"):
         read_image(nifti(tmp_path / "scan.nii", (moved, 1), (oblique(), 1)))
-    with pytest.raises(ValueError, match=r"must say where it lies, but its sform_code and its qform_code are 0"):
+    with pytest.raises(ValueError, match=r"scan\.nii .*sform_code and qform_code are both 0"):
         read_image(nifti(tmp_path / "scan.nii", (moved, 0), (oblique(), 0)))
-    with pytest.raises(ValueError, match="must count in mm, but its xyzt_units say metres"):
+    with pytest.raises(ValueError, match=r"scan\.nii .*metres .*xyzt_units"):
         read_image(nifti(tmp_path / "scan.nii", (moved, 1), (moved, 1), unit=1))
     read_image(nifti(tmp_path / "scan.nii", (moved, 1), (moved, 1), unit=0))
 
@@ -152,7 +153,7 @@ def test_a_2d_image_is_a_slice(tmp_path: Path, name: str) -> None:
     theirs = sitk.ReadImage(str(path))
     np.testing.assert_allclose(theirs.TransformIndexToPhysicalPoint((8, 11)), (affine @ [8, 11, 0, 1])[:2] * [-1, -1])
     assert spatial_dims_of(path) == theirs.GetDimension() == 2
-    with pytest.raises(ValueError, match=r"must be one 3-D volume, got shape \(9, 12, 1\)"):
+    with pytest.raises(ValueError, match=r"3-D volume.*\(9, 12, 1\)"):
         read_image(path)
     save_image_like(tmp_path / "like.nii.gz", found, path)
     like = sitk.ReadImage(str(tmp_path / "like.nii.gz"))
@@ -164,7 +165,7 @@ def test_a_2d_image_is_a_slice(tmp_path: Path, name: str) -> None:
 
 def test_a_2d_image_off_its_plane_is_refused(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(noise()[..., 0], oblique()), tmp_path / "image.nii")
-    with pytest.raises(ValueError, match=r"image\.nii must lie in a plane of constant z, as 2-D images do"):
+    with pytest.raises(ValueError, match=r"image\.nii is a 2-D image off a plane of constant z"):
         open_volume(tmp_path / "image.nii", planar=True)
     save_image(tmp_path / "slice.nii", noise()[..., :1], oblique())  # a slice may
     assert open_volume(tmp_path / "slice.nii", planar=True)[0].shape == (9, 12, 1)

@@ -1,0 +1,210 @@
+"""Read and write images as arrays ``(X, Y, Z)`` with their affine (RAS, mm)."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, check_affine, is_sheared, spacing
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.io.dicom import open_dicom
+from voxelmorph_monai.io.formats import (
+    Volume,
+    check_gzip,
+    is_dicom,
+    is_nifti,
+    load_nibabel,
+    reading,
+    spatial_dims_of,
+)
+from voxelmorph_monai.io.gzip_files import write_gzip
+from voxelmorph_monai.io.volumes import open_file
+
+__all__ = [
+    "as_labels",
+    "open_volume",
+    "read_image",
+    "read_labels",
+    "save_image",
+    "save_image_as",
+    "save_image_like",
+    "save_nifti",
+]
+
+_LOGGER = logging.getLogger(__name__)
+_ROUNDED = 1e-3  # by which a label may be off a whole number
+
+
+def open_volume(path: str | Path, *, planar: bool = False, series: int | None = None) -> tuple[Volume, Affine]:
+    """Open a scan and check its header, leaving the voxels ``(X, Y, Z)`` on disk.
+
+    Scans are files of NIfTI, MGZ, NRRD, MetaImage, DICOM and what else nibabel reads, or folders of DICOM files.
+    Of a NIfTI header the sform counts if its code is above 0, else the qform. Files that programs put in different
+    places are refused: those whose sform, qform and pixdim disagree by more than 0.1 mm or a tenth of a voxel, those
+    without a position (NIfTI with codes of 0, NRRD without a space, ANALYZE without an SPM ``.mat`` file), and those
+    whose unit is not mm. DICOM slices are put in order by their positions.
+
+    Args:
+        path: of the file or folder.
+        planar: take a single slice too; a 2-D image becomes one in the plane of z = 0, ``(X, Y, 1)``.
+        series: number of the series in a folder of several, see :func:`~voxelmorph_monai.io.dicom.list_series`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a scan, one real number a voxel, one 3-D volume, an affine with an inverse.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if series is not None and not path.is_dir():
+        raise ValueError(f"{path} is a file; series {series} can be chosen only in a folder of DICOM files.")
+    volume, affine = open_dicom(path, series) if path.is_dir() or is_dicom(path) else open_file(path)
+    if sorted(volume.shape)[1 if planar else 0] < 2 or min(volume.shape) < 1:
+        raise ValueError(f"{path} is not one 3-D volume: its shape is {tuple(volume.shape)}.")
+    check_affine(affine, str(path))
+    return volume, affine
+
+
+def _read(path: str | Path, planar: bool, series: int | None) -> tuple[NDArray[Any], Affine]:
+    """Voxels ``(X, Y, Z)`` in the type they are stored in, and the affine."""
+    volume, affine = open_volume(path, planar=planar, series=series)
+    with reading(Path(path)):
+        array = np.asanyarray(volume)
+        check_gzip(Path(path))
+    return array.astype(array.dtype.newbyteorder("="), copy=False), affine
+
+
+def read_image(
+    path: str | Path, *, planar: bool = False, series: int | None = None
+) -> tuple[NDArray[np.float32], Affine]:
+    """Read a scan, as :func:`open_volume` finds it: intensities ``(X, Y, Z)`` in float32 and the affine (RAS, mm).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole 3-D scan of finite numbers that differ, with an affine that has an inverse.
+    """
+    array, affine = _read(path, planar, series)
+    with np.errstate(over="ignore"):  # float64 past the range of float32 becomes Inf, and is found below
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        count = int(array.size - np.isfinite(array).sum())
+        raise ValueError(f"{path} has {count} voxels of NaN or infinity. Replace them, for example by 0.")
+    if array.min() == array.max():
+        raise ValueError(f"{path} is constant: every voxel is {array.flat[0]:g}.")
+    return array, affine
+
+
+def read_labels(path: str | Path, *, planar: bool = False, series: int | None = None) -> tuple[NDArray[Any], Affine]:
+    """Read a label map in any format of :func:`open_volume`: integers ``(X, Y, Z)`` and the affine (RAS, mm).
+
+    Their type and what is rounded is as :func:`as_labels` says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole 3-D map of whole numbers >= 0, one of them > 0, with an affine that has an inverse.
+    """
+    array, affine = _read(path, planar, series)
+    return as_labels(array, str(path)), affine
+
+
+def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Labels as whole numbers, in their own type or, stored as floating point, in the smallest unsigned one.
+
+    What is off a whole number by at most 0.001, or by a 50,000th of a label above 50, counts as rounding (a scaling of
+    65536/65535 makes label 1 1.0000153): it is rounded, and a warning logged.
+
+    Raises:
+        ValueError: they are not whole numbers from 0 to 2^53, one of them above 0.
+    """
+    least, most = array.min(), array.max()
+    if not (least >= -_ROUNDED and 0.5 < most < np.inf):  # NaN fails too
+        raise ValueError(
+            f"{name} is not a label map: labels are numbers >= 0, at least one of them > 0, and its values run from "
+            f"{least} to {most}."
+        )
+    if most > 2**53:  # SciPy resamples in double precision
+        raise ValueError(f"{name} has labels above 2^53, the largest is {most}. Give them smaller numbers.")
+    if array.dtype.kind == "f":
+        whole = np.rint(array)
+        off = np.abs(array - whole)
+        broken = array[off > np.clip(whole / 50_000, _ROUNDED, 0.25)]
+        if broken.size:
+            raise ValueError(
+                f"{name} is not a label map: {broken.size} of its voxels are not whole numbers, the first is "
+                f"{broken[0]}."
+            )
+        if off.any():
+            count, most_off = np.count_nonzero(off), off.max()
+            _LOGGER.warning("%s: %d labels, off whole numbers by up to %.2g, were rounded.", name, count, most_off)
+        array = np.abs(whole).astype(np.min_scalar_type(int(whole.max())))  # -0 becomes 0
+    return array
+
+
+def _check_ending(path: str | Path) -> None:
+    if not str(path).endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path} does not end in .nii or .nii.gz, as images are written here.")
+
+
+def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
+    """Write an image with its affine in both forms of the header; whole or not at all."""
+    _check_ending(path)
+    affine = image.affine
+    # Code 2, "aligned to another image": what this package writes lies on a grid that was chosen, not scanned. Readers
+    # differ in which of the two forms they prefer, so both say the same; the qform cannot hold shear and is then left
+    # unset (0) rather than wrong.
+    image.set_sform(affine, 2)
+    image.set_qform(None if is_sheared(affine) else affine, 0 if is_sheared(affine) else 2)
+    image.header.set_xyzt_units("mm")
+    _save(path, image)
+
+
+def _save(path: str | Path, image: nib.Nifti1Image) -> None:
+    with atomic(path) as temporary:
+        if str(path).endswith(".gz"):
+            write_gzip(temporary, image.to_bytes(), noise=image.get_data_dtype().kind == "f")
+        else:
+            nib.save(image, temporary)
+
+
+def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
+    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; whole or not at all.
+
+    With ``spatial_dims`` 2 a slice ``(X, Y, 1)`` is written as a 2-D image.
+    """
+    if array.ndim != 3:
+        raise ValueError(f"the array for {path} is not 3-D: its shape is {array.shape}.")
+    check_affine(affine, str(path))
+    save_nifti(path, nib.Nifti1Image(array if spatial_dims == 3 else array[..., 0], affine, dtype=array.dtype))
+
+
+def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path, *, series: int | None = None) -> None:
+    """Write ``array`` ``(X, Y, Z)`` in its own type with the header of the file ``like``; whole or not at all.
+
+    Shape, position, units and description are those of ``like``. Of other formats than NIfTI only shape and position.
+    """
+    if not is_nifti(Path(like)):
+        save_image(path, array, open_volume(like, planar=True, series=series)[1], spatial_dims_of(Path(like)))
+        return
+    model = load_nibabel(like)
+    save_image_as(path, array.reshape(model.shape), model.affine, model.header)
+
+
+def save_image_as(path: str | Path, array: NDArray[Any], affine: Affine, header: nib.Nifti1Header) -> None:
+    """Write ``array`` ``(X, Y, Z)`` in its own type with a NIfTI header, of which shape and type are its own.
+
+    Position, codes of both forms, units and description are those of the header; where its sform, qform and pixdim
+    differ by rounding, all say what the sform says. Whole or not at all.
+    """
+    _check_ending(path)
+    shape = header.get_data_shape()
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(array.reshape(shape), affine, header, dtype=array.dtype)
+    if image.header["sform_code"] > 0:
+        image.header["pixdim"][1:4] = spacing(affine)
+        if image.header["qform_code"] > 0:
+            image.set_qform(affine, int(image.header["qform_code"]))
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the range to show was that of other intensities
+    _save(path, image)
