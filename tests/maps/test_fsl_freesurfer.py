@@ -6,17 +6,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from fields import FIXED, MOVING, OBLIQUE, affine_map, fade, grid, image, inner, smooth
 from fsl.data.image import Nifti
 from fsl.transform import fnirt, nonlinear
 from nibabel.affines import voxel_sizes
 from nitransforms import linear
 from numpy.typing import NDArray
-from test_chains import FIXED, MOVING, OBLIQUE, affine_map, fade, grid, image, inner, smooth
 
 from voxelmorph_monai import cli
-from voxelmorph_monai.chains import chain, field_transform, map_points
-from voxelmorph_monai.spaces import Affine, linear_transform, save_displacement, save_image, save_transform
-from voxelmorph_monai.transform_files import read_transform
+from voxelmorph_monai.affines import Affine
+from voxelmorph_monai.io.images import save_image
+from voxelmorph_monai.maps.chains import chain, field_transform, map_points
+from voxelmorph_monai.maps.displacements import save_displacement
+from voxelmorph_monai.maps.files import read_transform
+from voxelmorph_monai.space.itk_bridge import linear_transform, save_transform
 
 POINT = 1e-4  # mm: a chain of headers, displacements and matrices of which each is kept in float32
 BOTH = "--reference fixed.nii.gz --moving moving.nii.gz"
@@ -184,13 +187,13 @@ def test_surfa_reads_our_files() -> None:
 
 
 BAD = {
-    "absent.mat": "absent.mat must be a transform, but there is no such file",
-    "words.mat": "words.mat must be a FLIRT matrix, 4 x 4 numbers as text, but is not",
-    "short.mat": r"short.mat must be a FLIRT matrix, 4 x 4 numbers with an inverse, got \[\[1.0, 0.0, 0.0\]",
-    "singular.mat": "singular.mat must be a FLIRT matrix, 4 x 4 numbers with an inverse",
-    "scan.nii.gz": "scan.nii.gz must be .* reading it failed: Cannot determine type of nonlinear warp field",
-    "other.nii.gz": r"other.nii.gz and the fixed image must have one shape, got \(5, 6, 7\) and \(19, 23, 15\)",
-    "nan.nii.gz": "nan.nii.gz must hold finite displacements, got 19665 others",
+    "absent.mat": "absent.mat does not exist",
+    "words.mat": "words.mat .*FLIRT.* 4 x 4 numbers.*hello",
+    "short.mat": r"short.mat .*FLIRT.* 4 x 4 numbers.*\[\[1.0, 0.0, 0.0\]",
+    "singular.mat": "singular.mat .*FLIRT.* inverse",
+    "scan.nii.gz": "scan.nii.gz cannot be read: Cannot determine type of nonlinear warp field",
+    "other.nii.gz": r"other.nii.gz .*\(5, 6, 7\).* \(19, 23, 15\)",
+    "nan.nii.gz": "nan.nii.gz .*19665.*NaN",
 }
 
 
@@ -214,10 +217,10 @@ def test_bad_files_of_fsl_are_one_line_each(name: str, message: str, capsys: pyt
 
 
 BAD_LTA = {
-    "words": "must be a linear transform of FreeSurfer, with an inverse: ",
-    "half": "must be a linear transform of FreeSurfer, with an inverse: ",
-    "register.dat": "must lead from voxels to voxels or RAS to RAS, type 0 or 1, got type 14",
-    "singular": "must be a linear transform of FreeSurfer, .*: Singular matrix",
+    "words": ".*FreeSurfer",
+    "half": ".*FreeSurfer",
+    "register.dat": ".*type 14",
+    "singular": ".*FreeSurfer.*Singular matrix",
 }
 
 

@@ -1,9 +1,9 @@
-r"""Transforms of FSL and FreeSurfer, by the libraries of those who know their formats: `fslpy` and `nitransforms`.
+r"""Transforms of FSL and FreeSurfer, read and written with the libraries `fslpy` and `nitransforms`.
 
-FSL's files hold no place in space: their numbers count in scaled voxels of the fixed and of the moving image, the first
-axis turned around where an affine has a positive determinant. They mean something only together with both images. A
-FLIRT matrix takes points of the *moving* image to those of the fixed one, which is the way of the image; a FNIRT warp
-goes the way of ITK's, and so does what is read and written here.
+FSL's files hold no position in space. Their numbers are in scaled voxels of the fixed and the moving image, with the
+first axis reversed if an affine has a positive determinant, so they mean something only together with both images. A
+FLIRT matrix maps points of the *moving* image to points of the fixed one. A FNIRT warp maps in the opposite direction,
+like ITK's transforms, and like all functions here.
 """
 
 import importlib
@@ -14,15 +14,16 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.files import atomic
-from voxelmorph_monai.formats import reading
-from voxelmorph_monai.spaces import Affine, ImageGrid, require_same_grid, save_nifti
+from voxelmorph_monai.affines import Affine, ImageGrid, check_same_grid
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.io.formats import reading
+from voxelmorph_monai.io.images import save_nifti
 
 __all__ = ["read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
 
 
 def _library(name: str) -> Any:
-    """A module of an optional library, of which some take half a second to import."""
+    """Import a module of an optional library; some take half a second."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -33,7 +34,7 @@ def _library(name: str) -> Any:
 
 
 def _header(grid: ImageGrid) -> nib.Nifti1Image:
-    """Image of this grid whose voxels nobody reads."""
+    """Image on this grid, without voxels of its own."""
     return nib.Nifti1Image(np.broadcast_to(np.uint8(0), tuple(grid.size)), grid.affine)
 
 
@@ -46,9 +47,9 @@ def _read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
     try:
         matrix = flirt.readFlirt(path)
     except ValueError as error:
-        raise ValueError(f"{path} must be a FLIRT matrix, 4 x 4 numbers as text, but is not: {error}.") from error
+        raise ValueError(f"{path} is no FLIRT matrix, which is 4 x 4 numbers as text: {error}.") from error
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-6:
-        raise ValueError(f"{path} must be a FLIRT matrix, 4 x 4 numbers with an inverse, got {matrix.tolist()}.")
+        raise ValueError(f"{path} is no FLIRT matrix, 4 x 4 numbers with an inverse: {matrix.tolist()}.")
     return np.linalg.inv(flirt.fromFlirt(matrix, _nifti(moving), _nifti(fixed), "world", "world"))
 
 
@@ -56,15 +57,15 @@ def _read_fnirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> tuple[NDArra
     fnirt = _library("fsl.transform.fnirt")
     with reading(path):
         read = fnirt.readFnirt(str(path), _nifti(moving), _nifti(fixed))
-        found = fnirt.fromFnirt(read, "world", "world")
-        vectors = np.asarray(found.data, dtype=np.float64)
-    affine = np.asarray(found.voxToWorldMat)
-    require_same_grid((vectors[..., 0], affine), (_header(fixed).dataobj, fixed.affine), (str(path), "the fixed image"))
-    if found.absolute:
+        field = fnirt.fromFnirt(read, "world", "world")
+        vectors = np.asarray(field.data, dtype=np.float64)
+    affine = np.asarray(field.voxToWorldMat)
+    check_same_grid(ImageGrid(vectors.shape[:3], affine), fixed, (str(path), "the fixed image"))
+    if field.absolute:
         vectors = vectors - np.moveaxis(np.tensordot(affine[:3, :3], np.indices(vectors.shape[:3]), 1), 0, -1)
         vectors -= affine[:3, 3]
     if not np.isfinite(vectors).all():
-        raise ValueError(f"{path} must hold finite displacements, got {int((~np.isfinite(vectors)).sum())} others.")
+        raise ValueError(f"{path} holds {int((~np.isfinite(vectors)).sum())} numbers that are NaN or Inf.")
     return np.einsum("ij,...j->i...", np.linalg.inv(affine[:3, :3]), vectors), affine
 
 
@@ -72,20 +73,20 @@ def read_fsl(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Affine | 
     """Read a FLIRT matrix, or a FNIRT warp or file of coefficients (``.nii``, ``.nii.gz``).
 
     Args:
-        path: of the file.
-        fixed: grid of what FSL calls the reference.
-        moving: grid of what FSL calls the input.
+        path: file to read.
+        fixed: grid of the image that FSL calls the reference.
+        moving: grid of the image that FSL calls the input.
 
     Returns:
-        The map of points of the fixed image to the moving one (RAS, mm): a 4 x 4 matrix, or a displacement
-        ``(3, X, Y, Z)`` in voxels of the fixed grid, and its affine.
+        The map from points of the fixed image to points of the moving one (RAS, mm): a 4 x 4 matrix, or a displacement
+        ``(3, X, Y, Z)`` in voxels of the fixed grid with its affine.
     """
     path = Path(path)
     return (_read_fnirt if path.name.endswith((".nii", ".nii.gz")) else _read_flirt)(path, fixed, moving)
 
 
 def save_flirt(path: Path, matrix: Affine, fixed: ImageGrid, moving: ImageGrid) -> None:
-    """Write a map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), as a FLIRT matrix."""
+    """Write a map from points of the fixed image to points of the moving one, 4 x 4 (RAS, mm), as a FLIRT matrix."""
     flirt = _library("fsl.transform.flirt")
     written = flirt.toFlirt(np.linalg.inv(matrix), _nifti(moving), _nifti(fixed), "world", "world")
     with atomic(path) as temporary:
@@ -112,7 +113,7 @@ def save_fnirt(path: Path, ddf: NDArray[np.floating[Any]], fixed: ImageGrid, mov
 
 
 def read_lta(path: Path) -> Affine:
-    """Map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), of FreeSurfer's linear transform."""
+    """Read FreeSurfer's linear transform: map from points of the fixed to the moving image, 4 x 4 (RAS, mm)."""
     lta = _library("nitransforms.io.lta")
     try:
         read = lta.FSLinearTransform.from_string(path.read_text(encoding="utf-8"))
@@ -120,17 +121,17 @@ def read_lta(path: Path) -> Affine:
         matrix = read.to_ras() if kind in (0, 1) else None
     except (AssertionError, LookupError, ValueError, np.linalg.LinAlgError) as error:
         reason = str(error) or "its lines are others"
-        raise ValueError(f"{path} must be a linear transform of FreeSurfer, with an inverse: {reason}.") from error
+        raise ValueError(f"{path} is no linear transform of FreeSurfer with an inverse: {reason}.") from error
     if matrix is None:
-        raise ValueError(f"{path} must lead from voxels to voxels or RAS to RAS, type 0 or 1, got type {kind}.")
+        raise ValueError(f"{path} is of type {kind}; only types 0 (voxels to voxels) and 1 (RAS to RAS) are read.")
     return matrix
 
 
 def save_lta(path: Path, matrix: Affine, fixed: ImageGrid, moving: ImageGrid) -> None:
-    """Write a map of points of the fixed image to the moving one, 4 x 4 (RAS, mm), as FreeSurfer's linear transform."""
+    """Write a map from points of the fixed to the moving image, 4 x 4 (RAS, mm), as FreeSurfer's linear transform."""
     lta = _library("nitransforms.io.lta")
     written = lta.FSLinearTransform.from_ras(matrix)
-    # Its own choice of the two images (nitransforms 25.1) is the opposite of FreeSurfer's, whose matrix leads from src.
+    # nitransforms 25.1 assigns the two images in the opposite way to FreeSurfer, whose matrix maps from src.
     for role, grid in (("src", moving), ("dst", fixed)):
         written.structarr[role] = np.asanyarray(lta.VolumeGeometry.from_image(_header(grid)))
     with atomic(path) as temporary:

@@ -1,6 +1,6 @@
 """Files of points in mm: CSV tables and the markups of 3D Slicer.
 
-Whatever a file holds beside the coordinates, labels and visibility say, goes to the moved file as it is.
+Everything else in a file, such as labels and visibility, is copied to the file of moved points.
 """
 
 import csv
@@ -13,27 +13,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.files import atomic
-from voxelmorph_monai.spaces import points_to_lps
+from voxelmorph_monai.affines import points_to_lps
+from voxelmorph_monai.io.atomic import atomic
 
 __all__ = ["COORDINATES", "PointFile", "read_points", "save_points"]
 
 COORDINATES = ("RAS", "LPS")
 _MADE_OF_POINTS = ("Fiducial", "Line", "Angle", "Curve", "ClosedCurve")
 _FCSV_SYSTEMS = {"RAS": "RAS", "LPS": "LPS", "0": "RAS", "1": "LPS"}  # a number in files of older versions
-
 _Points = NDArray[np.float64]
 _Text = Callable[[_Points], str]
-_Rows = list[tuple[int, list[str]]]  # each with the number of its line
-_Parsed = tuple[str | None, list[list[float]], _Text]  # coordinates in the file's own system, if it tells
+_Rows = list[tuple[int, list[str]]]  # number of the line, and its cells
+_Parsed = tuple[str | None, list[list[float]], _Text]  # the file's system (None: not stated), coordinates, writer
 
 
 class PointFile(NamedTuple):
-    """Points of a file, and how to write the same file with others.
+    """Points of a file, and a function that writes the same file with other points.
 
     Attributes:
-        points: ``(N, 3)`` in RAS, mm, whatever the file's own system.
-        text: gives the text of the file with other points, as many and in the same order.
+        points: ``(N, 3)`` in RAS, mm, converted from the file's own system.
+        text: returns the text of the file with other points, as many and in the same order.
     """
 
     points: _Points
@@ -46,19 +45,17 @@ def _numbers(cells: Any, subject: str) -> list[float]:
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != 3 or not np.isfinite(numbers).all():
-        raise ValueError(f"{subject} must hold three finite coordinates, got {cells}.")
+        raise ValueError(f"{subject} has no three finite coordinates: {cells}.")
     return numbers
 
 
 def _rows(path: Path, text: str) -> _Rows:
-    """Rows that are not empty, and the lines at which they end."""
+    """Rows that are not empty, with the number of the line where they end."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise ValueError(
-            f"{path} must be a table of points, but line {reader.line_num} cannot be read: {error}."
-        ) from error
+        raise ValueError(f"{path} is no table of points: line {reader.line_num} cannot be read ({error}).") from error
 
 
 def _csv_text(rows: Sequence[Sequence[str]]) -> str:
@@ -68,10 +65,10 @@ def _csv_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _table(path: Path, rows: _Rows, columns: Sequence[str]) -> tuple[list[list[float]], _Text]:
-    """Numbers in the columns x, y and z of ``rows``, and how to write the rows with others."""
+    """Numbers in the columns x, y and z of ``rows``, and a function that writes the rows with other numbers."""
     names = [name.strip().lower() for name in columns]
     if not {"x", "y", "z"} <= set(names):
-        raise ValueError(f"{path} must have columns named x, y and z, got {', '.join(columns) or 'none'}.")
+        raise ValueError(f"{path} has no columns named x, y and z: its columns are {', '.join(columns) or 'missing'}.")
     at = [names.index(axis) for axis in "xyz"]
     numbers = [_numbers([row[i] for i in at if i < len(row)], f"{path}, line {line},") for line, row in rows]
 
@@ -94,13 +91,13 @@ def _read_csv(path: Path, content: str) -> _Parsed:
 def _read_fcsv(path: Path, content: str) -> _Parsed:
     comments = [line for line in content.splitlines() if line.startswith("#")]
     pairs = [line[1:].split("=", 1) for line in comments if "=" in line]
-    said = {key.strip(): value.strip() for key, value in pairs}
-    system = said.get("CoordinateSystem")
+    header = {key.strip(): value.strip() for key, value in pairs}
+    system = header.get("CoordinateSystem")
     if system not in _FCSV_SYSTEMS:
-        raise ValueError(f"{path} must say its CoordinateSystem, RAS or LPS, in a comment, got {system}.")
+        raise ValueError(f"{path} has no comment '# CoordinateSystem = ' that says RAS or LPS, but {system}.")
     lines = content.splitlines(keepends=True)
     rows = _rows(path, "".join("\n" if line.startswith("#") else line for line in lines))
-    numbers, text = _table(path, rows, said.get("columns", "id,x,y,z").split(","))
+    numbers, text = _table(path, rows, header.get("columns", "id,x,y,z").split(","))
     top = "".join(f"{line}\n" for line in comments)
     return _FCSV_SYSTEMS[system], numbers, lambda points: top + text(points)
 
@@ -109,13 +106,13 @@ def _system_of(path: Path, markups: Sequence[dict[str, Any]]) -> str:
     kinds = {str(markup.get("type")) for markup in markups}
     if not kinds <= set(_MADE_OF_POINTS):
         known, others = ", ".join(_MADE_OF_POINTS), ", ".join(sorted(kinds - set(_MADE_OF_POINTS)))
-        raise ValueError(f"{path} must hold markups made of points ({known}), got {others}.")
+        raise ValueError(f"{path} holds a markup of type {others}; only those made of points are read ({known}).")
     systems = {str(markup.get("coordinateSystem")) for markup in markups}
     if len(systems) != 1 or not systems <= set(COORDINATES):
-        raise ValueError(f"{path} must say one coordinateSystem, RAS or LPS, got {sorted(systems)}.")
+        raise ValueError(f"{path} does not say one coordinateSystem, RAS or LPS, but {sorted(systems)}.")
     units = [markup.get("coordinateUnits") for markup in markups]
     if any(unit not in (None, "mm", ["mm"] * 3) for unit in units):
-        raise ValueError(f"{path} must be in mm, got coordinateUnits {units}.")
+        raise ValueError(f"{path} is not in mm: its coordinateUnits are {units}.")
     return systems.pop()
 
 
@@ -126,9 +123,7 @@ def _read_markups(path: Path, content: str) -> _Parsed:
         points = [point for markup in markups for point in markup.get("controlPoints", [])]
         placed = [point for point in points if point.get("position") is not None]  # others are still to be placed
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} must be a whole markups file of 3D Slicer, but reading it failed: {error!r}."
-        ) from error
+        raise ValueError(f"{path} is damaged, or no markups file of 3D Slicer: {error!r}.") from error
     system = _system_of(path, markups)
     numbers = [_numbers(point["position"], f"{path}, point {i},") for i, point in enumerate(placed, 1)]
 
@@ -150,46 +145,46 @@ _READERS: dict[str, Callable[[Path, str], _Parsed]] = {
 
 
 def _ending(path: Path) -> str:
-    found = [ending for ending in _READERS if path.name.endswith(ending)]
-    if not found:
-        raise ValueError(f"points must come in one of {', '.join(_READERS)}, got {path}.")
-    return found[0]
+    for ending in _READERS:
+        if path.name.endswith(ending):
+            return ending
+    raise ValueError(f"{path} is no file of points: these end in {', '.join(_READERS)}.")
 
 
 def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:
     """Read points from a CSV table with columns x, y and z, or from 3D Slicer's ``.fcsv`` or ``.mrk.json``.
 
     Args:
-        path: of the file.
-        coordinates: ``"RAS"`` or ``"LPS"``, mm, for a CSV file, which does not tell; the others do.
+        path: file to read.
+        coordinates: ``"RAS"`` or ``"LPS"``, mm, for a CSV file; the other formats state it themselves.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no whole file of at least one point with three finite coordinates, in a known system.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, holds no points, lacks coordinates, or does not state its system.
     """
     path = Path(path)
     ending = _ending(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a file of points, but there is no such file.")
+        raise FileNotFoundError(f"{path} does not exist.")
     try:
-        content = path.read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
-        said, numbers, text = _READERS[ending](path, content)
+        content = path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
+        declared, numbers, text = _READERS[ending](path, content)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, got {error}.") from error
-    if said is None and coordinates not in COORDINATES:
-        raise ValueError(f"{path} does not tell its coordinates: say RAS or LPS (--coordinates), got {coordinates}.")
-    if coordinates not in (None, said or coordinates):
-        raise ValueError(f"{path} must be read as it says, in {said}, got coordinates {coordinates}.")
+        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
+    if declared is None and coordinates not in COORDINATES:
+        raise ValueError(f"{path} does not state whether it is in RAS or LPS. Give its system (--coordinates).")
+    if coordinates not in (None, declared or coordinates):
+        raise ValueError(f"{path} states that it is in {declared}, which contradicts --coordinates {coordinates}.")
     if not numbers:
-        raise ValueError(f"{path} must hold points, but there is none.")
+        raise ValueError(f"{path} holds no points.")
     points = np.array(numbers)
-    if (said or coordinates) == "RAS":
+    if (declared or coordinates) == "RAS":
         return PointFile(points, text)
     return PointFile(points_to_lps(points), lambda moved: text(points_to_lps(moved)))
 
 
 def save_points(path: str | Path, source: PointFile, points: NDArray[np.floating[Any]]) -> None:
-    """Write the file ``source`` with other ``points`` ``(N, 3)`` (RAS, mm); whole or not at all."""
+    """Write the file ``source`` with other ``points`` ``(N, 3)`` (RAS, mm), completely or not at all."""
     text = source.text(np.asarray(points, dtype=np.float64))
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Chains of transforms against SimpleITK, which reads, chains and resamples by itself."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from fields import FIXED, LPS, MIRRORED, MOVING, OBLIQUE, POINT, affine_map, fade, image, inner, smooth
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from voxelmorph_monai.affines import Affine, ImageGrid
 from voxelmorph_monai.blocks import jacobian_determinant
-from voxelmorph_monai.chains import (
+from voxelmorph_monai.io.images import save_image
+from voxelmorph_monai.maps.chains import (
     chain,
     field_of,
     field_transform,
@@ -24,59 +28,12 @@ from voxelmorph_monai.chains import (
     map_points,
     matrix_of,
     on_grid,
-    pull_image,
-    pull_labels,
+    resample_image,
+    resample_labels,
 )
-from voxelmorph_monai.spaces import Affine, linear_transform, save_displacement, save_image
-
-FIXED, MOVING = (19, 23, 15), (21, 17, 25)
-POINT = 1e-5  # mm: headers and displacements are float32, 60 mm off the origin
-LPS = np.array([-1.0, -1.0, 1.0])
-
-
-def grid(size: Any, axes: Any, sides: Any, angles: Any) -> Affine:
-    """Affine of a grid about the origin of the world."""
-    affine = np.eye(4)
-    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ axes @ np.diag(sides)
-    affine[:3, 3] = [2.0, -3.0, 1.5] - affine[:3, :3] @ ((np.array(size) - 1) / 2)
-    return affine
-
-
-LIA, LAS = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]]), np.diag([-1, 1, 1])
-OBLIQUE = grid(FIXED, LIA, (2.0, 1.6, 3.0), (20, -35, 50))
-MIRRORED = grid(MOVING, LAS, (1.8, 2.5, 1.4), (-8, 15, 30))
-
-
-def smooth(size: Any, seed: int, reach: float = 2.0) -> NDArray[np.float64]:
-    """Displacement in voxels, smooth, folding nowhere; it does not end in zeros."""
-    rng = np.random.default_rng(seed)
-    ddf = np.stack([gaussian_filter(rng.standard_normal(size), 3) for _ in size])
-    return reach * ddf / np.abs(ddf).max()
-
-
-def fade(ddf: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Make a displacement end in zeros."""
-    for axis, n in enumerate(ddf.shape[1:], 1):
-        window = np.minimum(np.arange(n), np.arange(n)[::-1]).clip(max=4) / 4
-        ddf = ddf * window.reshape(-1, *[1] * (3 - axis))
-    return ddf
-
-
-def affine_map() -> Affine:
-    matrix = np.eye(4)
-    matrix[:3, :3] = Rotation.from_euler("xyz", (9, -4, 6), degrees=True).as_matrix() @ np.diag([1.05, 0.95, 1.1])
-    matrix[:3, 3] = [1.5, -2.0, 3.0]
-    return matrix
-
-
-def inner(num: int = 200, seed: int = 3) -> NDArray[np.float64]:
-    """Points (RAS, mm) well within the fixed grid, between voxels."""
-    index = np.random.default_rng(seed).uniform(4.5, np.array(FIXED) - 5.5, (num, 3))
-    return index @ OBLIQUE[:3, :3].T + OBLIQUE[:3, 3]
-
-
-def image(size: Any = MOVING, seed: int = 5) -> NDArray[np.float32]:
-    return (100 * gaussian_filter(np.random.default_rng(seed).random(size), 1)).astype(np.float32)
+from voxelmorph_monai.maps.displacements import save_displacement
+from voxelmorph_monai.space.itk_bridge import linear_transform
+from voxelmorph_monai.space.scan import Scan
 
 
 @pytest.fixture
@@ -110,14 +67,14 @@ PEERS = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor, "bsplin
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_images_are_pulled_as_by_simpleitk(ours: Any, peer: sitk.Transform, name: str, tmp_path: Path) -> None:
+def test_images_are_resampled_as_by_simpleitk(ours: Any, peer: sitk.Transform, name: str, tmp_path: Path) -> None:
     moving = sitk_image(image(), MIRRORED, tmp_path / "moving.nii.gz")
     fixed = sitk_image(image(FIXED), OBLIQUE, tmp_path / "fixed.nii.gz")
     expected = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, peer, PEERS[name], 0.0)).T
-    pulled = pull_image((image(), MIRRORED), ours, FIXED, OBLIQUE, name)
-    assert pulled.dtype == np.float32
-    assert 0.3 < (pulled != 0).mean() < 1  # part of the fixed grid sees the moving image, part lies beyond
-    off = np.abs(pulled - expected) > 0.01  # points differ by 1e-5 mm, intensities by 30 a voxel
+    resampled = resample_image(Scan(image(), MIRRORED), ours, ImageGrid(FIXED, OBLIQUE), name)
+    assert resampled.dtype == np.float32
+    assert 0.3 < (resampled != 0).mean() < 1  # part of the fixed grid sees the moving image, part lies beyond
+    off = np.abs(resampled - expected) > 0.01  # points differ by 1e-5 mm, intensities by 30 a voxel
     assert off.mean() < 1e-3  # those that lie just within or just beyond half a voxel
 
 
@@ -125,14 +82,14 @@ def test_lanczos_is_its_formula() -> None:
     array, offset = image(), np.array([0.5, 0.25, 0.4])
     shift = np.eye(4)
     shift[:3, 3] = offset
-    pulled = pull_image((array, np.eye(4)), linear_transform(shift), MOVING, np.eye(4), "lanczos")
+    resampled = resample_image(Scan(array, np.eye(4)), linear_transform(shift), ImageGrid(MOVING, np.eye(4)), "lanczos")
     expected = array.astype(np.float64)
     for axis, part in enumerate(offset):
         taps = np.arange(-2, 4)  # the three voxels to each side
         weights = np.sinc(part - taps) * np.sinc((part - taps) / 3)
         expected = sum(w * np.roll(expected, -k, axis) for k, w in zip(taps, weights, strict=True))
     within = (slice(3, -4),) * 3
-    np.testing.assert_allclose(pulled[within], expected[within], atol=1e-3)  # float32 of intensities up to 100
+    np.testing.assert_allclose(resampled[within], expected[within], atol=1e-3)  # float32 of intensities up to 100
 
 
 def test_labels_are_the_largest_share_of_all_one_hot_images(ours: Any, peer: sitk.Transform, tmp_path: Path) -> None:
@@ -146,23 +103,34 @@ def test_labels_are_the_largest_share_of_all_one_hot_images(ours: Any, peer: sit
         shares.append(sitk.GetArrayFromImage(sitk.Resample(one, fixed, peer, sitk.sitkLinear, 0.0)).T)
     total = np.array(shares)
     clear = np.sort(total, axis=0)[-1] - np.sort(total, axis=0)[-2] > 1e-4  # ties are decided by rounding
-    pulled = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE)
-    assert pulled.dtype == np.int16
+    resampled = resample_labels(Scan(labels, MIRRORED), ours, ImageGrid(FIXED, OBLIQUE), "linear")
+    assert resampled.dtype == np.int16
     assert clear.mean() > 0.3
-    np.testing.assert_array_equal(pulled[clear], values[total.argmax(axis=0)][clear])
-    assert set(np.unique(pulled)) == set(values)
-    assert not pulled[total.sum(axis=0) == 0].any()  # beyond the moving image
-    nearest = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE, "nearest")
-    as_image = pull_image((labels.astype(np.float32), MIRRORED), ours, FIXED, OBLIQUE, "nearest")
+    np.testing.assert_array_equal(resampled[clear], values[total.argmax(axis=0)][clear])
+    assert set(np.unique(resampled)) == set(values)
+    assert not resampled[total.sum(axis=0) == 0].any()  # beyond the moving image
+    nearest = resample_labels(Scan(labels, MIRRORED), ours, ImageGrid(FIXED, OBLIQUE))
+    as_image = resample_image(Scan(labels.astype(np.float32), MIRRORED), ours, ImageGrid(FIXED, OBLIQUE), "nearest")
     assert (nearest != as_image).mean() < 1e-3  # float32 displacements, at the same half voxels
-    assert (nearest != pulled).any()
+    assert (nearest != resampled).any()
+
+
+def test_of_two_nearest_voxels_labels_take_the_upper_one_as_itk_does() -> None:
+    labels = np.arange(1, 1 + np.prod(MOVING), dtype=np.int32).reshape(MOVING)
+    half = np.eye(4)
+    half[:3, 3] = 0.5, -0.5, 0  # mm, half a voxel
+    resampled = resample_labels(Scan(labels, np.eye(4)), linear_transform(half), ImageGrid(MOVING, np.eye(4)))
+    np.testing.assert_array_equal(resampled[:-1], labels[1:])
+    as_float = Scan(labels.astype(np.float32), np.eye(4))
+    as_image = resample_image(as_float, linear_transform(half), ImageGrid(MOVING, np.eye(4)), "nearest")
+    np.testing.assert_array_equal(resampled[:-1, 1:], as_image[:-1, 1:])  # within the image
 
 
 def test_slabs_do_not_show(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.random.default_rng(1).integers(0, 5, MOVING)
-    whole = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE)
-    monkeypatch.setattr("voxelmorph_monai.spaces._SLAB_VOXELS", 4 * FIXED[1] * FIXED[2])
-    parts = pull_labels((labels, MIRRORED), ours, FIXED, OBLIQUE)
+    whole = resample_labels(Scan(labels, MIRRORED), ours, ImageGrid(FIXED, OBLIQUE), "linear")
+    monkeypatch.setattr("voxelmorph_monai.affines._SLAB_VOXELS", 4 * FIXED[1] * FIXED[2])
+    parts = resample_labels(Scan(labels, MIRRORED), ours, ImageGrid(FIXED, OBLIQUE), "linear")
     assert (whole != parts).mean() < 1e-3  # origins of slabs are rounded differently
 
 
@@ -175,13 +143,13 @@ def test_a_field_comes_back() -> None:
 def test_a_field_on_its_own_grid_is_itself() -> None:
     # float32, to the outermost voxels, of displacements up to 2 voxels
     np.testing.assert_allclose(
-        on_grid(field_transform(smooth(FIXED, 2), OBLIQUE), FIXED, OBLIQUE), smooth(FIXED, 2), atol=1e-5
+        on_grid(field_transform(smooth(FIXED, 2), OBLIQUE), ImageGrid(FIXED, OBLIQUE)), smooth(FIXED, 2), atol=1e-5
     )
 
 
 def test_on_another_grid_it_is_the_same_map(ours: Any) -> None:
     coarse = OBLIQUE @ np.diag([2, 2, 2, 1])
-    ddf = on_grid(ours, (9, 11, 7), coarse)
+    ddf = on_grid(ours, ImageGrid((9, 11, 7), coarse))
     index = np.array([[2, 3, 4], [7, 5, 1]])
     points = index @ coarse[:3, :3].T + coarse[:3, 3]
     moved = (index + ddf[(slice(None), *index.T)].T) @ coarse[:3, :3].T + coarse[:3, 3]
@@ -217,6 +185,20 @@ def test_a_numerical_inverse_undoes_the_map_within_its_residual(parts: list[NDAr
     missed = np.linalg.norm(map_points(inverse, map_points(transform, inner())) - inner(), axis=1)
     assert 0 < residual < 0.8  # half a voxel: between its voxels the inverse is linear
     assert missed.max() < 1.2 * residual  # an affine part may stretch it by 1.1
+
+
+def test_a_field_that_stretches_to_almost_threefold_is_inverted() -> None:
+    size, affine = (41, 9, 8), np.diag([1.5, 2, 1.2, 1])
+    along = np.arange(41) - 20.0
+    ddf = np.zeros((3, *size))
+    ddf[0] = (4 * np.tanh(along / 2.2) * np.clip((20 - abs(along)) / 14, 0, 1)).reshape(-1, 1, 1)
+    assert 1.6 < np.diff(ddf[0], axis=0).max() < 2  # beyond 1, where a fixed point with whole steps runs away
+    transform = field_transform(ddf, affine)
+    inverse, residual = invert_transform(transform)
+    points = np.array([[x, 7.0, 4] for x in np.arange(20, 41)])
+    missed = np.linalg.norm(map_points(inverse, map_points(transform, points)) - points, axis=1)
+    assert residual < 0.75  # half a voxel, as above
+    assert missed.max() < 0.75
 
 
 def with_affine() -> NDArray[np.float64]:
@@ -258,7 +240,7 @@ def folding() -> NDArray[np.float64]:
 
 def test_what_folds_has_no_inverse() -> None:
     count = int((jacobian_determinant(torch.from_numpy(folding())[None], "forward") <= 0).sum())
-    with pytest.raises(ValueError, match=rf"a displacement must not fold .* it does in {count} of 6555 voxels"):
+    with pytest.raises(ValueError, match=rf"folds in {count} of 6555 voxels"):
         invert_transform(field_transform(folding(), OBLIQUE))
 
 
@@ -266,20 +248,16 @@ def test_a_point_that_nothing_is_taken_to_is_named() -> None:
     ddf = np.zeros((3, *FIXED))
     ddf[0] = 5.0  # within the grid all is shifted, beyond it nothing is: a gap of 5 voxels opens at one side
     gap = OBLIQUE @ [2.0, 11.0, 7.0, 1.0]
-    with pytest.raises(
-        ValueError, match=r"a point must have a counterpart, but none comes closer to \[.*\] \(RAS, mm\)"
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{gap[:3].round(3).tolist()} (RAS, mm)")):
         invert_points(field_transform(ddf, OBLIQUE), gap[None, :3])
 
 
 def test_what_is_neither_linear_nor_a_displacement_is_not_inverted() -> None:
     spline = itk.BSplineTransform[itk.D, 3, 3].New()
-    with pytest.raises(ValueError, match=r"must be linear or a displacement, got a BSplineTransform: write it as"):
+    with pytest.raises(ValueError, match=r"BSplineTransform .*vxm convert"):
         invert_transform(spline)
 
 
 def test_unknown_interpolations_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"^interpolation must be one of linear, nearest, bspline, lanczos, got 'cubic'"
-    ):
-        pull_image((image(), MIRRORED), linear_transform(np.eye(4)), FIXED, OBLIQUE, "cubic")
+    with pytest.raises(ValueError, match=r"'cubic'.* linear, nearest, bspline, lanczos"):
+        resample_image(Scan(image(), MIRRORED), linear_transform(np.eye(4)), ImageGrid(FIXED, OBLIQUE), "cubic")

@@ -11,32 +11,30 @@ Those of 2-D images are lifted to 3-D ones that keep z; the images lie in the pl
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import itk
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import optimize
 
-from voxelmorph_monai.blocks import compose, corners, invert, jacobian_determinant, majority
-from voxelmorph_monai.spaces import (
+from voxelmorph_monai.affines import (
     Affine,
-    Plane,
+    ImageGrid,
     apply_affine,
-    from_itk,
     in_plane,
     inside,
-    linear_transform,
     points_to_lps,
     require_right_angles,
     slabs,
     spacing,
-    to_itk,
 )
+from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, linear_weights, weighted_vote
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.maps.spatial_map import INTERPOLATIONS, LABEL_INTERPOLATIONS, SpatialMap
+from voxelmorph_monai.space.itk_bridge import Transform, from_itk, linear_transform, to_itk
+from voxelmorph_monai.space.scan import Plane, Scan
 
 __all__ = [
-    "INTERPOLATIONS",
-    "LABEL_INTERPOLATIONS",
     "chain",
+    "chain_of_map",
     "field_of",
     "field_transform",
     "flatten",
@@ -48,27 +46,16 @@ __all__ = [
     "map_points",
     "matrix_of",
     "on_grid",
-    "pull_image",
-    "pull_labels",
+    "resample_image",
+    "resample_labels",
 ]
 
-_Vectors = itk.Image[itk.Vector[itk.F, 3], 3]
-_Scalars = itk.Image[itk.F, 3]
+itk, optimize = lazy("itk"), lazy("scipy.optimize")
+
 _MISS = 1e-3  # mm by which an inverse point may miss; finer than any image
 
-INTERPOLATIONS = {
-    "linear": itk.LinearInterpolateImageFunction[_Scalars, itk.D],
-    "nearest": itk.NearestNeighborInterpolateImageFunction[_Scalars, itk.D],
-    "bspline": itk.BSplineInterpolateImageFunction[_Scalars, itk.D, itk.F],  # cubic
-    "lanczos": itk.WindowedSincInterpolateImageFunction[_Scalars, 3, itk.LanczosWindowFunction[3]],
-}
-"""How an image is read between voxels: names, and ITK's classes for images in float32."""
 
-LABEL_INTERPOLATIONS = ("label", "nearest")
-"""How a label map is read between voxels: the label with the largest linear share, or that of the nearest voxel."""
-
-
-def flatten(transform: itk.Transform) -> list[itk.Transform]:
+def flatten(transform: Transform) -> list[Transform]:
     """Parts of a transform, of composites in composites too, in the order in which a point goes through them."""
     transform = itk.down_cast(transform)
     if not isinstance(transform, (itk.CompositeTransform[itk.D, 2], itk.CompositeTransform[itk.D, 3])):
@@ -77,7 +64,7 @@ def flatten(transform: itk.Transform) -> list[itk.Transform]:
     return [part for each in held for part in flatten(each)]
 
 
-def chain(transforms: Iterable[itk.Transform]) -> itk.Transform:
+def chain(transforms: Iterable[Transform]) -> Transform:
     """One composite of transforms, given in the order in which a point goes through them.
 
     Linear neighbours become one affine transform, exactly.
@@ -86,7 +73,7 @@ def chain(transforms: Iterable[itk.Transform]) -> itk.Transform:
     >>> map_points(chain([turn, shift]), np.array([[5.0, 3, 4]])).tolist()  # 2 * 5 + 1
     [[11.0, 6.0, 8.0]]
     """
-    parts: list[itk.Transform] = []
+    parts: list[Transform] = []
     for part in (part for transform in transforms for part in flatten(transform)):
         if parts and part.IsLinear() and parts[-1].IsLinear():
             part = linear_transform(matrix_of(part) @ matrix_of(parts.pop()))
@@ -97,13 +84,13 @@ def chain(transforms: Iterable[itk.Transform]) -> itk.Transform:
     return composite
 
 
-def map_points(transform: itk.Transform, points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def map_points(transform: Transform, points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Take ``points`` ``(N, 3)`` (RAS, mm) along the transform: points of the fixed image to the moving one."""
     mapped = [tuple(transform.TransformPoint(point)) for point in points_to_lps(points).tolist()]
     return points_to_lps(np.array(mapped, dtype=np.float64).reshape(points.shape))
 
 
-def matrix_of(transform: itk.Transform) -> Affine:
+def matrix_of(transform: Transform) -> Affine:
     """4 x 4 matrix of a linear transform (RAS, mm), of whichever of ITK's classes; 3 x 3 in 2-D."""
     spatial_dims = transform.GetInputSpaceDimension()
     origin, *ends = map_points(transform, np.eye(spatial_dims + 1, spatial_dims, k=-1))
@@ -112,12 +99,12 @@ def matrix_of(transform: itk.Transform) -> Affine:
     return matrix
 
 
-def is_field(transform: itk.Transform) -> bool:
+def is_field(transform: Transform) -> bool:
     """Whether a transform is a displacement on a grid."""
     return isinstance(transform, (itk.DisplacementFieldTransform[itk.D, 2], itk.DisplacementFieldTransform[itk.D, 3]))
 
 
-def field_transform(ddf: NDArray[np.floating[Any]], affine: Affine) -> itk.Transform:
+def field_transform(ddf: NDArray[np.floating[Any]], affine: Affine) -> Transform:
     """ITK transform of a displacement ``(3, X, Y, Z)`` in voxels of the grid with this affine (RAS, mm).
 
     One of ``(2, X, Y)`` with a 3 x 3 affine becomes a 2-D transform. Beyond the grid ITK takes the displacement for 0.
@@ -137,7 +124,7 @@ def _to_voxels(affine: Affine) -> NDArray[Any]:
     return np.linalg.inv(points_to_lps(affine[:-1, :-1].T).T)
 
 
-def field_of(transform: itk.Transform) -> tuple[NDArray[np.float64], Affine]:
+def field_of(transform: Transform) -> tuple[NDArray[np.float64], Affine]:
     """Displacement ``(3, X, Y, Z)`` in voxels of its own grid, and the affine of that grid (RAS, mm); in 2-D as given.
 
     The inverse of :func:`field_transform`.
@@ -146,7 +133,7 @@ def field_of(transform: itk.Transform) -> tuple[NDArray[np.float64], Affine]:
     return np.tensordot(_to_voxels(affine), vectors, axes=1), affine
 
 
-def lift(transform: itk.Transform) -> itk.Transform:
+def lift(transform: Transform) -> Transform:
     """A 2-D transform as one in 3-D, which does the same at any z within half a metre; a 3-D one as it is.
 
     In 2-D, its parts must be linear or displacements.
@@ -164,7 +151,7 @@ def lift(transform: itk.Transform) -> itk.Transform:
     return chain(parts)
 
 
-def lower(transform: itk.Transform) -> itk.Transform:
+def lower(transform: Transform) -> Transform:
     """The 2-D transform that :func:`lift` makes this one of."""
     parts = []
     for part in flatten(transform):
@@ -176,43 +163,60 @@ def lower(transform: itk.Transform) -> itk.Transform:
     return chain(parts)
 
 
-def on_grid(transform: itk.Transform, size: Sequence[int], affine: Affine) -> NDArray[np.float32]:
-    """Sample a transform as one displacement ``(3, *size)`` in voxels of the grid with this affine (RAS, mm)."""
-    sample = itk.TransformToDisplacementFieldFilter[_Vectors, itk.D].New()
+def chain_of_map(map_: SpatialMap) -> Transform:
+    """The transform, in double precision, of a map that a registration found."""
+    middle = [] if map_.field is None else [field_transform(*map_.field)]
+    return chain([linear_transform(map_.pre), *middle, linear_transform(map_.post)])
+
+
+def _scalars() -> Any:
+    """ITK's class of images in float32."""
+    return itk.Image[itk.F, 3]
+
+
+def _interpolator(name: str) -> Any:
+    """ITK's function for one of ``INTERPOLATIONS``."""
+    if name == "linear":
+        return itk.LinearInterpolateImageFunction[_scalars(), itk.D].New()
+    if name == "nearest":
+        return itk.NearestNeighborInterpolateImageFunction[_scalars(), itk.D].New()
+    if name == "bspline":
+        return itk.BSplineInterpolateImageFunction[_scalars(), itk.D, itk.F].New()
+    return itk.WindowedSincInterpolateImageFunction[_scalars(), 3, itk.LanczosWindowFunction[3]].New()
+
+
+def on_grid(transform: Transform, grid: ImageGrid) -> NDArray[np.float32]:
+    """Sample a transform as one displacement ``(3, X, Y, Z)`` in voxels of a grid."""
+    sample = itk.TransformToDisplacementFieldFilter[itk.Image[itk.Vector[itk.F, 3], 3], itk.D].New()
     sample.SetTransform(transform)
-    sample.SetReferenceImage(to_itk(np.zeros(size, np.uint8), affine))
+    sample.SetReferenceImage(to_itk(np.zeros(grid.size, np.uint8), grid.affine))
     sample.UseReferenceImageOn()
     sample.Update()
     vectors = from_itk(sample.GetOutput())[0]
-    return np.einsum("ij,jxyz->ixyz", _to_voxels(affine).astype(np.float32), vectors)
+    return np.einsum("ij,jxyz->ixyz", _to_voxels(grid.affine).astype(np.float32), vectors)
 
 
-def pull_image(
-    image: tuple[NDArray[np.float32], Affine],
-    transform: itk.Transform,
-    size: Sequence[int],
-    affine: Affine,
-    interpolation: str = "linear",
+def resample_image(
+    image: Scan, transform: Transform, grid: ImageGrid, interpolation: str = "linear"
 ) -> NDArray[np.float32]:
-    """Pull an image ``(array, affine)`` onto another grid: the result at a point is the image at its mapped point.
+    """Resample an image on another grid, ``(X, Y, Z)``: the result at a point is the image at its mapped point.
 
     More than half a voxel beyond the outermost voxels the image is 0.
 
     Args:
-        image: intensities ``(X, Y, Z)`` and affine (RAS, mm).
+        image: intensities.
         transform: from points of the other grid to points of the image.
-        size: of the other grid.
-        affine: of the other grid (RAS, mm).
+        grid: the other grid.
         interpolation: one of ``INTERPOLATIONS``; ``"bspline"`` is cubic, ``"lanczos"`` a windowed sinc of radius 3. The
             last two reach beyond the image's lowest and highest intensity.
     """
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got '{interpolation}'.")
-    resample = itk.ResampleImageFilter[_Scalars, _Scalars].New()
-    resample.SetInput(to_itk(image[0].astype(np.float32, copy=False), image[1]))
+        raise ValueError(f"'{interpolation}' is no interpolation of images; choose from {', '.join(INTERPOLATIONS)}.")
+    resample = itk.ResampleImageFilter[_scalars(), _scalars()].New()
+    resample.SetInput(to_itk(image.array.astype(np.float32, copy=False), image.affine))
     resample.SetTransform(transform)
-    resample.SetInterpolator(INTERPOLATIONS[interpolation].New())
-    resample.SetReferenceImage(to_itk(np.zeros(size, np.uint8), affine))
+    resample.SetInterpolator(_interpolator(interpolation))
+    resample.SetReferenceImage(to_itk(np.zeros(grid.size, np.uint8), grid.affine))
     resample.UseReferenceImageOn()
     resample.Update()
     return from_itk(resample.GetOutput())[0]
@@ -225,42 +229,39 @@ def _shift(affine: Affine, start: Sequence[int]) -> Affine:
     return moved
 
 
-def pull_labels(
-    labels: tuple[NDArray[Any], Affine],
-    transform: itk.Transform,
-    size: Sequence[int],
-    affine: Affine,
-    interpolation: str = "label",
+def resample_labels(
+    labels: Scan, transform: Transform, grid: ImageGrid, interpolation: str = "nearest"
 ) -> NDArray[Any]:
-    """Pull a label map ``(array, affine)`` onto another grid: the label with the largest linearly interpolated share.
+    """Resample a label map on another grid, ``(X, Y, Z)``; no label is invented.
 
-    Equal to pulling the one-hot image of each label linearly and taking the argmax; of equal shares the smaller label
-    wins. The memory it needs does not depend on the number of labels. Arguments and border as in :func:`pull_image`.
+    ``"linear"`` equals resampling the one-hot image of each label linearly and taking the argmax; of equal shares the
+    smaller label wins. The memory it needs does not depend on the number of labels. Border as in
+    :func:`resample_image`.
 
     Args:
-        labels: whole numbers ``(X, Y, Z)`` and affine (RAS, mm).
+        labels: the label map.
         transform: from points of the other grid to points of the label map.
-        size: of the other grid.
-        affine: of the other grid (RAS, mm).
-        interpolation: ``"label"``, or ``"nearest"`` for the label of the nearest voxel.
+        grid: the other grid.
+        interpolation: ``"nearest"``, the label of the nearest voxel; or ``"linear"``, the label with the largest
+            linearly interpolated share.
     """
     if interpolation not in LABEL_INTERPOLATIONS:
         known = ", ".join(LABEL_INTERPOLATIONS)
-        raise ValueError(f"interpolation of labels must be one of {known}, got '{interpolation}'.")
-    array, to_voxels = labels[0], np.linalg.inv(labels[1]) @ affine
+        raise ValueError(f"'{interpolation}' is no interpolation of label maps; choose from {known}.")
+    array, to_voxels = labels.array, np.linalg.inv(labels.affine) @ grid.affine
     flat = torch.from_numpy(array.astype(np.int64)).flatten()
-    pulled = np.zeros(size, dtype=array.dtype)
-    for part, index in slabs(size):
-        ddf = on_grid(transform, index.shape[1:], _shift(affine, (part.start, 0, 0)))
+    resampled = np.zeros(grid.size, dtype=array.dtype)
+    for part, index in slabs(grid.size):
+        ddf = on_grid(transform, ImageGrid(index.shape[1:], _shift(grid.affine, (part.start, 0, 0))))
         at = apply_affine(to_voxels, index + ddf)
         if interpolation == "nearest":
             at = np.floor(at + 0.5)  # halves go up, as in ITK
-        index[0] -= part.start  # for `corners` the slab is all there is
-        found = corners(torch.from_numpy(at - index)[None], list(array.shape))
+        index[0] -= part.start  # for `linear_weights` the slab is all there is
+        found = linear_weights(torch.from_numpy(at - index)[None], list(array.shape))
         votes = torch.stack([flat[voxel] for voxel, _ in found], dim=1)
-        best = majority(votes, torch.stack([weight for _, weight in found], dim=1))[0, 0].numpy()
-        pulled[part] = np.where(inside(at, array.shape), best, 0)
-    return pulled
+        best = weighted_vote(votes, torch.stack([weight for _, weight in found], dim=1))[0, 0].numpy()
+        resampled[part] = np.where(inside(at, array.shape), best, 0)
+    return resampled
 
 
 def _border_fit(ddf: NDArray[np.float64]) -> Affine:
@@ -278,12 +279,11 @@ def _require_no_folds(ddf: torch.Tensor) -> None:
     if folds:
         count = ddf[0, 0].numel()
         raise ValueError(
-            f"a displacement must not fold to have an inverse, but it does in {folds} of {count} voxels "
-            f"({100 * folds / count:.2g} %)."
+            f"the displacement has no inverse: it folds in {folds} of {count} voxels ({100 * folds / count:.2g} %)."
         )
 
 
-def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[itk.Transform], float]:
+def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[Transform], float]:
     r"""Inverse of ``id + ddf`` as a linear map, then a displacement, and the residual in mm.
 
     The linear map :math:`L` that fits the border is taken off first, so that the rest, :math:`L^{-1} (id + u)`, stays
@@ -302,7 +302,7 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[itk.Tr
     inverse, left = invert(wider, step=0.5)  # converges for any stretch below 300 %
     if float(left) > 0.1:
         raise ValueError(
-            f"a displacement must have an inverse, but the search for it is still {float(left):.3g} voxels off."
+            f"the inverse of the displacement was not found: the search for it ended {float(left):.3g} voxels off."
         )
     x, y, z = (slice(m, m + n) for m, n in zip(margins, ddf.shape[1:], strict=True))
     missed = compose(inverse, wider)[0, :, x, y, z].numpy()
@@ -313,7 +313,7 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[itk.Tr
     return parts, float(residual)
 
 
-def invert_transform(transform: itk.Transform) -> tuple[itk.Transform, float]:
+def invert_transform(transform: Transform) -> tuple[Transform, float]:
     """Inverse of a chain of linear transforms, exactly, and displacements, numerically.
 
     A displacement is inverted by the fixed point of :func:`~voxelmorph_monai.blocks.invert` on its own grid.
@@ -334,15 +334,13 @@ def invert_transform(transform: itk.Transform) -> tuple[itk.Transform, float]:
             parts, residual = parts + found, max(residual, missed)
         else:
             raise ValueError(
-                f"a transform to invert must be linear or a displacement, got a {part.GetNameOfClass()}: write it as a "
-                "displacement first (vxm convert --to 1007 --reference FILE)."
+                f"a {part.GetNameOfClass()} cannot be inverted. Write it as a displacement first: vxm convert --to "
+                "1007 --reference FILE."
             )
     return chain(parts), residual
 
 
-def _solve(
-    part: itk.Transform, point: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]
-) -> NDArray[np.float64]:
+def _solve(part: Transform, point: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Point that ``part`` takes to ``point``, searched from each start until one is found; otherwise the closest."""
 
     def miss(guess: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -356,7 +354,7 @@ def _solve(
     return min(found, key=lambda guess: float(np.linalg.norm(miss(guess))))
 
 
-def invert_points(transform: itk.Transform, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], float]:
+def invert_points(transform: Transform, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], float]:
     """Take ``points`` ``(N, 3)`` (RAS, mm) back along the transform: points of the moving image to the fixed one.
 
     Each part is undone by itself: exactly where it is linear, elsewhere point by point, by Powell's hybrid method.
@@ -384,7 +382,7 @@ def invert_points(transform: itk.Transform, points: NDArray[np.floating[Any]]) -
     if missed.size and not missed.max() <= _MISS:
         worst = int(missed.argmax())
         raise ValueError(
-            f"a point must have a counterpart, but none comes closer to {np.asarray(points)[worst].round(3).tolist()} "
-            f"(RAS, mm) than {missed[worst]:.3g} mm: the transform folds there, or does not reach it."
+            f"no point is taken to {np.asarray(points)[worst].round(3).tolist()} (RAS, mm): the closest misses it by "
+            f"{missed[worst]:.3g} mm. The transform folds there, or does not reach it."
         )
     return found, float(missed.max(initial=0.0))

@@ -1,11 +1,12 @@
 """Files of transforms, ours and others': read, chain, write.
 
-============================  ===========================================================================
+=============================  ===========================================================================
 ITK, ANTs, 3D Slicer, elastix  ``.h5``, ``.tfm``, ``.txt``, ``.mat`` of ITK's transforms and composites
 displacement                   ``.nii``, ``.nii.gz`` of shape ``(X, Y, Z, 1, 3)``: intent 1006 RAS, 1007 LPS
+SPM, NiftyReg                  the same, by :mod:`~voxelmorph_monai.maps.field_headers`: positions, too
 FreeSurfer                     ``.lta``; its warps where they are displacements of intent 1006
 FSL                            ``.mat``, ``.nii.gz`` of FLIRT and FNIRT, together with both images
-============================  ===========================================================================
+=============================  ===========================================================================
 
 All of them take points of the fixed image to points of the moving one, once they are read.
 """
@@ -14,13 +15,16 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import itk
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.chains import (
+from voxelmorph_monai.affines import Affine, ImageGrid
+from voxelmorph_monai.io.formats import silent_stderr
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.maps.chains import (
     chain,
     field_of,
     field_transform,
@@ -32,22 +36,16 @@ from voxelmorph_monai.chains import (
     matrix_of,
     on_grid,
 )
-from voxelmorph_monai.files import require_new
-from voxelmorph_monai.foreign_files import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
-from voxelmorph_monai.formats import silent_stderr
-from voxelmorph_monai.spaces import (
-    Affine,
-    ImageGrid,
-    linear_transform,
-    read_displacement,
-    save_displacement,
-    save_transform,
-)
+from voxelmorph_monai.maps.displacements import read_displacement, save_displacement
+from voxelmorph_monai.maps.fsl_freesurfer import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
+from voxelmorph_monai.maps.grids import write_ends
+from voxelmorph_monai.maps.itk_files import check_chain_file
+from voxelmorph_monai.maps.names import check_output, parse_name
+from voxelmorph_monai.space.itk_bridge import Transform, linear_transform, save_transform
 
 __all__ = [
     "FORMATS",
     "Chain",
-    "check_output",
     "check_target",
     "read_chain",
     "read_fsl_transform",
@@ -55,14 +53,18 @@ __all__ = [
     "save_chain",
 ]
 
+itk = lazy("itk")
+
 FORMATS = ("itk", "1007", "1006", "ants", "lta", "fsl")
 """What :func:`save_chain` writes: docs/transforms.md has a table of them."""
-
 _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 _NIFTI = (".nii", ".nii.gz")
 _ENDINGS = {"itk": _ITK, "1007": _NIFTI, "1006": _NIFTI, "lta": (".lta",), "fsl": (".mat", *_NIFTI)}
 _READ = (*_ITK, ".lta", *_NIFTI)
 _OTHERS = (".m3z", ".mgz", ".mgh")
+_TEXTS = (".txt", ".tfm")
+_HDF5 = (".h5", ".hdf5")
+_UNKNOWN_TO_PYTHON = re.compile(rb"MatrixOffsetTransformBase(_(?:double|float)_[23]_[23])")
 # Parameters of what ITK writes as text, in 2-D and 3-D: of fewer it takes the rest from beyond its memory.
 _NUM_PARAMETERS = {
     "AffineTransform": (6, 12),
@@ -93,11 +95,12 @@ class Chain(NamedTuple):
 
     Attributes:
         transform: in 3-D, from points of the fixed image to points of the moving one.
-        residual: of its numerical inverses in mm (:func:`~voxelmorph_monai.chains.invert_transform`).
-        spatial_dims: of the files: 2, and the transform is the :func:`~voxelmorph_monai.chains.lift` of theirs, or 3.
+        residual: of its numerical inverses in mm (:func:`~voxelmorph_monai.maps.chains.invert_transform`).
+        spatial_dims: of the files: 2, and the transform is the :func:`~voxelmorph_monai.maps.chains.lift` of theirs,
+            or 3.
     """
 
-    transform: itk.Transform
+    transform: Transform
     residual: float
     spatial_dims: int
 
@@ -115,48 +118,79 @@ def _check_text(path: Path) -> None:
     Without its fixed parameters ITK takes a transform for the identity, and the last number may lack digits. At what it
     knows as no number ITK stops reading a line, and then takes parameters from beyond its end.
     """
-    if path.suffix in (".txt", ".tfm"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        transforms = re.findall("^Transform: (?!Composite)", text, re.MULTILINE)
-        ends = re.findall("^FixedParameters:.*\n", text, re.MULTILINE)
-        if len(ends) < len(transforms):
-            raise ValueError(f"{path} must be a whole ITK transform, each with a line of FixedParameters at its end.")
-        for line in re.findall("^(?:Fixed)?Parameters:(.*)", text, re.MULTILINE):
-            if not all(map(_is_finite, line.split())):
-                raise ValueError(f"{path} must hold finite numbers as parameters, got {line.strip()[:80]}.")
-        for name, dims, line in re.findall(r"^Transform: (\w+?)_\w+_([23])_[23]\s+Parameters:(.*)", text, re.MULTILINE):
-            number, found = _NUM_PARAMETERS.get(name, (None, None))[int(dims) - 2], len(line.split())
-            if number is not None and found != number:
-                raise ValueError(f"{path} must hold {number} parameters of its {name}, got {found}.")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if re.search(r"^\(Transform(Parameters)? ", text, re.MULTILINE):
+        raise ValueError(
+            f"{path} is a parameter file of elastix. Let transformix write its displacement, which can be read here: "
+            f'set (ResultImageFormat "nii.gz") in it and run transformix -def all -tp {path.name} -out FOLDER.'
+        )
+    transforms = re.findall("^Transform: (?!Composite)", text, re.MULTILINE)
+    ends = re.findall("^FixedParameters:.*\n", text, re.MULTILINE)
+    if len(ends) < len(transforms):
+        raise ValueError(f"{path} is cut off: not every transform in it ends with a line of FixedParameters.")
+    for line in re.findall("^(?:Fixed)?Parameters:(.*)", text, re.MULTILINE):
+        if not all(map(_is_finite, line.split())):
+            raise ValueError(f"{path} has parameters that are not finite numbers: {line.strip()[:80]}.")
+    for name, dims, line in re.findall(r"^Transform: (\w+?)_\w+_([23])_[23]\s+Parameters:(.*)", text, re.MULTILINE):
+        number, found = _NUM_PARAMETERS.get(name, (None, None))[int(dims) - 2], len(line.split())
+        if number is not None and found != number:
+            raise ValueError(f"{path} has {found} parameters of a {name}, which takes {number}.")
 
 
-def _read_itk(path: Path) -> itk.Transform:
-    _check_text(path)
+def _parse_itk(path: Path) -> list[Transform]:
+    """Transforms in a file of ITK.
+
+    c3d and ANTs write affine maps as ``MatrixOffsetTransformBase``. Python's ITK cannot create that class, but its
+    parameters are those of an ``AffineTransform``: a copy of the file calls it so, by a name of the same length.
+    """
+    try:
+        return itk.transformread(str(path))
+    except RuntimeError:
+        filler = b" " if path.suffix in _TEXTS else b"\0"
+        content = path.read_bytes()
+        renamed = _UNKNOWN_TO_PYTHON.sub(
+            lambda found: (b"AffineTransform" + found[1]).ljust(len(found[0]), filler), content
+        )
+        if renamed == content:
+            raise
+        with TemporaryDirectory() as folder:
+            copy = Path(folder, f"copy{path.suffix}")
+            copy.write_bytes(renamed)
+            return itk.transformread(str(copy))
+
+
+def _read_itk(path: Path) -> Transform:
+    if path.suffix in _TEXTS:
+        _check_text(path)
+    if path.suffix in _HDF5:
+        check_chain_file(path)
     try:
         with silent_stderr():
-            found = itk.transformread(str(path))
+            found = _parse_itk(path)
     except (RuntimeError, IndexError) as error:
-        hint = "; if FSL wrote it: vxm convert --from fsl" if path.suffix == ".mat" else ""
-        raise ValueError(f"{path} must be a whole ITK transform, but ITK cannot read it as one{hint}.") from error
+        hint = " If FSL wrote it: vxm convert --from fsl." if path.suffix == ".mat" else ""
+        raise ValueError(f"ITK cannot read {path} as a transform: it is damaged, or not ITK's.{hint}") from error
     if len(found) != 1:
-        raise ValueError(f"{path} must hold one transform (or one composite), got {len(found)}.")
+        raise ValueError(f"{path} holds {len(found)} transforms; only one, or one composite, can be read.")
     if (found[0].GetInputSpaceDimension(), found[0].GetOutputSpaceDimension()) not in ((2, 2), (3, 3)):
-        raise ValueError(f"{path} must hold a transform in 3-D or 2-D, got a {found[0].GetTransformTypeAsString()}.")
+        raise ValueError(f"{path} holds a {found[0].GetTransformTypeAsString()}, which is neither in 2-D nor in 3-D.")
     parts = flatten(found[0])
     if not parts:
-        raise ValueError(f"{path} must hold a transform, got an empty composite.")
+        raise ValueError(f"{path} holds an empty composite.")
     for part in parts:
         if not _finite(part):
-            raise ValueError(f"{path} must hold finite numbers, but its {part.GetNameOfClass()} has NaN or Inf.")
+            raise ValueError(f"{path} holds a {part.GetNameOfClass()} with NaN or Inf.")
         if part.IsLinear() and not _invertible(matrix_of(part)):
-            raise ValueError(f"{path} must hold linear transforms with an inverse, got {matrix_of(part).tolist()}.")
+            raise ValueError(f"{path} holds a linear transform without an inverse: {matrix_of(part).tolist()}.")
         if part.GetInputSpaceDimension() == 2 and not part.IsLinear() and not is_field(part):
-            kind = part.GetNameOfClass()
-            raise ValueError(f"{path} must hold linear transforms or displacements, being in 2-D, got a {kind}.")
+            raise ValueError(
+                f"{path} holds a {part.GetNameOfClass()} in 2-D, where only linear transforms and displacements can be "
+                "read."
+            )
     return found[0]
 
 
-def _finite(part: itk.Transform) -> bool:
+def _finite(part: Transform) -> bool:
     numbers = part.GetFixedParameters(), part.GetDisplacementField() if is_field(part) else part.GetParameters()
     return all(bool(np.isfinite(np.asarray(each)).all()) for each in numbers)
 
@@ -167,10 +201,10 @@ def _invertible(matrix: Affine) -> bool:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a transform, but there is no such file.")
+        raise FileNotFoundError(f"{path} does not exist.")
 
 
-def read_transform(path: str | Path) -> itk.Transform:
+def read_transform(path: str | Path) -> Transform:
     """Read one file: an ITK transform or composite, in 3-D or 2-D, a displacement, or FreeSurfer's linear transform.
 
     Raises:
@@ -187,16 +221,10 @@ def read_transform(path: str | Path) -> itk.Transform:
         return _read_itk(path)
     if path.suffix in _OTHERS:
         raise ValueError(
-            f"a warp of FreeSurfer must be rewritten by FreeSurfer first, got {path}: mri_warp_convert --inm3z (or "
+            f"{path} is a warp of FreeSurfer, which only FreeSurfer can convert: mri_warp_convert --inm3z (or "
             "--inmgzwarp) FILE --outitk FILE.nii.gz."
         )
-    raise ValueError(f"a transform must end in one of {', '.join(_READ)}, got {path}.")
-
-
-def _parse(name: str | Path) -> tuple[Path, bool]:
-    """Path of a transform, and whether its inverse is meant."""
-    marked = re.fullmatch(r"\[(.+),\s*([01])\]", str(name))
-    return Path(marked[1] if marked else name), bool(marked and marked[2] == "1")
+    raise ValueError(f"{path} has no ending of a transform: {', '.join(_READ)}.")
 
 
 def read_chain(names: Sequence[str]) -> Chain:
@@ -212,7 +240,7 @@ def read_chain(names: Sequence[str]) -> Chain:
     """
     parts, residual, dims = [], 0.0, {}
     for name in names:
-        path, inverted = _parse(name)
+        path, inverted = parse_name(name)
         transform = read_transform(path)
         dims[name] = int(transform.GetInputSpaceDimension())
         transform = lift(transform)
@@ -221,13 +249,13 @@ def read_chain(names: Sequence[str]) -> Chain:
             residual = max(residual, missed)
         parts.append(transform)
     if len(set(dims.values())) > 1:
-        told = ", ".join(f"{name} in {spatial_dims}-D" for name, spatial_dims in dims.items())
-        raise ValueError(f"transforms to chain must have the same dimensions, got {told}.")
+        listed = ", ".join(f"{name} in {spatial_dims}-D" for name, spatial_dims in dims.items())
+        raise ValueError(f"transforms in 2-D and in 3-D cannot be chained: {listed}.")
     return Chain(chain(parts), residual, dims[names[0]])
 
 
-def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> itk.Transform:
-    """Read what FLIRT or FNIRT wrote for images on these grids (:func:`~voxelmorph_monai.foreign_files.read_fsl`)."""
+def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Transform:
+    """Read what FLIRT or FNIRT wrote for images on these grids."""
     _require_file(Path(path))
     found = read_fsl(path, fixed, moving)
     return field_transform(*found) if isinstance(found, tuple) else linear_transform(found)
@@ -237,13 +265,15 @@ def _form_of(path: Path, form: str | None) -> str:
     """Format to write, by the ending of ``path`` where none is given."""
     possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
     if form is None and not possible:
-        raise ValueError(f"the output must end in one of {', '.join(_READ)}, or be of a given format, got {path}.")
+        raise ValueError(
+            f"{path} has no ending of a transform: use one of {', '.join(_READ)}, or say the format (--to)."
+        )
     if form is None:
         return possible[0]
     if form not in FORMATS:
-        raise ValueError(f"a format must be one of {', '.join(FORMATS)}, got '{form}'.")
+        raise ValueError(f"'{form}' is no format of transforms; choose from {', '.join(FORMATS)}.")
     if form not in ("ants", *possible):
-        raise ValueError(f"a file of format {form} must end in one of {', '.join(_ENDINGS[form])}, got {path}.")
+        raise ValueError(f"{path} does not fit format {form}, whose files end in {', '.join(_ENDINGS[form])}.")
     return form
 
 
@@ -251,17 +281,7 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(f"{prefix.name}1Warp.nii.gz"), prefix.with_name(f"{prefix.name}0GenericAffine.mat")
 
 
-def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
-    """Raise FileExistsError where writing ``path`` would replace something that may not be."""
-    given = [_parse(each)[0] for each in inputs]
-    if path.exists() and any(each.exists() and path.samefile(each) for each in given):
-        raise FileExistsError(f"{path} must not be an input.")
-    require_new(path, overwrite)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path} must lie in a folder that exists.")
-
-
-def _sample(transform: itk.Transform, grid: ImageGrid | None) -> tuple[NDArray[np.floating], Affine]:
+def _sample(transform: Transform, grid: ImageGrid | None) -> tuple[NDArray[np.floating], Affine]:
     """One displacement that does what the transform does: on the given grid, or that of its first displacement."""
     parts = flatten(transform)
     if grid is None and is_field(parts[0]):
@@ -271,26 +291,26 @@ def _sample(transform: itk.Transform, grid: ImageGrid | None) -> tuple[NDArray[n
         grid = ImageGrid(ddf.shape[1:], affine)
     if grid is None:
         raise ValueError(
-            "a displacement must get its grid from a fixed image (--reference), as the transform does not begin with "
-            "a displacement."
+            "the grid of the displacement is unknown, as the transform does not begin with a displacement. Give the "
+            "fixed image (--reference)."
         )
-    return on_grid(transform, *grid), grid.affine
+    return on_grid(transform, grid), grid.affine
 
 
-def _save_itk(path: Path, transform: itk.Transform, spatial_dims: int = 3) -> None:
+def _save_itk(path: Path, transform: Transform, spatial_dims: int = 3) -> None:
     parts = flatten(transform if spatial_dims == 3 else lower(transform))
     if len(parts) == 1 and parts[0].IsLinear():
         written = linear_transform(matrix_of(parts[0]))
-    elif path.suffix not in (".h5", ".hdf5"):
+    elif path.suffix not in _HDF5:
         raise ValueError(
-            f"a transform that is not linear must be written as .h5 (or a displacement, .nii.gz), got {path}."
+            f"{path} cannot hold the transform, which is not linear: write .h5, or a displacement, .nii.gz."
         )
     else:
         written = chain(parts)
     save_transform(path, written)
 
 
-def _save_pair(prefix: Path, transform: itk.Transform, grid: ImageGrid | None, spatial_dims: int) -> None:
+def _save_pair(prefix: Path, transform: Transform, grid: ImageGrid | None, spatial_dims: int) -> None:
     """Write what a point of the fixed image goes through as a displacement first, then all that is linear."""
     matrix = np.eye(4)
     for part in flatten(transform):
@@ -307,20 +327,18 @@ def _save_pair(prefix: Path, transform: itk.Transform, grid: ImageGrid | None, s
 
 
 def _save_foreign(
-    path: Path, transform: itk.Transform, form: str, fixed: ImageGrid | None, moving: ImageGrid | None
+    path: Path, transform: Transform, form: str, fixed: ImageGrid | None, moving: ImageGrid | None
 ) -> None:
     if fixed is None or moving is None:
-        raise ValueError(f"a file of format {form} must come with both images (--reference and --moving).")
+        raise ValueError(f"format {form} needs both images (--reference and --moving).")
     parts = flatten(transform)
     linear = len(parts) == 1 and parts[0].IsLinear()
     if not linear and not path.name.endswith(_NIFTI):
-        raise ValueError(
-            f"a file of format {form} that ends in {path.suffix} must be of a linear transform, got {path}."
-        )
+        raise ValueError(f"{path} cannot hold the transform, which is not linear: {path.suffix} of {form} is a matrix.")
     if form == "lta":
         save_lta(path, matrix_of(parts[0]), fixed, moving)
     elif path.name.endswith(_NIFTI):
-        save_fnirt(path, on_grid(transform, *fixed), fixed, moving)
+        save_fnirt(path, on_grid(transform, fixed), fixed, moving)
     else:
         save_flirt(path, matrix_of(parts[0]), fixed, moving)
 
@@ -335,7 +353,7 @@ def check_target(path: Path, form: str | None, overwrite: bool, inputs: Sequence
 
 def save_chain(
     path: str | Path,
-    transform: itk.Transform,
+    transform: Transform,
     *,
     form: str | None = None,
     grid: ImageGrid | None = None,
@@ -361,11 +379,13 @@ def save_chain(
     form = check_target(path, form, overwrite, inputs)
     if form in ("lta", "fsl"):
         if spatial_dims == 2:
-            raise ValueError(f"a file of format {form} must be of a transform in 3-D, got one in 2-D.")
+            raise ValueError(f"format {form} holds transforms in 3-D, not {path}, which would be in 2-D.")
         _save_foreign(path, transform, form, grid, moving_grid)
     elif form == "ants":
         _save_pair(path, transform, grid, spatial_dims)
     elif form == "itk":
         _save_itk(path, transform, spatial_dims)
+        if path.suffix in (".h5", ".hdf5") and grid is not None and moving_grid is not None:
+            write_ends(path, grid, moving_grid)
     else:
         save_displacement(path, *_sample(transform, grid), spatial_dims=spatial_dims, intent=int(form))

@@ -1,0 +1,1 @@
+"""Maps between scans: in memory, as ITK transforms, and in files."""

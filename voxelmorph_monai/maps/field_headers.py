@@ -1,0 +1,105 @@
+"""What the vectors of a NIfTI field mean, by the marks that programs leave in its header.
+
+Many programs write fields of the same shape ``(X, Y, Z, 1, 3)`` and mean different things by them: displacements,
+positions in the moving image, velocities, control points. ``intent_name``, ``intent_p1`` and ``descrip`` tell which:
+docs/transforms.md has the table. An unknown mark is refused, as a wrong guess would move every point.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import points_to_lps
+
+__all__ = ["Meaning", "check_displacements", "meaning_of"]
+
+
+class Meaning(NamedTuple):
+    """What the vectors of a field mean.
+
+    Attributes:
+        positions: they are points of the moving image, not displacements of those of the fixed one.
+        system: axes along which they count, in mm: ``"RAS"`` or ``"LPS"``.
+    """
+
+    positions: bool
+    system: str
+
+
+_POSITIONS, _ALONG_RAS, _ALONG_LPS = Meaning(True, "RAS"), Meaning(False, "RAS"), Meaning(False, "LPS")
+_NIFTYREG = {0.0: _POSITIONS, 1.0: _ALONG_RAS}  # by intent_p1
+_NIFTYREG_OTHERS = {
+    2.0: "control points of a cubic spline",
+    3.0: "velocities",
+    4.0: "velocities",
+    5.0: "control points of a velocity",
+    6.0: "control points of a linear spline",
+}
+_SPM_DEFORMATION = r"Deformation( field)?( \(templ\. to\. ind\.\))?"  # Segment and CAT12, Deformations, Shoot
+_SPM_VELOCITY = r"Flow Field|Velocity( \(.*)?"  # DARTEL, Shoot
+_FSL = range(2006, 2019)  # intents of FNIRT and TOPUP
+_LOOKS_ALIKE = 0.4  # of the extent of a grid: positions that turn by 20 degrees differ by 0.35, displacements by 1
+
+
+def _refuse_niftyreg(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} holds {what} of NiftyReg, not positions or displacements. Let NiftyReg write the positions first: "
+        f"reg_transform -ref FIXED -def {path.name} OUTPUT.nii.gz."
+    )
+
+
+def meaning_of(header: Any, path: Path) -> Meaning | None:
+    """What the vectors of a field with this NIfTI header mean; None where the header does not tell.
+
+    Raises:
+        ValueError: they mean what is no map of points here, or something unknown.
+    """
+    texts = (header[key].item().split(b"\0")[0] for key in ("intent_name", "descrip"))
+    name, note = (text.decode("latin-1").strip() for text in texts)
+    code, kind = int(header["intent_code"]), float(header["intent_p1"])
+    if name == "NREG_TRANS":
+        if kind not in _NIFTYREG:
+            raise _refuse_niftyreg(path, _NIFTYREG_OTHERS.get(kind, f"a transform of unknown type {kind:g}"))
+        return _NIFTYREG[kind]
+    if name.startswith("NREG_"):  # of versions before 1.5
+        raise _refuse_niftyreg(path, "control points")
+    if not name and re.fullmatch(_SPM_VELOCITY, note):
+        raise ValueError(
+            f"{path} holds velocities of SPM (DARTEL's flow field or Shoot's), not positions. Let SPM integrate them "
+            "first: Deformations, Dartel flow or Shooting, Save Deformation, which writes y_*.nii."
+        )
+    if name == "Mapping" or (not name and re.fullmatch(_SPM_DEFORMATION, note)):
+        return _POSITIONS
+    if name and not (code == 1006 and "disp" in name.lower()):  # which says the same twice
+        raise ValueError(
+            f"{path} is marked '{name}' (intent_name), a kind of field that is not known here. Let the program that "
+            "wrote it write displacements for ITK."
+        )
+    if code in _FSL:
+        raise ValueError(
+            f"{path} is a warp of FSL (intent {code}), which counts in voxels of two images. Name them: vxm convert "
+            f"{path.name} OUTPUT.nii.gz --from fsl --reference FIXED --moving MOVING."
+        )
+    return {1006: _ALONG_RAS, 1007: _ALONG_LPS}.get(code)
+
+
+def check_displacements(vectors: NDArray[np.float64], points: NDArray[np.float64], path: Path) -> None:
+    """Raise ValueError where a field that does not say so holds positions, along RAS or LPS.
+
+    Args:
+        vectors: as the file holds them, ``(..., 2 or 3)`` in mm.
+        points: places of the voxels, of the same shape (RAS, mm).
+        path: of the file.
+    """
+    axes = tuple(range(points.ndim - 1))
+    extent = np.linalg.norm(points - points.mean(axes))
+    for positions in (vectors, points_to_lps(vectors)):
+        off = positions - points
+        if np.linalg.norm(off - off.mean(axes)) < _LOOKS_ALIKE * extent:
+            raise ValueError(
+                f"{path} seems to hold positions, not displacements: its vectors grow with the place of the voxel. "
+                "If they are positions, subtract the places of the voxels first."
+            )

@@ -1,0 +1,130 @@
+"""Which two scans a transform is of: its file says where both lie, and what it is applied to is compared with that.
+
+A transform has a direction that its name does not show, and applied the wrong way it moves everything by about the
+right amount. The grids stand in ITK's HDF5 files behind the last byte that HDF5 reads, so that other programs read the
+file as before. A displacement in NIfTI lies on the grid of the fixed scan.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from voxelmorph_monai.affines import ImageGrid, apply_affine, check_same_grid, inside
+from voxelmorph_monai.maps.names import parse_name
+
+__all__ = ["Ends", "fits_backwards", "is_backwards", "read_ends", "write_ends"]
+
+_LOGGER = logging.getLogger(__name__)
+
+_MARK = b"\nvoxelmorph_monai grids "
+_LONGEST = 1 << 13  # bytes: two grids take 1 KB
+_HDF5 = (".h5", ".hdf5")
+_LATTICE = 9  # points along each axis at which two grids are compared
+
+
+class Ends(NamedTuple):
+    """Grids of the scans between which a transform leads; None where it is unknown."""
+
+    fixed: ImageGrid | None
+    moving: ImageGrid | None
+
+
+def write_ends(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> None:
+    """Add the grids of both scans to an ITK transform in HDF5."""
+    grids = {
+        name: {"size": [int(n) for n in grid.size], "affine": np.asarray(grid.affine).tolist()}
+        for name, grid in (("fixed", fixed), ("moving", moving))
+    }
+    with Path(path).open("ab") as file:
+        file.write(_MARK + json.dumps(grids).encode() + b"\n")
+
+
+def read_ends(path: str | Path) -> Ends:
+    """The grids that a file of a transform tells; what cannot be read tells none."""
+    path = Path(path)
+    with suppress(OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
+        if path.name.endswith((".nii", ".nii.gz")):
+            image: nib.Nifti1Image = nib.load(path)  # type: ignore[assignment]  # nibabel's own type says too little
+            return Ends(ImageGrid(image.shape[:3], image.affine), None)
+        if path.suffix in _HDF5:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - _LONGEST))
+                _, _, text = file.read().rpartition(_MARK)
+            grids = json.loads(text)
+            return Ends(*(ImageGrid(grids[name]["size"], np.array(grids[name]["affine"])) for name in Ends._fields))
+    return Ends(None, None)
+
+
+def _same(first: ImageGrid, second: ImageGrid | None) -> bool:
+    if second is None:
+        return False
+    try:
+        check_same_grid(first, second, ("", ""))
+    except ValueError:
+        return False
+    return True
+
+
+def _covers(first: ImageGrid, second: ImageGrid) -> bool:
+    """Whether some of the second grid lies in the first one."""
+    axes = [np.linspace(0, n - 1, _LATTICE) for n in second.size]
+    index = np.stack(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+    at = apply_affine(np.linalg.inv(first.affine) @ second.affine, index)
+    at[np.array(first.size) == 1] = 0.0  # across a slice there is no outside
+    return bool(inside(at, first.size).any())
+
+
+def _overlap(first: ImageGrid, second: ImageGrid | None) -> bool:
+    return second is None or _covers(first, second) or _covers(second, first)
+
+
+def is_backwards(ends: Ends, image: ImageGrid, reference: ImageGrid, names: tuple[str, str]) -> bool:
+    """Whether a transform fits only the other way round: from an image in the fixed space to the moving one.
+
+    Args:
+        ends: of the transform.
+        image: grid of the image that is to be resampled.
+        reference: the grid that it is to be resampled on.
+        names: of both, for an error.
+
+    Raises:
+        ValueError: one of the two overlaps neither of the scans that the transform is of.
+    """
+    known = ends.fixed is not None and ends.moving is not None
+    for grid, name in zip((image, reference), names, strict=True):
+        if known and not _overlap(grid, ends.fixed) and not _overlap(grid, ends.moving):
+            raise ValueError(
+                f"{name} lies elsewhere than both scans that the transform was made from: it overlaps neither. Is it "
+                "the transform of another pair?"
+            )
+    if _same(image, ends.moving) or _same(reference, ends.fixed):
+        return False
+    if _same(image, ends.fixed) and _same(reference, ends.moving):
+        return True
+    fits = _overlap(image, ends.moving) and _overlap(reference, ends.fixed)
+    return known and not fits and _overlap(image, ends.fixed) and _overlap(reference, ends.moving)
+
+
+def fits_backwards(names: Sequence[str], image: ImageGrid, reference: ImageGrid, of: tuple[str, str]) -> bool:
+    """As :func:`is_backwards`, for transforms in ANTs' order, of which the first one begins in the fixed space.
+
+    A warning is logged where they fit only backwards.
+    """
+    first, last = (
+        Ends(*read_ends(path)[::-1]) if inverted else read_ends(path)
+        for path, inverted in (parse_name(names[0]), parse_name(names[-1]))
+    )
+    backwards = is_backwards(Ends(first.fixed, last.moving), image, reference, of)
+    if backwards:
+        _LOGGER.warning(
+            "%s fits only backwards: %s lies on the fixed side and %s on the moving one. The inverse is used.",
+            " ".join(map(str, names)),
+            *of,
+        )
+    return backwards

@@ -1,0 +1,29 @@
+"""Names of transforms on a command line, and of what may be written beside them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from voxelmorph_monai.io.atomic import require_new
+
+__all__ = ["check_output", "parse_name"]
+
+
+def parse_name(name: str | Path) -> tuple[Path, bool]:
+    """Path of a transform, and whether its inverse is meant, which ANTs writes ``[PATH,1]``.
+
+    >>> parse_name("[forward.h5,1]")[1], parse_name("forward.h5")[1]
+    (True, False)
+    """
+    marked = re.fullmatch(r"\[(.+),\s*([01])\]", str(name))
+    return Path(marked[1] if marked else name), bool(marked and marked[2] == "1")
+
+
+def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """Raise FileExistsError where writing ``path`` would replace something that may not be."""
+    given = [parse_name(each)[0] for each in inputs]
+    if path.exists() and any(each.exists() and path.samefile(each) for each in given):
+        raise FileExistsError(f"{path} is also an input; write to another file.")
+    require_new(path, overwrite)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: its folder does not exist.")

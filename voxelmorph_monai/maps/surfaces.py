@@ -1,0 +1,353 @@
+r"""Files of surfaces: their vertices in scanner RAS, and the same file with other vertices.
+
+================  ==========================================================================================
+GIFTI             ``.gii``, ``.surf.gii``: scanner RAS, unless its own data say FreeSurfer's frame
+FreeSurfer        no ending, or ``.white``, ``.pial``, ``.inflated``, ...: tkr RAS, unless "real RAS" is set
+meshes            ``.vtk``, ``.vtp``, ``.stl``, ``.ply``: as the comment ``SPACE=`` says, LPS where there is none
+================  ==========================================================================================
+
+FreeSurfer's tkr RAS is centred on the conformed volume and runs along its axes. A surface stored in it is tied to one
+volume, which the footer of the file describes. Meshes have no rule; 3D Slicer and ITK write LPS.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.freesurfer.io import read_geometry, write_geometry
+from nibabel.gifti.gifti import GiftiCoordSystem
+from nibabel.gifti.util import gifti_encoding_codes
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, ImageGrid, spacing
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.io.formats import reading
+
+__all__ = ["FRAMES", "SurfaceFile", "read_surface", "save_surface", "tkr_affine"]
+
+FRAMES = ("RAS", "LPS", "tkr")
+"""Coordinates of vertices: of the scanner, RAS or LPS, or FreeSurfer's."""
+_MESHES = (".vtk", ".vtp", ".stl", ".ply")
+_LPS = np.diag([-1.0, -1, 1, 1])
+_CONFORMED = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # axes of FreeSurfer's volumes: left, inferior, anterior
+_TRIANGLES, _POINTS = "NIFTI_INTENT_TRIANGLE", "NIFTI_INTENT_POINTSET"
+_VOLUME = ("VolGeom", "SurfaceCenter")  # metadata of GIFTI that describe the volume of the old coordinates
+_INTEGERS = {"u1": np.uint8, "i1": np.int32, "i2": np.int32, "u2": np.int32, "i8": np.int32, "u4": np.int32}
+
+_Points = NDArray[np.float64]
+
+
+class SurfaceFile(NamedTuple):
+    """A surface, and how to write the same file with other vertices.
+
+    Attributes:
+        points: vertices ``(N, 3)`` in scanner RAS, mm, whatever the frame of the file.
+        frame: that of the file, one of ``FRAMES``.
+        note: what was assumed or is lost, for people; empty where nothing is.
+        write: ``write(path, points, grid, flip)`` writes the file with other vertices, for the volume of ``grid``, and
+            with its triangles turned over where ``flip``.
+    """
+
+    points: _Points
+    frame: str
+    note: str
+    write: Callable[[Path, _Points, ImageGrid | None, bool], None]
+
+
+def tkr_affine(grid: ImageGrid) -> Affine:
+    """4 x 4 map from FreeSurfer's tkr RAS of a volume to scanner RAS.
+
+    FreeSurfer gives each volume the axes of its conformed ones, about its middle.
+    """
+    tkr = np.eye(4)
+    tkr[:3, :3] = _CONFORMED * spacing(grid.affine)
+    tkr[:3, 3] = -tkr[:3, :3] @ (np.array(grid.size) / 2)
+    return grid.affine @ np.linalg.inv(tkr)
+
+
+def _moved(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> _Points:
+    return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _handedness(matrix: NDArray[np.floating[Any]]) -> bool:
+    return bool(np.linalg.det(matrix[:3, :3]) < 0)
+
+
+def _frame_matrix(frame: str, grid: ImageGrid | None, path: Path) -> Affine:
+    """From a frame to scanner RAS."""
+    if frame == "tkr":
+        if grid is None:
+            raise ValueError(
+                f"{path} is in FreeSurfer's tkr RAS and does not say of which volume. Name the image that the surface "
+                "was made from (--volume)."
+            )
+        return tkr_affine(grid)
+    return _LPS if frame == "LPS" else np.eye(4)
+
+
+def _footer_matrix(info: dict[str, Any]) -> Affine:
+    """From tkr RAS to scanner RAS, by the footer of a FreeSurfer surface."""
+    matrix = np.eye(4)
+    axes = np.stack([np.asarray(info[key], dtype=np.float64) for key in ("xras", "yras", "zras")], axis=1)
+    matrix[:3, :3], matrix[:3, 3] = axes @ np.linalg.inv(_CONFORMED), info["cras"]
+    return matrix
+
+
+def _footer(info: dict[str, Any], grid: ImageGrid) -> dict[str, Any]:
+    """The footer of a surface for the volume of ``grid``."""
+    sides = spacing(grid.affine)
+    axes = (grid.affine[:3, :3] / sides).T
+    centre = grid.affine[:3, :3] @ (np.array(grid.size) / 2) + grid.affine[:3, 3]
+    return {
+        **info,
+        "head": np.array([2, 0, 20], np.int32),
+        "valid": "1  # volume info valid",
+        "filename": info.get("filename", "unknown"),
+        "volume": np.array(grid.size),
+        "voxelsize": sides,
+        **dict(zip(("xras", "yras", "zras"), axes, strict=True)),
+        "cras": centre,
+    }
+
+
+def _footer_start(content: bytes, num_vertices: int, num_triangles: int) -> int:
+    """Where the footer of a FreeSurfer surface begins: after a magic number, two lines, and both counts and tables."""
+    return content.index(b"\n\n", 3) + 2 + 8 + 12 * (num_vertices + num_triangles)
+
+
+def _read_footer(footer: bytes) -> tuple[bool, dict[str, Any]]:
+    """Whether vertices are in scanner RAS ("real RAS"), and what is said of the volume; nibabel knows no real RAS."""
+    real = footer[:4] == (2).to_bytes(4, "big") and footer[4:8] != bytes(4)
+    pairs = (line.split("=", 1) for line in footer.decode("latin-1").splitlines() if "=" in line)
+    said = {key.strip()[-9:].split("\x14")[-1]: value.strip() for key, value in pairs}  # 20 comes before the first
+    info: dict[str, Any] = {key: said[key] for key in ("valid", "filename") if key in said}
+    numbers = ("volume", "voxelsize", "xras", "yras", "zras", "cras")
+    info |= {key: np.array(said[key].split(), dtype=np.float64) for key in numbers if key in said}
+    return real, info
+
+
+def _read_freesurfer(path: Path, frame: str | None, volume: ImageGrid | None) -> SurfaceFile:
+    with reading(path):
+        vertices, triangles, stamp = read_geometry(str(path), read_stamp=True)
+        content = path.read_bytes()
+        real, info = _read_footer(content[_footer_start(content, len(vertices), len(triangles)) :])
+    said = "RAS" if real else "tkr"
+    if frame not in (None, said):
+        raise ValueError(f"{path} says that it is in {said}, which contradicts --coordinates {frame}.")
+    if real:
+        matrix = np.eye(4)
+    elif info.get("valid", "").startswith("1") and "cras" in info and volume is None:
+        matrix = _footer_matrix(info)
+    else:
+        matrix = _frame_matrix("tkr", volume, path)
+
+    def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
+        if grid is None:
+            raise ValueError(
+                f"{path} has a footer that describes its volume. Name the image whose space the surface goes to "
+                "(--reference)."
+            )
+        out = np.eye(4) if real else tkr_affine(grid)
+        turned = flip != (_handedness(matrix) != _handedness(out))
+        write_geometry(
+            str(target),
+            _moved(np.linalg.inv(out), points),
+            triangles[:, ::-1] if turned else triangles,
+            create_stamp=stamp.rstrip("\n"),
+            volume_info=_footer(info, grid),
+        )
+        if real:
+            with target.open("r+b") as file:
+                file.seek(_footer_start(file.read(), len(points), len(triangles)) + 4)
+                file.write((1).to_bytes(4, "big"))
+
+    return SurfaceFile(_moved(matrix, vertices), said, "", write)
+
+
+def _gifti_type(array: NDArray[Any]) -> NDArray[Any]:
+    """The types that every reader of GIFTI takes: uint8, int32, float32."""
+    kind = array.dtype.newbyteorder("=").str[1:]
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    wanted: Any = _INTEGERS.get(kind, np.int32)
+    if array.size and (array.max() > np.iinfo(wanted).max or array.min() < np.iinfo(wanted).min):
+        raise ValueError(f"an array of {array.dtype} has numbers that no type of GIFTI holds: up to {array.max()}.")
+    return array.astype(wanted)
+
+
+def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> SurfaceFile:
+    with reading(path):
+        image: Any = nib.load(path)
+        arrays = image.get_arrays_from_intent(_POINTS)
+    if len(arrays) != 1:
+        raise ValueError(f"{path} holds {len(arrays)} sets of vertices; a surface has one.")
+    vertices, meta = arrays[0], dict(arrays[0].meta)
+    centre = [float(meta.get(f"VolGeomC_{axis}", 0) or 0) for axis in "RAS"]
+    # of several the reader keeps the last, so the text is asked
+    spaces = set(re.findall(rb"<DataSpace>\s*(?:<!\[CDATA\[)?\s*(\w+)", path.read_bytes()))
+    if frame is None and spaces <= {b"NIFTI_XFORM_UNKNOWN", b"0"} and any(centre):
+        raise ValueError(
+            f"{path} does not say whether its vertices are in scanner RAS or in FreeSurfer's tkr RAS: it names no data "
+            f"space, but a volume centred at {centre} (VolGeomC). Say it: --coordinates RAS or tkr."
+        )
+    said = frame or "RAS"
+    if said == "tkr" and volume is None:
+        matrix = np.eye(4)
+        axes = [[float(meta.get(f"VolGeom{a}_{b}", np.nan)) for b in "RAS"] for a in "XYZ"]
+        if not np.isfinite(axes).all():
+            raise ValueError(
+                f"{path} does not describe the volume of its tkr RAS. Name the image that the surface was made from "
+                "(--volume)."
+            )
+        matrix[:3, :3], matrix[:3, 3] = np.array(axes).T @ np.linalg.inv(_CONFORMED), centre
+    else:
+        matrix = _frame_matrix(said, volume, path)
+
+    def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
+        """One space, scanner RAS, whatever the file was in."""
+        turned = flip != _handedness(matrix)
+        for array in image.darrays:
+            data = points if array is vertices else array.data
+            name = nib.nifti1.intent_codes.niistring[array.intent]
+            array.data = _gifti_type(data[:, ::-1] if name == _TRIANGLES and turned else data)
+            array.datatype = nib.nifti1.data_type_codes.code[array.data.dtype.type]
+            array.encoding = gifti_encoding_codes.code["GIFTI_ENCODING_B64GZ"]
+            array.ext_fname, array.ext_offset, array.ind_ord = "", 0, 1
+        vertices.coordsys = GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
+        for key in [key for key in vertices.meta if key.startswith(_VOLUME)]:
+            del vertices.meta[key]
+        nib.save(image, target)
+
+    return SurfaceFile(_moved(matrix, vertices.data), said, "", write)
+
+
+def _vtk(module: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(f"vtkmodules.{module}")  # optional, and slow to import
+    except ImportError as error:
+        raise ValueError(f"{path} needs VTK: pip install 'voxelmorph_monai[surfaces]'.") from error
+
+
+_VTK_CLASSES = {  # module, reader, writer
+    ".vtk": ("vtkIOLegacy", "vtkPolyDataReader", "vtkPolyDataWriter"),
+    ".vtp": ("vtkIOXML", "vtkXMLPolyDataReader", "vtkXMLPolyDataWriter"),
+    ".stl": ("vtkIOGeometry", "vtkSTLReader", "vtkSTLWriter"),
+    ".ply": ("vtkIOPLY", "vtkPLYReader", "vtkPLYWriter"),
+}
+
+
+def _comment(reader: Any, mesh: Any, ending: str) -> str:
+    """What a mesh says of itself."""
+    if ending == ".vtp":
+        array = mesh.GetFieldData().GetAbstractArray("SPACE")
+        return f"SPACE={array.GetValue(0)}" if array is not None and array.GetNumberOfValues() else ""
+    if ending == ".ply":
+        comments = reader.GetComments()
+        return "\n".join(comments.GetValue(i) for i in range(comments.GetNumberOfValues()))
+    return str(reader.GetHeader() or "")
+
+
+def _declare(writer: Any, mesh: Any, ending: str, comment: str, frame: str) -> None:
+    """Have a mesh say which frame it is in, beside what it said before."""
+    said = re.sub(r"SPACE=\w+", "", comment).strip() if ending != ".vtp" else ""
+    if ending == ".vtp":
+        array = _vtk("vtkCommonCore", Path(ending)).vtkStringArray()
+        array.SetName("SPACE")
+        array.InsertNextValue(frame)
+        mesh.GetFieldData().AddArray(array)
+    elif ending == ".ply":
+        for line in [*filter(None, said.split("\n")), f"SPACE={frame}"]:
+            if "VTK generated" not in line:  # which the writer says itself
+                writer.AddComment(line)
+    else:
+        writer.SetHeader(f"{said[:60]} SPACE={frame}".strip())
+
+
+def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> SurfaceFile:
+    ending = path.suffix.lower()
+    module, reads, writes = _VTK_CLASSES[ending]
+    classes = _vtk(module, path)
+    numpy_support = _vtk("util.numpy_support", path)
+    reader = getattr(classes, reads)()
+    problems: list[str] = []
+    reader.AddObserver("ErrorEvent", lambda *_: problems.append("VTK cannot read it"))
+    reader.SetFileName(str(path))
+    reader.Update()
+    mesh = reader.GetOutput()
+    if problems or not mesh.GetNumberOfPoints():
+        raise ValueError(f"{path} is damaged, or no mesh with vertices: {problems[0] if problems else 'it is empty'}.")
+    comment = _comment(reader, mesh, ending)
+    found = re.search(r"SPACE=(RAS|LPS)", comment)
+    if found and frame not in (None, found[1]):
+        raise ValueError(f"{path} says that it is in {found[1]}, which contradicts --coordinates {frame}.")
+    said = found[1] if found else frame or "LPS"
+    note = "" if found or frame else f"{path} does not say its frame: LPS is assumed, as 3D Slicer and ITK write"
+    matrix = _frame_matrix(said, volume, path)
+
+    def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
+        out = _frame_matrix(said, grid, path) if said == "tkr" else matrix
+        places = _moved(np.linalg.inv(out), points).astype(np.float32)
+        mesh.GetPoints().SetData(numpy_support.numpy_to_vtk(places, deep=True))
+        for data in (mesh.GetPointData(), mesh.GetCellData()):
+            if data.GetNormals() is not None:
+                data.RemoveArray(data.GetNormals().GetName())  # they were those of the old shape
+        if flip != (_handedness(matrix) != _handedness(out)):
+            for cell in range(mesh.GetPolys().GetNumberOfCells()):
+                mesh.GetPolys().ReverseCellAtId(cell)
+        writer = getattr(classes, writes)()
+        failed: list[bool] = []
+        writer.AddObserver("ErrorEvent", lambda *_: failed.append(True))
+        if ending != ".vtp":
+            writer.SetFileTypeToBinary()
+        _declare(writer, mesh, ending, comment, said)
+        writer.SetFileName(str(target))
+        writer.SetInputData(mesh)
+        if not writer.Write() or failed:
+            raise OSError(f"{target} cannot be written: is the disk full?")
+
+    return SurfaceFile(_moved(matrix, numpy_support.vtk_to_numpy(mesh.GetPoints().GetData())), said, note, write)
+
+
+def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid | None = None) -> SurfaceFile:
+    """Read a surface: GIFTI, FreeSurfer's, VTK, STL or PLY, by the ending; a name without a known one is FreeSurfer's.
+
+    Args:
+        path: of the file.
+        frame: one of ``FRAMES``, for a file that does not tell.
+        volume: grid of the image that a surface in tkr RAS was made from, for a file that does not tell.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no whole surface of finite vertices, or one whose frame is unknown.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if frame not in (None, *FRAMES):
+        raise ValueError(f"'{frame}' is no frame of coordinates; choose from {', '.join(FRAMES)}.")
+    ending = path.suffix.lower()
+    read = _read_gifti if ending == ".gii" else _read_mesh if ending in _MESHES else _read_freesurfer
+    surface = read(path, frame, volume)
+    if not np.isfinite(surface.points).all():
+        raise ValueError(f"{path} has {int((~np.isfinite(surface.points)).any(1).sum())} vertices of NaN or infinity.")
+    return surface
+
+
+def save_surface(
+    path: str | Path, source: SurfaceFile, points: NDArray[np.floating[Any]], grid: ImageGrid | None, mirrored: bool
+) -> None:
+    """Write the file ``source`` with other vertices; whole or not at all.
+
+    Args:
+        path: of the file.
+        source: what :func:`read_surface` gave.
+        points: vertices ``(N, 3)`` in scanner RAS, mm.
+        grid: of the image in whose space they lie, which files of FreeSurfer describe.
+        mirrored: the map turned left into right, and would leave the triangles inside out.
+    """
+    with atomic(path) as temporary:
+        source.write(temporary, np.asarray(points, dtype=np.float64), grid, mirrored)
