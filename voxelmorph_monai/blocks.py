@@ -3,10 +3,10 @@ r"""Geometry of displacement fields: warp, compose, integrate, invert, resize, d
 A field ``u`` of shape ``(B, D, *spatial)`` gives each voxel ``x`` an offset **in voxels of its own grid**, component
 ``d`` along array axis ``d``. It stands for the map :math:`\phi(x) = x + u(x)` and pulls images back: the warped image
 at ``x`` is the moving image at :math:`\phi(x)`. Outside its grid a field, like an image, continues with its border
-value. Every other module takes its conventions from here, and nothing else knows of ``grid_sample``'s [-1, 1].
+value. Every other module takes its conventions from here, and no other module uses ``grid_sample``'s [-1, 1].
 
-Fields are computed in float32 or wider whatever comes in: bfloat16 cannot count voxels past 256. Everything works in
-2-D and 3-D, is differentiable, and can be scripted (``torch.jit.script``) and exported to ONNX.
+Fields are computed in float32 or wider, whatever the input type: bfloat16 cannot count voxels past 256. Everything
+works in 2-D and 3-D, is differentiable, and can be scripted (``torch.jit.script``) and exported to ONNX.
 """
 
 import math
@@ -17,24 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from voxelmorph_monai.kernels import loops
+
 __all__ = [
+    "as_signed",
     "compose",
-    "corners",
+    "determinant",
     "identity_grid",
     "integrate",
     "invert",
     "jacobian_determinant",
-    "majority",
+    "linear_weights",
     "resize",
-    "signed",
+    "sample",
     "smooth",
+    "smooth_axes",
     "warp",
     "warp_labels",
+    "weighted_vote",
 ]
 
 
 def _widen(field: Tensor) -> Tensor:
-    """Give ``field`` in float32 or wider."""
+    """Convert ``field`` to float32, unless it is float64."""
     return field if field.dtype == torch.float64 else field.float()
 
 
@@ -49,7 +54,8 @@ def _check_ddf(image: Tensor, ddf: Tensor) -> None:
     expected = [image.shape[0], image.ndim - 2] + list(image.shape[2:])
     if image.ndim not in (4, 5) or list(ddf.shape) != expected:
         raise ValueError(
-            f"ddf for an image of shape {list(image.shape)} must be {expected} in 2-D or 3-D, got {list(ddf.shape)}."
+            f"ddf of shape {list(ddf.shape)} does not fit an image of shape {list(image.shape)}: it needs shape "
+            f"{expected}, in 2-D or 3-D."
         )
 
 
@@ -72,18 +78,18 @@ def _to_unit(ddf: Tensor, axis: int) -> float:
 
 def _grid(ddf: Tensor, mode: str) -> Tensor:
     r"""What ``grid_sample`` takes for :math:`\phi` of ``ddf``: ``(B, *spatial, D)``, from -1 to 1, last axis first."""
-    components = ddf.unbind(1)  # one gradient for all; indexed one by one, each would fill a whole field with zeros
+    components = ddf.unbind(1)  # one gradient for all; indexing each would fill a whole field with zeros
     unit = []
     for d in range(ddf.shape[1] - 1, -1, -1):
         point = components[d] + _axis(ddf, d)
         if mode == "nearest":
-            point = point.round()  # here, where halves are exact: the way to [-1, 1] and back is not
+            point = point.round()  # here, where halves are exact; after scaling to [-1, 1] they are not
         unit.append(point * _to_unit(ddf, d) - 1.0)
     return torch.stack(unit, dim=-1)
 
 
 def _parts(grid: Tensor) -> int:
-    """In how many parts to sample, for all threads to work: on a CPU torch gives each batch item one thread."""
+    """Number of parts to sample separately so that all threads work: on a CPU, torch uses one thread per batch item."""
     parts = torch.get_num_threads() // grid.shape[0] if grid.device.type == "cpu" else 1
     while parts > 1 and grid.shape[1] % parts:
         parts -= 1
@@ -91,16 +97,19 @@ def _parts(grid: Tensor) -> int:
 
 
 class _Sample(torch.autograd.Function):
-    """Linear ``grid_sample`` of an image along a displacement, by all threads, that keeps these two alone.
+    """Linear ``grid_sample`` of an image along a displacement: uses all threads, and saves only these two tensors.
 
-    The first axis is cut into as many items of a batch as there are threads: on 2 cores warp is 1.5 times faster,
-    integrate with its gradient 1.7 times. As no grid is kept, warp takes 0.6 and integrate 0.5 of the memory.
+    The first axis is cut into as many batch items as there are threads: on 2 cores warp is 1.5 times faster, integrate
+    with its gradient 1.7 times. Since no grid is saved, warp needs 0.6 and integrate 0.5 of the memory.
     """
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, ddf: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(image, ddf)
         ctx.padding = padding
+        compiled = loops(image, ddf) if padding else None
+        if compiled is not None:
+            return compiled.sample(image, ddf)
         out = _Sample.operator(image, "")(*_Sample.cut(image, ddf), 0, padding, True)
         parts = len(out) // len(image)
         return out if parts == 1 else out.unflatten(0, (-1, parts)).transpose(1, 2).flatten(2, 3)
@@ -109,6 +118,9 @@ class _Sample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         image, ddf = ctx.saved_tensors
+        compiled = loops(image, ddf, grad_output) if ctx.padding else None
+        if compiled is not None:
+            return *compiled.sample_backward(image, ddf, grad_output, *ctx.needs_input_grad[:2]), None
         copies, grid = _Sample.cut(image, ddf)
         parts = len(copies) // len(image)
         if parts > 1:
@@ -129,14 +141,14 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def operator(image: Tensor, end: str) -> Any:
-        """``grid_sampler`` of ``image`` or, with the ``end`` ``_backward``, its gradient."""
+        """``grid_sampler`` for ``image``, or its gradient if ``end`` is ``_backward``."""
         return getattr(torch.ops.aten, f"grid_sampler_{image.ndim - 2}d{end}")
 
     @staticmethod
     def cut(image: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
-        """Image, repeated without a copy where it can be, and grid of each part."""
+        """Image and grid of each part; the image is repeated without a copy where possible."""
         grid = image.new_empty((len(ddf), *ddf.shape[2:], ddf.shape[1]))  # MONAI's MetaTensor takes no loose sizes
-        for d, component in enumerate(grid.unbind(-1)[::-1]):  # as _grid, to the last bit, without a copy
+        for d, component in enumerate(grid.unbind(-1)[::-1]):  # the numbers of _grid to the last bit, without a copy
             torch.sub((ddf[:, d] + _axis(ddf, d)).mul_(_to_unit(ddf, d)), 1.0, out=component)
         parts = _parts(grid)
         copies = image[:, None].expand(-1, parts, *image.shape[1:]).flatten(0, 1)
@@ -144,7 +156,7 @@ class _Sample(torch.autograd.Function):
 
 
 def _sample(image: Tensor, ddf: Tensor, mode: str, padding_mode: str) -> Tensor:
-    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips what stands under this one condition
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips only a branch with this single condition
         if mode == "bilinear" and len(image) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             return _Sample.apply(image, ddf, 0 if padding_mode == "zeros" else 1)
     return F.grid_sample(image, _grid(ddf, mode).to(image.dtype), mode, padding_mode, align_corners=True)
@@ -154,7 +166,7 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     r"""Pull ``image`` ``(B, C, *spatial)`` back along ``ddf`` ``(B, D, *spatial)``: :math:`I \circ \phi`.
 
     Args:
-        image: any dtype; the result has the same. Integers only with ``mode="nearest"``, and then exactly.
+        image: any dtype, which the result keeps. Integers only with ``mode="nearest"``, which is exact.
         ddf: displacement in voxels.
         mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"`` (halves go to the even voxel).
         padding_mode: ``"border"`` repeats the outermost voxel, ``"zeros"`` surrounds the image with 0 (but not along
@@ -167,25 +179,74 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     """
     _check_ddf(image, ddf)
     if mode not in ("bilinear", "nearest"):
-        raise ValueError(f"mode must be 'bilinear' or 'nearest', got '{mode}'.")
+        raise ValueError(f"mode is '{mode}'. Use 'bilinear' or 'nearest'.")
     if padding_mode not in ("border", "zeros"):
-        raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{padding_mode}'.")
+        raise ValueError(f"padding_mode is '{padding_mode}'. Use 'border' or 'zeros'.")
     ddf = _widen(ddf)
     dtype = torch.float64 if image.dtype == torch.float64 else ddf.dtype
     if not image.is_floating_point():
         if mode != "nearest":
-            raise TypeError(f"only mode='nearest' keeps labels: linear interpolation got an image of {image.dtype}.")
+            raise TypeError(f"an image of {image.dtype} cannot be interpolated linearly. Use mode='nearest'.")
         dtype = torch.float64  # float32 would round labels past 2^24
     return _sample(image.to(dtype), ddf, mode, padding_mode).to(image.dtype)
+
+
+def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+    r"""Values of ``image`` ``(B, C, *spatial)`` at ``points`` ``(B, D, *size)``, in voxels: ``(B, C, *size)``.
+
+    ``mode``, ``padding_mode`` and dtypes are those of :func:`warp`, which samples at displaced points of the image's
+    own grid.
+
+    >>> sample(torch.tensor([[[[0.0, 1.0, 4.0]]]]), torch.tensor([0.0, 1.5]).view(1, 2, 1, 1))
+    tensor([[[[2.5000]]]])
+    """
+    points = _widen(points)
+    unit = []
+    for d in range(points.shape[1] - 1, -1, -1):
+        point = points[:, d].round() if mode == "nearest" else points[:, d]
+        unit.append(point * _to_unit(image, d) - 1.0)
+    dtype = points.dtype if image.is_floating_point() else torch.float64
+    grid = torch.stack(unit, dim=-1).to(dtype)
+    return F.grid_sample(image.to(dtype), grid, mode, padding_mode, align_corners=True).to(image.dtype)
 
 
 def compose(outer: Tensor, inner: Tensor, padding_mode: str = "border") -> Tensor:
     r"""Displacement of :math:`\phi_{outer} \circ \phi_{inner}`, that is ``inner(x) + outer(x + inner(x))``.
 
-    An image warped by the composition is the image warped by ``outer``, then by ``inner``. ``padding_mode`` says what
-    ``outer`` is beyond its grid, as in :func:`warp`.
+    Warping an image by the composition equals warping it by ``outer``, then by ``inner``. ``padding_mode`` sets the
+    values of ``outer`` beyond its grid, as in :func:`warp`.
     """
     return _widen(inner) + warp(_widen(outer), inner, padding_mode=padding_mode)
+
+
+class _Integral(torch.autograd.Function):
+    """Scaling and squaring with one pass over memory per step; only the field before each step is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, dvf: Tensor, num_steps: int) -> Tensor:
+        compiled = loops(dvf)
+        scales = [0.5**num_steps] + [1.0] * (num_steps - 1)
+        before, ddf, spare = [], dvf, None
+        for scale in scales:
+            after = compiled.square(ddf, scale, spare)
+            if ctx.needs_input_grad[0]:
+                before.append(ddf)
+            elif ddf is not dvf:
+                spare = ddf
+            ddf = after
+        ctx.scales = scales
+        ctx.save_for_backward(*before)
+        return ddf
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        compiled = loops(grad_output)
+        grad, spare = grad_output, None
+        for ddf, scale in zip(ctx.saved_tensors[::-1], ctx.scales[::-1], strict=True):
+            before = compiled.square_backward(ddf, grad, scale, spare)
+            grad, spare = before, None if grad is grad_output else grad
+        return grad, None
 
 
 def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> Tensor:
@@ -193,14 +254,19 @@ def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> 
 
     Scaling and squaring, :math:`\exp(v) = \exp(v / 2^n)^{2^n}`, starting from :math:`\exp(v / 2^n) \approx v / 2^n`
     (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map. With
-    ``padding_mode="zeros"`` the velocity ends at the border of its grid, which tears what flows across it.
+    ``padding_mode="zeros"`` the velocity drops to 0 beyond its grid, which tears the map where it crosses the border.
 
     >>> shift = integrate(torch.ones(1, 2, 5, 4))
     >>> bool((shift == 1).all())  # a constant velocity moves everything by itself
     True
     """
     if not 0 <= num_steps <= 30:
-        raise ValueError(f"num_steps must be 0 to 30 (the velocity is divided by 2^num_steps), got {num_steps}.")
+        raise ValueError(
+            f"num_steps is {num_steps}, but the velocity is divided by 2^num_steps. Choose a number from 0 to 30."
+        )
+    if not torch.jit.is_scripting():  # noqa: SIM102, as in _sample
+        if num_steps and padding_mode == "border" and loops(_widen(dvf)) is not None:
+            return _Integral.apply(_widen(dvf), num_steps)
     ddf = _widen(dvf) * (0.5**num_steps)
     for _ in range(num_steps):
         ddf = compose(ddf, ddf, padding_mode)
@@ -212,21 +278,22 @@ def _length(field: Tensor) -> Tensor:
 
 
 def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step: float = 1.0) -> tuple[Tensor, Tensor]:
-    r"""Inverse of a displacement that comes without a velocity, and how far it is from one.
+    r"""Inverse of a displacement without a known velocity, and the residual error.
 
     Fixed point :math:`u^{-1} \leftarrow -u \circ (id + u^{-1})` (Chen et al., Medical Physics 2008). It converges where
-    ``u`` stretches nothing by 100 % or more, with a smaller ``step`` by ``2 / step - 1``; elsewhere the residual tells
-    what is left. A small residual does not rule out folds, as of several points that meet in one it finds one:
-    :func:`jacobian_determinant` sees them.
+    ``u`` stretches by less than 100 %; a smaller ``step`` extends that to ``2 / step - 1``. Elsewhere the residual
+    shows the remaining error. A small residual does not rule out folds: where the map takes several points to one, the
+    iteration finds only one of them. Use :func:`jacobian_determinant` to detect folds.
 
     Args:
         ddf: displacement in voxels, ``(B, D, *spatial)``.
-        max_iterations: passes at most.
-        tolerance: stop when no voxel is further than this (voxels) from being undone.
-        step: share of its error that each pass takes off.
+        max_iterations: largest number of iterations.
+        tolerance: stop when the error of every voxel is at most this (voxels).
+        step: fraction of the error that each iteration removes.
 
     Returns:
-        The inverse, same shape, and the residual ``(B,)``: the largest :math:`|\phi(\phi^{-1}(x)) - x|` in voxels.
+        The inverse, of the same shape, and the residual ``(B,)``: the largest :math:`|\phi(\phi^{-1}(x)) - x|` in
+        voxels.
     """
     ddf = _widen(ddf)
     inverse = -ddf
@@ -240,38 +307,47 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
 
 
 def resize(field: Tensor, size: list[int]) -> Tensor:
-    """Resample ``field`` to the spatial ``size`` (a sequence) and restate its vectors in voxels of the new grid.
+    """Resample ``field`` to the spatial ``size`` (a sequence) and convert its vectors to voxels of the new grid.
 
     The corner voxels of the two grids coincide: component ``d`` is scaled by ``(new - 1) / (old - 1)``.
     """
     field = _widen(field)
     if len(size) not in (2, 3) or field.ndim - 2 != len(size) or field.shape[1] != len(size) or min(size) < 1:
-        raise ValueError(f"size for a field of shape {list(field.shape)} must be as many sizes > 0, got {list(size)}.")
+        raise ValueError(
+            f"size {list(size)} does not fit a field of shape {list(field.shape)}: it needs one length above 0 for "
+            "each component, in 2-D or 3-D."
+        )
     if list(field.shape[2:]) == list(size):
         return field
     mode = "bilinear" if len(size) == 2 else "trilinear"
     resampled = F.interpolate(field, list(size), mode=mode, align_corners=True)
-    # One number for each component: a tensor of them would be rounded to float32 by TorchScript.
+    # Python numbers, one per component: TorchScript would round a tensor of them to float32.
     ratio = [(size[d] - 1) / max(field.shape[d + 2] - 1, 1) for d in range(len(size))]
     components = resampled.unbind(1)
     return torch.stack([components[d] * ratio[d] for d in range(len(size))], dim=1)
 
 
 def smooth(field: Tensor, sigma: float) -> Tensor:
-    r"""Convolve ``field`` ``(B, C, *spatial)`` with what stands for a Gaussian of ``sigma`` voxels.
+    r"""Convolve ``field`` ``(B, C, *spatial)`` with an approximate Gaussian of ``sigma`` voxels.
 
-    :math:`[w, 1 - 2 w, w]` of the same variance along each axis, :math:`\lceil 2 \sigma^2 \rceil` times: a sixth of the
-    time of a sampled Gaussian. Beyond the border stands the border value. A ``sigma`` of 0 gives ``field`` itself.
+    The kernel :math:`[w, 1 - 2 w, w]` is applied :math:`\lceil 2 \sigma^2 \rceil` times along each axis, with ``w``
+    chosen to match the variance; this takes a sixth of the time of a sampled Gaussian. The border value continues
+    beyond the border. A ``sigma`` of 0 returns ``field`` itself.
 
     >>> smooth(torch.tensor([[[[0.0, 0.0, 8.0, 0.0, 0.0]]]]), sigma=1.0)
     tensor([[[[0.5000, 2.0000, 3.0000, 2.0000, 0.5000]]]])
     """
-    if not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma must be a number of voxels, at least 0, got {sigma}.")
+    return smooth_axes(field, [sigma] * (field.ndim - 2))
+
+
+def smooth_axes(field: Tensor, sigmas: list[float]) -> Tensor:
+    """Smooth ``field`` as :func:`smooth` does, with a ``sigma`` in voxels for each spatial axis."""
     field = _widen(field)
-    passes = math.ceil(2 * sigma**2)
-    weight = sigma**2 / (2 * max(passes, 1))
-    for axis in range(2, field.ndim):
+    for d, sigma in enumerate(sigmas):
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma is {sigma}. Give a finite number of voxels, 0 or more.")
+        passes, axis = math.ceil(2 * sigma**2), d + 2
+        weight = sigma**2 / (2 * max(passes, 1))
         n = field.shape[axis]
         for _ in range(passes):
             wide = field * (1 - 2 * weight)
@@ -297,7 +373,7 @@ def _difference(field: Tensor, axis: int, scheme: str) -> Tensor:
 
 
 def ranges(n: int, number: int) -> list[tuple[int, int]]:
-    """Cut 0 to ``n`` into ``number`` ranges of about one length, but 1 at least and ``n`` at most: start and stop.
+    """Cut 0 to ``n`` into ``number`` ranges of about equal length (at least 1 and at most ``n`` ranges): start, stop.
 
     >>> ranges(7, 3)
     [(0, 2), (2, 4), (4, 7)]
@@ -307,9 +383,9 @@ def ranges(n: int, number: int) -> list[tuple[int, int]]:
 
 
 def slabs(image: Tensor, numbers: int) -> list[tuple[int, int]]:
-    """Cut the first spatial axis of ``image`` into ranges of that many numbers, which a processor's cache holds.
+    """Cut the first spatial axis of ``image`` into ranges of about ``numbers`` values, which fit a CPU's cache.
 
-    A GPU prefers fewer, larger steps: there it is one range.
+    On a GPU, where fewer and larger steps are faster, there is only one range.
     """
     return ranges(image.shape[2], -(-image.numel() // numbers) if image.device.type == "cpu" else 1)
 
@@ -321,8 +397,13 @@ def _determinant(ddf: Tensor, scheme: str) -> Tensor:
         components = [_difference(ddf.narrow(1, i, 1), j + 2, scheme) for i in range(spatial_dims)]
         components[j] = components[j] + 1.0
         rows.append(components)
+    return determinant(rows)
+
+
+def determinant(rows: list[list[Tensor]]) -> Tensor:
+    """Determinant of matrices of 2 or 3 rows and columns, each of whose numbers is a tensor of one shape."""
     a, b = rows[0], rows[1]
-    if spatial_dims == 2:
+    if len(rows) == 2:
         return torch.addcmul(a[0] * b[1], a[1], b[0], value=-1)
     c = rows[2]
     x = torch.addcmul(b[1] * c[2], b[2], c[1], value=-1)
@@ -334,99 +415,101 @@ def _determinant(ddf: Tensor, scheme: str) -> Tensor:
 def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
     r"""Local change of volume :math:`\det(I + \nabla u)` of ``ddf`` ``(B, D, *spatial)``: ``(B, 1, *spatial)``.
 
-    1 keeps the volume, 2 means that :math:`\phi` doubles it, 0 or less that it folds.
+    1 means that :math:`\phi` keeps the volume, 2 that it doubles it, 0 or less that it folds.
 
     Args:
         ddf: displacement in voxels.
-        scheme: ``"central"`` differences, blind to a checkerboard, as the literature reports; or ``"forward"``, which
-            sees each cell. Both are one-sided at the border, so that the shape stays.
+        scheme: ``"central"`` differences, which the literature reports but which miss a checkerboard, or ``"forward"``
+            differences, which see each cell. Both are one-sided at the border, so that the shape stays the same.
     """
     if scheme not in ("central", "forward"):
-        raise ValueError(f"scheme must be 'central' or 'forward', got '{scheme}'.")
+        raise ValueError(f"scheme is '{scheme}'. Use 'central' or 'forward'.")
     spatial_dims = ddf.ndim - 2
     if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
-        raise ValueError(f"ddf must be (B, 2, H, W) or (B, 3, H, W, D), got {list(ddf.shape)}.")
+        raise ValueError(f"ddf has shape {list(ddf.shape)}. A displacement field is (B, 2, H, W) or (B, 3, H, W, D).")
     ddf, n = _widen(ddf), ddf.shape[2]
-    found: list[Tensor] = []
-    # At 160 x 192 x 224 a fifth of the CPU time that it takes at once, or two thirds where freed memory is kept.
+    parts: list[Tensor] = []
+    # At 160 x 192 x 224 this takes a fifth of the CPU time of a single pass, or two thirds if freed memory is kept.
     for start, stop in slabs(ddf, 1 << 20):
-        first = max(start - 1, 0)  # with the neighbours
+        first = max(start - 1, 0)  # include the neighbours
         slab = _determinant(ddf.narrow(2, first, min(stop + 1, n) - first), scheme)
-        found.append(slab.narrow(2, start - first, stop - start))
-    return torch.cat(found, dim=2)
+        parts.append(slab.narrow(2, start - first, stop - start))
+    return torch.cat(parts, dim=2)
 
 
-def corners(ddf: Tensor, size: list[int] | None = None) -> list[tuple[Tensor, Tensor]]:
-    r"""Voxels that linear interpolation mixes at :math:`\phi(x)`, with their shares.
+def linear_weights(ddf: Tensor, size: list[int] | None = None) -> list[tuple[Tensor, Tensor]]:
+    r"""Voxels that linear interpolation mixes at :math:`\phi(x)`, and their weights.
 
     For each of the ``2**D`` corners of the cell around :math:`\phi(x)`: the flat index ``(B, *spatial)`` of the voxel
     (int64, into the grid of one batch item) and its weight ``(B, *spatial)``, differentiable in ``ddf``. The weights of
-    a point sum to 1. What a warp does to label maps can so be computed for all labels at once, without one-hot images.
+    a point sum to 1. With them all labels of a map can be warped at once, without one-hot images.
 
     Args:
-        ddf: displacement in voxels.
-        size: of the grid that the voxels belong to, when it is another one: :math:`\phi(x)` counts in its voxels.
+        ddf: displacement in voxels, ``(B, D, *spatial)``.
+        size: size of the sampled grid, if it is not the grid of ``ddf``; :math:`\phi(x)` is then in its voxels.
     """
     _check_ddf(ddf, ddf)
     ddf = _widen(ddf)
     grid = list(ddf.shape[2:]) if size is None else list(size)
     if len(grid) != ddf.shape[1] or min(grid) < 1:
-        raise ValueError(f"size for a ddf of {ddf.shape[1]} components must be as many sizes > 0, got {grid}.")
-    found = [(torch.zeros_like(ddf[:, 0], dtype=torch.int64), torch.ones_like(ddf[:, 0]))]
+        raise ValueError(
+            f"size {grid} does not fit a ddf of {ddf.shape[1]} components: it needs one length above 0 for each."
+        )
+    corners = [(torch.zeros_like(ddf[:, 0], dtype=torch.int64), torch.ones_like(ddf[:, 0]))]
     for d in range(ddf.shape[1]):
         n = grid[d]
         point = (ddf[:, d] + _axis(ddf, d)).clamp(0, n - 1)
         low = point.detach().floor()
-        share = point - low
+        fraction = point - low
         index = low.long()
-        ends = [(index, 1 - share), ((index + 1).clamp(max=n - 1), share)]
+        ends = [(index, 1 - fraction), ((index + 1).clamp(max=n - 1), fraction)]
         finer: list[tuple[Tensor, Tensor]] = []
-        for i, weight in found:
+        for i, weight in corners:
             for end, part in ends:
                 finer.append((i * n + end, weight * part))
-        found = finer
-    return found
+        corners = finer
+    return corners
 
 
-def majority(labels: Tensor, shares: Tensor) -> Tensor:
-    """Of labels with their shares, ``(B, K, *spatial)`` both, the one with the largest sum: ``(B, 1, *spatial)``.
+def weighted_vote(labels: Tensor, weights: Tensor) -> Tensor:
+    """Label with the largest summed weight among K candidates, both ``(B, K, *spatial)``: ``(B, 1, *spatial)``.
 
-    Of labels with equal shares the smaller one wins.
+    If several labels have the largest weight, the smallest label wins.
 
-    >>> majority(torch.tensor([[2, 5, 3], [2, 5, 5]]), torch.tensor([[0.4, 0.35, 0.25]]).expand(2, 3))
+    >>> weighted_vote(torch.tensor([[2, 5, 3], [2, 5, 5]]), torch.tensor([[0.4, 0.35, 0.25]]).expand(2, 3))
     tensor([[2],
             [5]])
     """
-    given, weights = labels.unbind(1), shares.unbind(1)
-    best, most = given[0], torch.zeros_like(weights[0])
-    for label in given:
-        share = torch.zeros_like(most)
-        for other, weight in zip(given, weights):  # noqa: B905, TorchScript knows no strict=True
-            share = share + weight * (other == label)
-        better = (share > most) | ((share == most) & (label < best))
-        best, most = torch.where(better, label, best), torch.where(better, share, most)
+    candidates, given = labels.unbind(1), weights.unbind(1)
+    best, most = candidates[0], torch.zeros_like(given[0])
+    for label in candidates:
+        total = torch.zeros_like(most)
+        for other, weight in zip(candidates, given):  # noqa: B905, TorchScript does not support strict=True
+            total = total + weight * (other == label)
+        better = (total > most) | ((total == most) & (label < best))
+        best, most = torch.where(better, label, best), torch.where(better, total, most)
     return best.unsqueeze(1)
 
 
-def signed(labels: Tensor) -> Tensor:
-    """Give ``labels`` as int64 if they are of an unsigned type of 16 bits or more: torch stores them, and little else.
+def as_signed(labels: Tensor) -> Tensor:
+    """Convert ``labels`` of an unsigned type of 16 bits or more to int64: torch stores these types, but little else.
 
-    >>> signed(torch.tensor([3, 40000], dtype=torch.uint16)).max()
+    >>> as_signed(torch.tensor([3, 40000], dtype=torch.uint16)).max()
     tensor(40000)
     """
     return labels.long() if labels.dtype in (torch.uint16, torch.uint32, torch.uint64) else labels
 
 
 def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
-    """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linearly interpolated share.
+    """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linear interpolation weight.
 
-    Equal to warping every label's one-hot image linearly and taking the argmax, at the cost of the ``2**D`` voxels
-    around each point instead of one image a label. Of labels with equal shares the smaller one wins.
+    Equal to warping each label's one-hot image linearly and taking the argmax, but it costs ``2**D`` voxels around each
+    point instead of one image per label. If several labels have the largest weight, the smallest label wins.
     """
     _check_ddf(labels, ddf)
     if labels.shape[1] != 1:
-        raise ValueError(f"labels must have one channel, got shape {list(labels.shape)}.")
-    found = corners(ddf.detach())
-    flat = signed(labels).flatten(1)
-    there = torch.stack([flat.gather(1, index.flatten(1)).view_as(index) for index, _ in found], dim=1)
-    return majority(there, torch.stack([weight for _, weight in found], dim=1)).to(labels.dtype)
+        raise ValueError(f"labels of shape {list(labels.shape)} have {labels.shape[1]} channels. Give a map with one.")
+    corners = linear_weights(ddf.detach())
+    flat = as_signed(labels).flatten(1)
+    candidates = torch.stack([flat.gather(1, index.flatten(1)).view_as(index) for index, _ in corners], dim=1)
+    return weighted_vote(candidates, torch.stack([weight for _, weight in corners], dim=1)).to(labels.dtype)

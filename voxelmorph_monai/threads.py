@@ -1,0 +1,30 @@
+"""Threads of one call: how many, and what they do."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["num_threads", "run"]
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+def num_threads() -> int:
+    """How many threads to use: what OMP_NUM_THREADS says, as for torch, or one for each processor of this process."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("OMP_NUM_THREADS", "") or allowed)
+
+
+def run(work: Callable[[_Job], _Result], jobs: Sequence[_Job], threads: int) -> list[_Result]:
+    """Do ``work`` for each of ``jobs``, with so many threads at most; results are in the order of the jobs.
+
+    >>> run(len, ["a", "bb"], 2)
+    [1, 2]
+    """
+    threads = min(threads, len(jobs))
+    if threads < 2:
+        return [work(job) for job in jobs]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, jobs))
