@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from itertools import product
 
 import nibabel as nib
@@ -20,7 +21,7 @@ from surface_distance import compute_robust_hausdorff, compute_surface_distances
 from torch.testing import assert_close
 
 from voxelmorph_monai.blocks import identity_grid, integrate
-from voxelmorph_monai.metrics import (
+from voxelmorph_monai.epoch_metrics import (
     Folding,
     Hausdorff95,
     InverseConsistency,
@@ -29,6 +30,8 @@ from voxelmorph_monai.metrics import (
     NonDiffeomorphicVolume,
     PairValue,
     TargetRegistrationError,
+)
+from voxelmorph_monai.metrics import (
     dice,
     folding,
     hausdorff95,
@@ -619,14 +622,20 @@ POINTS = torch.zeros(2, 4, 2)
 @pytest.mark.parametrize(
     ("labels", "reference", "num_labels", "error", "match"),
     [
-        (LABELS, LABELS[:1], 2, ValueError, r"both be \(B, 1, H, W\).* got \[2, 1, 6, 7\] and \[1, 1, 6, 7\]"),
-        (LABELS[0], LABELS[0], 2, ValueError, r"both be .* got \[1, 6, 7\] and"),
-        (LABELS.expand(2, 3, 6, 7), LABELS.expand(2, 3, 6, 7), 2, ValueError, r"both be .* got \[2, 3, 6, 7\] and"),
-        (LABELS.float(), LABELS, 2, TypeError, r"labels must have an integer type, got torch.float32"),
-        (LABELS, LABELS.double(), 2, TypeError, r"reference must have an integer type, got torch.float64"),
-        (LABELS, 3 * LABELS, 2, ValueError, r"reference must lie in 0 to num_labels = 2, got 3 to 3"),
-        (-LABELS, LABELS, 2, ValueError, r"labels must lie in 0 to num_labels = 2, got -1 to -1"),
-        (LABELS, LABELS, 0, ValueError, r"num_labels must be 1 or more .* got 0"),
+        (LABELS, LABELS[:1], 2, ValueError, r"^labels and reference .*\[2, 1, 6, 7\] and \[1, 1, 6, 7\]"),
+        (LABELS[0], LABELS[0], 2, ValueError, r"^labels and reference .* \[1, 6, 7\] and"),
+        (
+            LABELS.expand(2, 3, 6, 7),
+            LABELS.expand(2, 3, 6, 7),
+            2,
+            ValueError,
+            r"^labels and reference .* \[2, 3, 6, 7\] and",
+        ),
+        (LABELS.float(), LABELS, 2, TypeError, r"^labels .*torch.float32"),
+        (LABELS, LABELS.double(), 2, TypeError, r"^reference .*torch.float64"),
+        (LABELS, 3 * LABELS, 2, ValueError, r"^reference .* 3 to 3, .* 0 to 2"),
+        (-LABELS, LABELS, 2, ValueError, r"^labels .* -1 to -1, .* 0 to 2"),
+        (LABELS, LABELS, 0, ValueError, r"^num_labels is 0\b.* 1 or more"),
     ],
 )
 def test_label_maps_are_checked(measure, labels, reference, num_labels, error, match):
@@ -644,7 +653,7 @@ def test_label_maps_are_checked(measure, labels, reference, num_labels, error, m
     ],
 )
 def test_spacing_is_checked(measure, spacing):
-    with pytest.raises(ValueError, match=r"spacing must be 1 or 2 lengths > 0 in mm, got"):
+    with pytest.raises(ValueError, match="^spacing is " + re.escape(str(spacing)) + ". .*1 or 2 lengths"):
         measure(spacing)
 
 
@@ -652,56 +661,56 @@ def test_spacing_is_checked(measure, spacing):
     "measure", [folding, log_jacobian_sd, lambda ddf, mask: inverse_consistency(ddf, ddf, mask=mask)]
 )
 def test_mask_is_checked(measure):
-    with pytest.raises(ValueError, match=r"shape \[2, 2, 6, 7\] must be \[2, 1, 6, 7\], got \[2, 2, 6, 7\]"):
+    with pytest.raises(ValueError, match=r"^mask has shape \[2, 2, 6, 7\], .* \[2, 1, 6, 7\]"):
         measure(DDF, torch.ones(2, 2, 6, 7))
     empty = torch.ones(2, 1, 6, 7)
     empty[1] = 0
-    with pytest.raises(ValueError, match=r"at least 1 voxel of each item, the 0 outermost .* got \[42, 0\]"):
+    with pytest.raises(ValueError, match=r"^mask .*\[42, 0\] voxels .* 0 outermost"):
         measure(DDF, empty)
 
 
 def test_mask_must_reach_inside_the_border_that_learn2reg_leaves_out():
     edge = torch.zeros(2, 1, 6, 7)
     edge[:, :, :2] = 1
-    with pytest.raises(ValueError, match=r"the 2 outermost voxels left out, got \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"\[0, 0\] voxels .* 2 outermost"):
         log_jacobian_sd(DDF, edge, definition="learn2reg")
-    with pytest.raises(ValueError, match=r"the 2 outermost voxels left out, got \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"\[0, 0\] voxels .* 2 outermost"):
         log_jacobian_sd(DDF[..., :4], definition="learn2reg")
 
 
 def test_fields_and_options_are_checked():
-    with pytest.raises(ValueError, match=r"definition must be 'plain' or 'learn2reg', got 'L2R'"):
+    with pytest.raises(ValueError, match=r"^definition is 'L2R'.*'plain' or 'learn2reg'"):
         log_jacobian_sd(DDF, definition="L2R")
-    with pytest.raises(ValueError, match=r"scheme must be 'central' or 'forward', got 'backward'"):
+    with pytest.raises(ValueError, match=r"^scheme is 'backward'"):
         folding(DDF, scheme="backward")
     for measure in (folding, log_jacobian_sd, non_diffeomorphic_volume):
-        with pytest.raises(ValueError, match=r"ddf must be .* got \[2, 1, 6, 7\]"):
+        with pytest.raises(ValueError, match=r"^ddf has shape \[2, 1, 6, 7\]"):
             measure(DDF[:, :1])
-    with pytest.raises(ValueError, match=r"ddf must be .* got \[2, 3, 6, 7\]"):
+    with pytest.raises(ValueError, match=r"^ddf has shape \[2, 3, 6, 7\]"):
         target_registration_error(POINTS, POINTS, torch.zeros(2, 3, 6, 7), 1.0)
-    with pytest.raises(ValueError, match=r"inverse_ddf must .* \[2, 2, 6, 7\], got \[2, 2, 7, 6\]"):
+    with pytest.raises(ValueError, match=r"^inverse_ddf has shape \[2, 2, 7, 6\], .*\[2, 2, 6, 7\]"):
         inverse_consistency(DDF, DDF.transpose(2, 3))
-    with pytest.raises(ValueError, match=r"must be \[2, 2, 6, 7\] in 2-D or 3-D, got \[2, 3, 6, 7\]"):
+    with pytest.raises(ValueError, match=r"^ddf of shape \[2, 3, 6, 7\] .* \[2, 2, 6, 7\]"):
         inverse_consistency(torch.zeros(2, 3, 6, 7), torch.zeros(2, 3, 6, 7))
 
 
 def test_points_are_checked():
     for pair in ((POINTS, POINTS[:1]), (POINTS[:, :3], POINTS), (POINTS[0], POINTS[0]), (POINTS[..., :1],) * 2):
-        with pytest.raises(ValueError, match=r"must both be \(2, N, 2\), got \["):
+        with pytest.raises(ValueError, match=r"^moving_points and fixed_points .*\(2, N, 2\)"):
             target_registration_error(*pair, DDF, 1.0)
-    for pair in ((POINTS, POINTS * math.nan), (POINTS + math.inf, POINTS)):
-        with pytest.raises(ValueError, match=r"must be finite voxel coordinates"):
+    for pair, name in (((POINTS, POINTS * math.nan), "fixed_points"), ((POINTS + math.inf, POINTS), "moving_points")):
+        with pytest.raises(ValueError, match=f"^{name} holds NaN or infinity"):
             target_registration_error(*pair, DDF, 1.0)
-    with pytest.raises(ValueError, match=r"points must be \(B, 2, N, D\), moving then fixed, got \[2, 4, 2\]"):
+    with pytest.raises(ValueError, match=r"^points has shape \[2, 4, 2\]"):
         TargetRegistrationError(1.0)(DDF, POINTS)
 
 
 def test_metric_objects_are_checked():
-    with pytest.raises(TypeError, match=r"y of LabelDice must be a tensor or a list of tensors, got NoneType"):
+    with pytest.raises(TypeError, match=r"^y of LabelDice is a NoneType"):
         LabelDice(1)(LABELS)
-    with pytest.raises(TypeError, match=r"y of Folding must be a tensor or a list of tensors, got ndarray"):
+    with pytest.raises(TypeError, match=r"^y of Folding is a ndarray"):
         Folding()(DDF, np.ones((2, 1, 6, 7)))
-    with pytest.raises(ValueError, match=r"y of LabelDice must have as many items as y_pred, 2, got 1"):
+    with pytest.raises(ValueError, match=r"^y of LabelDice has 1 items, .* 2\b"):
         LabelDice(1)(list(LABELS), list(LABELS[:1]))
-    with pytest.raises(ValueError, match=r"Folding must be called on a pair before aggregate, got none"):
+    with pytest.raises(ValueError, match=r"^Folding has no values"):
         Folding().aggregate()

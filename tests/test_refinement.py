@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from voxelmorph_monai import switch
 from voxelmorph_monai.blocks import (
     compose,
     identity_grid,
@@ -16,19 +17,25 @@ from voxelmorph_monai.blocks import (
     warp_labels,
 )
 from voxelmorph_monai.losses import LNCCLoss, MSELoss
-from voxelmorph_monai.metrics import dice, folding, inverse_consistency, target_registration_error
+from voxelmorph_monai.metrics import dice, folding, inverse_consistency, log_jacobian_sd, target_registration_error
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.refinement import (
     SIMILARITIES,
     RefinedRegistration,
+    _Direction,
     _double,
     _gradient,
     _halve,
     _inverse,
     _Objective,
     _Pair,
+    _Regularity,
+    _root,
+    _smooth,
+    _towards_volume,
+    mean_map,
     refine,
-    unfold,
+    remove_folds,
 )
 
 SIZES = [(48, 61), (34, 40, 29)]  # unequal, odd and even sides
@@ -210,33 +217,52 @@ def test_images_count_only_inside_the_mask():
 
 @sizes
 @pytest.mark.parametrize("least", [0.0, 0.1])
-def test_unfold_removes_all_folds(size, least):
+def test_remove_folds_removes_all_folds(size, least):
     folds = 4 * noise(size, 1, len(size))
     assert float(folding(folds)) > 10
-    assert unfolded(unfold(folds, least))
+    assert unfolded(remove_folds(folds, least))
     smooth = integrate(noise(size, 6, len(size)))
-    assert_close(unfold(smooth, least), smooth, rtol=0, atol=0)
+    assert_close(remove_folds(smooth, least), smooth, rtol=0, atol=0)
 
 
 @sizes
-def test_unfold_leaves_alone_what_is_far_from_a_fold(size):
+@pytest.mark.parametrize("least", [0.0, 0.1])
+@pytest.mark.parametrize("reach", [0.15, 0.4])
+def test_folds_are_the_same_on_both_paths(size, least, reach, monkeypatch):
+    """To the last bit: what rounding could decide is left to one of them."""
+    ddf = reach * noise(size, 1, len(size))
+    found = []
+    for enabled in (True, False):
+        monkeypatch.setattr(switch, "enabled", enabled)
+        found.append(remove_folds(ddf, least))
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_a_checkerboard_that_one_scheme_sees_is_found():
+    ddf = 0.6 * (1 - 2 * (torch.arange(12)[:, None] + torch.arange(14)) % 2).float().expand(1, 2, 12, 14)
+    assert float(folding(ddf)) == 0
+    assert unfolded(remove_folds(ddf))
+
+
+@sizes
+def test_remove_folds_leaves_alone_what_is_far_from_a_fold(size):
     ddf = integrate(noise(size, 6, len(size)))
     corner = (..., *[slice(3, 5)] * len(size))
     ddf[corner] += 4.0
-    found = unfold(ddf)
+    found = remove_folds(ddf)
     assert unfolded(found)
     far = (..., *[slice(20, None)] * len(size))
     assert_close(found[far], ddf[far], rtol=0, atol=0)
     assert not torch.equal(found, ddf)
 
 
-def test_unfold_takes_one_field():
-    with pytest.raises(ValueError, match=r"^ddf must be of one pair, .* 2 voxels or more .* got \[2, 2, 9, 9\]\.$"):
-        unfold(torch.zeros(2, 2, 9, 9))
-    with pytest.raises(ValueError, match=r"^ddf must be of one pair.* got \[1, 3, 9, 9, 1\]\.$"):
-        unfold(torch.zeros(1, 3, 9, 9, 1))
-    with pytest.raises(ValueError, match=r"^ddf must be finite, got 162 values that are not\.$"):
-        unfold(torch.full((1, 2, 9, 9), torch.nan))
+def test_remove_folds_takes_one_field():
+    with pytest.raises(ValueError, match=r"^ddf has shape \[2, 2, 9, 9\]\. .*one pair"):
+        remove_folds(torch.zeros(2, 2, 9, 9))
+    with pytest.raises(ValueError, match=r"^ddf has shape \[1, 3, 9, 9, 1\]\. .*2 voxels"):
+        remove_folds(torch.zeros(1, 3, 9, 9, 1))
+    with pytest.raises(ValueError, match=r"^ddf has 162 values of NaN or infinity\.$"):
+        remove_folds(torch.full((1, 2, 9, 9), torch.nan))
 
 
 def test_what_turns_far_folds_nowhere_beyond_the_images_either():
@@ -260,11 +286,151 @@ def test_double_is_resize_and_halve_its_inverse_on_lines(size):
     assert_close(inner, line[:, :, ::2, ::2][..., 1:-1])
 
 
-def test_gradient_sums_over_channels():
+@pytest.mark.parametrize("enabled", [True, False], ids=["loops", "torch"])
+def test_gradient_sums_over_channels(enabled, monkeypatch):
+    monkeypatch.setattr(switch, "enabled", enabled)
     line = torch.arange(6.0).expand(1, 2, 5, 6)
     slope = torch.ones(1, 2, 5, 6)
     slope[:, 1] = 2
     assert _gradient(line, slope)[0, :, 2, 2].tolist() == [0, 3]
+
+
+@sizes
+def test_steps_agree_in_loops_and_in_torch(size, monkeypatch):
+    image, slope = (noise(size, 1, 2, seed=seed) for seed in (1, 2))
+    ddf = 0.7 * noise(size, 1, len(size))
+    assert float(folding(ddf)) > 0  # so that the smallest volume counts
+    found = []
+    for enabled in (True, False):
+        monkeypatch.setattr(switch, "enabled", enabled)
+        smoothed = _smooth(image, [0.6, 1.3, 0.4][: len(size)])
+        found.append((_gradient(image, slope), _towards_volume(ddf), smoothed))
+    # rounding, of a determinant near 0 before its logarithm
+    assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+@sizes
+def test_volumes_are_held_by_steepest_descent(size):
+    """Against autograd through the composition with a step and the logarithm of the determinant."""
+    ddf = integrate(noise(size, 5, len(size), seed=3) * smooth(inside(size), 3))
+    step = torch.zeros_like(ddf).requires_grad_()
+    loss = jacobian_determinant(compose(ddf, step)).log().square().sum() / 2
+    (slope,) = torch.autograd.grad(loss, step)
+    found = _towards_volume(ddf)
+    # to first order in the logarithm, whose SD is a tenth or two here; and by differences over two voxels, not four
+    assert 0.05 < float(log_jacobian_sd(ddf)) < 0.3
+    assert float(torch.nn.functional.cosine_similarity(found.flatten(), -slope.flatten(), dim=0)) > 0.9
+    assert 0.7 < float(found.norm() / slope.norm()) < 1.4
+
+
+@sizes
+def test_the_smoother_the_less_volumes_change(size):
+    moving, fixed, truth = example(size)
+    found = [refine(moving, fixed, smoothness=mm, budget=math.inf, max_steps=20).ddf for mm in (0, 0.5, 3, 30)]
+    deviation = [float(log_jacobian_sd(ddf)) for ddf in found]
+    assert deviation == sorted(deviation, reverse=True)
+    assert deviation[3] < deviation[1] / 2
+    assert error(found[1], truth) < 0.5 * error(torch.zeros_like(truth), truth)
+
+
+def test_what_moves_in_noise_is_little_if_it_is_smooth():
+    """Two scans of one brain: they differ by noise, a hundredth of the range."""
+    size = (40, 44, 36)
+    brain = inside(size) * (noise(size, 2) + 4) / 8
+    scans = [brain + 0.01 * torch.randn(brain.shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+    scans = [scan * (brain > 0) for scan in scans]
+    shown = (brain > 0).expand(1, 3, *size)
+    loose, smooth_one = (refine(*scans, smoothness=mm, budget=math.inf, max_steps=15).ddf[shown] for mm in (0.5, 30))
+    assert float(smooth_one.std()) < 0.05  # voxels
+    assert float(smooth_one.std()) < float(loose.std()) / 3
+
+
+def test_smoothness_is_in_millimetres():
+    moving, fixed, _ = example((34, 40, 29))
+    options = {"budget": math.inf, "max_steps": 4}
+    found = refine(moving, fixed, smoothness=0.6, **options).ddf
+    scaled = refine(moving, fixed, smoothness=1.5, spacing=2.5, **options).ddf
+    assert_close(scaled, found, rtol=0, atol=1e-5)  # 1.5 / 2.5 is rounded
+    rougher = refine(moving, fixed, smoothness=0.6, spacing=2.5, **options).ddf
+    assert float(log_jacobian_sd(rougher)) > 1.05 * float(log_jacobian_sd(found))
+    turned = [image.transpose(2, 4) for image in (moving, fixed)]
+    thick = refine(moving, fixed, spacing=(3.0, 1.0, 1.0), **options).ddf
+    other = refine(*turned, spacing=(1.0, 1.0, 3.0), **options).ddf
+    assert_close(other.flip(1).transpose(2, 4), thick, rtol=0, atol=1e-3)  # sums in another order
+
+
+def test_regularity_in_millimetres_along_thick_slices():
+    """A field on voxels of 1 x 1 mm, and on each other row of them: one field in mm, one step."""
+    fine, wide = 2.0 * noise((96, 48), 8, 2), (2.0, 1.0)
+    coarse = fine[:, :, ::2].clone()
+    coarse[:, 0] /= 2  # voxels of 2 mm
+    mm = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1)
+    width = 2**0.5
+    thin, thick = _Regularity.of(1.0 / width, (1.0, 1.0), 1), _Regularity.of(1.0, wide, 1)
+    # the step is half a voxel: sqrt(2) times as long on the wider voxels, so that as much smoothness costs so much more
+    assert_close([a * b for a, b in zip(thick.sigmas, wide, strict=True)], [s * width for s in thin.sigmas])
+    inner = (..., slice(8, -8), slice(8, -8))
+    smoothed = thick.smoothed(coarse) * mm
+    for _ in range(2):
+        fine = thin.smoothed(fine)
+    assert_close(smoothed[inner], fine[:, :, ::2][inner], rtol=0, atol=0.02)  # of 2 mm, by two rows or one
+    force = noise((48, 48), 8, 2, seed=5)
+    still = torch.zeros_like(coarse)
+    along = (
+        _Regularity.of(1.0, each, 1).step(_Direction(still), force * scale, still) * scale
+        for each, scale in ((wide, mm),)
+    )
+    for step in along:  # in mm the direction is that of the force per mm
+        expected = smooth(force, 0.7)
+        cosine = (step * expected).sum(1) / step.norm(dim=1) / expected.norm(dim=1)
+        assert float(-cosine[..., 8:-8, 8:-8].mean()) > 0.99
+
+
+@sizes
+def test_a_root_done_twice_is_the_map(size):
+    ddf = integrate(2 * noise(size, 6, len(size)) * smooth(inside(size), 3))
+    root = _root(ddf)
+    assert float((compose(root, root) - ddf).abs().max()) < 0.01  # voxels
+    assert float((root - ddf / 2).abs().max()) > 0.1
+
+
+@sizes
+def test_exchanged_images_get_the_inverse(size):
+    moving, fixed, truth = example(size)
+    options = {"symmetric": True, "budget": math.inf, "max_steps": 12}
+    there, back = refine(moving, fixed, **options), refine(fixed, moving, **options)
+    assert_close(there.ddf, back.inverse_ddf, rtol=0, atol=1e-5)
+    assert_close(there.inverse_ddf, back.ddf, rtol=0, atol=1e-5)
+    assert float(inverse_consistency(there.ddf, there.inverse_ddf, mask=inside(size))) < 0.05
+    assert float(inverse_consistency(there.inverse_ddf, there.ddf, mask=inside(size))) < 0.05
+    assert error(there.ddf, truth) < 0.5 * error(torch.zeros_like(truth), truth)
+    assert unfolded(there.ddf)
+    one_way = refine(moving, fixed, budget=math.inf, max_steps=12)
+    other = refine(fixed, moving, budget=math.inf, max_steps=12)
+    assert float((one_way.ddf - other.inverse_ddf).abs().max()) > 0.1  # without it they differ
+
+
+@sizes
+def test_mean_of_a_map_and_its_inverse_is_the_map(size):
+    velocity = 2 * noise(size, 6, len(size)) * smooth(inside(size), 3)
+    there, back = integrate(velocity), integrate(-velocity)
+    mean, inverse = mean_map(there, back)
+    assert error(mean, there) < 0.03  # voxels, of interpolation
+    assert error(inverse, back) < 0.03
+
+
+def test_symmetric_refinement_takes_labels_and_points_along():
+    size = (48, 60)
+    flat = inside(size)
+    labels = torch.zeros(2, 1, *size, dtype=torch.int32)
+    labels[0, :, 20:30, 18:28], labels[1, :, 20:30, 24:34] = 1, 1
+    moving, fixed = labels.split(1)
+    found = refine(flat, flat, labels=(moving, fixed), symmetric=True, budget=math.inf)
+    assert float(dice(warp_labels(moving, found.ddf), fixed, 1)) > 0.75
+    points = torch.tensor([[[20.0, 25.0], [30.0, 35.0]]])
+    shifted = points + torch.tensor([3.0, -2.0])
+    found = refine(flat, flat, points=(shifted, points), points_weight=1, symmetric=True, budget=math.inf)
+    assert float(target_registration_error(shifted, points, found.ddf, 1).max()) < 1.2  # of 3.6 voxels
 
 
 @pytest.mark.parametrize("size", [(49, 61), (33, 41, 29), (32, 40, 28)], ids=str)  # two halvings, or none
@@ -316,13 +482,18 @@ IMAGE = torch.rand(1, 1, 20, 22)
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        ((IMAGE, IMAGE[..., 1:]), {}, r"one pair of one shape .* got \[1, 1, 20, 22\] and \[1, 1, 20, 21\]"),
-        ((IMAGE.repeat(2, 1, 1, 1),) * 2, {}, "one pair of one shape"),
-        ((IMAGE, IMAGE / 0), {}, "fixed must be finite, got"),
-        ((IMAGE, IMAGE), {"ddf": IMAGE}, r"ddf for images .* must be \[1, 2, 20, 22\], got \[1, 1, 20, 22\]"),
-        ((IMAGE, IMAGE), {"mask": IMAGE[..., 1:]}, "mask for images"),
-        ((IMAGE, IMAGE), {"labels": (IMAGE, IMAGE[..., 1:])}, "labels for images"),
-        ((IMAGE, IMAGE), {"step_sigma": -1}, "step_sigma must be 0 or more, got -1"),
+        ((IMAGE, IMAGE[..., 1:]), {}, r"^moving and fixed .* \[1, 1, 20, 22\] and \[1, 1, 20, 21\]\. .*one shape"),
+        ((IMAGE.repeat(2, 1, 1, 1),) * 2, {}, r"^moving and fixed .*\[2, 1, 20, 22\]\. .*one pair"),
+        ((IMAGE, IMAGE / 0), {}, "^fixed has .* NaN or infinity"),
+        ((IMAGE, IMAGE), {"ddf": IMAGE}, r"^ddf has shape \[1, 1, 20, 22\], .* \[1, 2, 20, 22\]"),
+        ((IMAGE, IMAGE), {"mask": IMAGE[..., 1:]}, "^mask has shape "),
+        ((IMAGE, IMAGE), {"labels": (IMAGE, IMAGE[..., 1:])}, "^labels has shape "),
+        ((IMAGE, IMAGE), {"smoothness": -1}, "smoothness .* -1"),
+        ((IMAGE, IMAGE), {"step_sigma": -1}, "step_sigma .* -1"),
+        ((IMAGE, IMAGE), {"spacing": (1.0, 0.0)}, r"spacing of 2-D images .* \(1.0, 0.0\)"),
+        ((IMAGE, IMAGE), {"spacing": (1.0, 1.0, 1.0)}, r"spacing of 2-D images .* \(1.0, 1.0, 1.0\)"),
+        ((IMAGE, IMAGE), {"symmetric": True, "mask": IMAGE}, "mask .* symmetric"),
+        ((IMAGE, IMAGE), {"inverse_ddf": IMAGE}, "inverse_ddf .* symmetric"),
     ],
 )
 def test_what_cannot_be_refined(images, options, message):

@@ -1,8 +1,8 @@
 r"""What training minimises: similarity of images, smoothness of fields, overlap of labels, the probabilistic prior.
 
 Images are ``(B, C, *spatial)``, fields ``(B, D, *spatial)`` in voxels of their own grid (see ``blocks``), in 2-D or
-3-D. Every loss is a module, so that a configuration can construct it; it returns one scalar, the smaller the better.
-All compute in float32 or wider, also under autocast, and give plain tensors for subclasses such as MONAI's
+3-D. Every loss is a module, so that a configuration can construct it, and returns one scalar; smaller is better. All
+compute in float32 or wider, also under autocast, and return plain tensors for subclasses such as MONAI's
 ``MetaTensor``.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from voxelmorph_monai.blocks import corners, slabs
+from voxelmorph_monai.blocks import linear_weights, slabs
+from voxelmorph_monai.kernels import loops
 
 __all__ = [
     "BendingEnergyLoss",
@@ -33,56 +34,56 @@ __all__ = [
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Give the values of ``tensor`` as a plain tensor in float32 or wider."""
+    """Convert ``tensor`` to a plain tensor in float32 or wider."""
     tensor = tensor.as_subclass(Tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _images(names: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Check that two images can be compared voxel by voxel, and give their exact values in one type."""
+    """Check that two images can be compared voxel by voxel, and convert both to the wider of their types."""
     if first.ndim not in (4, 5) or first.shape != second.shape:
         raise ValueError(
-            f"{names} must have one shape (B, C, *spatial) in 2-D or 3-D, "
-            f"got {list(first.shape)} and {list(second.shape)}."
+            f"{names} have shapes {list(first.shape)} and {list(second.shape)}. Give two images of one shape "
+            "(B, C, *spatial) in 2-D or 3-D."
         )
     if not first.numel():
-        raise ValueError(f"{names} must have one voxel or more, got shape {list(first.shape)}.")
+        raise ValueError(f"{names} of shape {list(first.shape)} have no voxels to compare.")
     first, second = _plain(first), _plain(second)
     dtype = torch.promote_types(first.dtype, second.dtype)
     return first.to(dtype), second.to(dtype)
 
 
 def _field(name: str, field: Tensor) -> Tensor:
-    """Check that ``field`` is one, and give its exact values."""
+    """Check the shape of ``field``, and convert it to a plain tensor in float32 or wider."""
     if field.ndim not in (4, 5) or field.shape[1] != field.ndim - 2:
-        raise ValueError(f"{name} must be (B, 2, H, W) or (B, 3, H, W, D), got {list(field.shape)}.")
+        raise ValueError(f"{name} has shape {list(field.shape)}. A field is (B, 2, H, W) or (B, 3, H, W, D).")
     return _plain(field)
 
 
 def _mean_or_zero(values: Tensor) -> Tensor:
-    """Mean, 0 of nothing: an axis of one voxel has no differences."""
+    """Mean, or 0 of an empty tensor: an axis of one voxel has no differences."""
     return values.mean() if values.numel() else values.sum()
 
 
 class _Loss(nn.Module):
-    """What all losses are: a module whose text names its numbers and options, too.
+    """Base of all losses: a module whose ``repr`` includes its numbers and options.
 
-    A training that is resumed knows by this text whether its loss is the one that it began with.
+    A resumed training compares this text to check that its loss has not changed.
     """
 
     def extra_repr(self) -> str:
-        """Name and value of each."""
-        found = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and k != "training"}
-        return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.12g}" for k, v in found.items())
+        """Name and value of each option."""
+        options = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and k != "training"}
+        return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.12g}" for k, v in options.items())
 
 
 class MSELoss(_Loss):
     r"""Mean squared difference of ``warped`` and ``fixed``, :math:`\frac{1}{\sigma^2} \overline{(w - f)^2}`.
 
     Args:
-        image_sigma: standard deviation :math:`\sigma` of the noise that the images differ by once aligned, in their
-            own intensity. 1 is plain MSE (Balakrishnan et al., IEEE TMI 2019); the probabilistic model takes 0.01 to
-            0.02 for images in [0, 1] (Dalca et al., MICCAI 2018).
+        image_sigma: standard deviation :math:`\sigma` of the noise between aligned images, in units of their
+            intensity. 1 is plain MSE (Balakrishnan et al., IEEE TMI 2019); the probabilistic model uses 0.01 to 0.02
+            for images in [0, 1] (Dalca et al., MICCAI 2018).
 
     >>> MSELoss(image_sigma=0.02)
     MSELoss(image_sigma=0.02)
@@ -95,7 +96,7 @@ class MSELoss(_Loss):
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Compare two images ``(B, C, *spatial)``."""
         if not self.image_sigma > 0:
-            raise ValueError(f"image_sigma must be larger than 0, got {self.image_sigma}.")
+            raise ValueError(f"image_sigma is {self.image_sigma}. Give a standard deviation above 0.")
         warped, fixed = _images("warped and fixed", warped, fixed)
         return F.mse_loss(warped, fixed) / self.image_sigma**2
 
@@ -103,9 +104,9 @@ class MSELoss(_Loss):
 def box_sum(image: Tensor, window: int) -> Tensor:
     """Sum ``(B, C, *spatial)`` over windows of ``window`` voxels a side that lie fully inside.
 
-    ``window`` is odd. Sums of 1, 2, 4, ... voxels are added up along each axis in turn. This takes a tenth of the time
-    of average pooling on a CPU as long as the image fits the cache, two thirds when not, and keeps a digit more of
-    float32 than cumulative sums.
+    ``window`` is odd. Sums of 1, 2, 4, ... voxels are added up along each axis in turn. On a CPU this takes a tenth of
+    the time of average pooling if the image fits the cache, and two thirds if not. It keeps one more digit of float32
+    than cumulative sums.
     """
     for axis in range(2, image.ndim):
         num_windows = image.shape[axis] - window + 1
@@ -122,31 +123,32 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     return image
 
 
-# LNCC at 160 x 192 x 224 in a fifth less CPU time than at once, and 0.4 GiB instead of 0.9
+# LNCC at 160 x 192 x 224 in a fifth less CPU time than in one piece, and 0.4 GiB instead of 0.9
 _SLAB_VOXELS = 1 << 21
 
 
 class _LocalMoments(NamedTuple):
     total: Tensor  # sum over each window
-    variance: Tensor  # n times the variance of each window, not below its floor
-    free: Tensor  # where the floor does not hold it
+    variance: Tensor  # n times the variance of each window, at least the floor
+    free: Tensor  # where the variance is above the floor
 
 
 def _local_moments(image: Tensor, window: int) -> _LocalMoments:
     total, squares = box_sum(image, window), box_sum(image * image, window)
     variance = torch.addcmul(squares, total, total, value=-1 / window ** (image.ndim - 2))
-    # What rounding alone can make of a flat window is no contrast: the largest error found, over
-    # windows of 3 to 15 voxels a side and many offsets, is 4.2 eps.
+    # The variance of a flat window is only rounding error: at most 4.2 eps, measured over windows of 3 to 15 voxels a
+    # side and many offsets.
     floor = squares.mul_(32 * torch.finfo(image.dtype).eps).clamp_min_(1e-5)
     free = variance > floor
     return _LocalMoments(total, torch.maximum(variance, floor, out=variance), free)
 
 
 def _centre(image: Tensor) -> tuple[Tensor, Tensor]:
-    """What to subtract from each channel, and then to multiply it by, so that its numbers are small.
+    """Offset and factor for each channel that bring its intensities to a size of at most 1.
 
-    Subtracted is nothing if they lie around 0, else the mean. A background of 0 stays 0, and there no rounding looks
-    like contrast. The largest size becomes 1, so that the least contrast that counts depends on no unit.
+    The offset is the mean, or 0 if the intensities lie around 0: a background of 0 stays 0, where no rounding error
+    looks like contrast. The factor makes the largest size 1, so that the smallest contrast that counts does not depend
+    on the unit.
     """
     axes = tuple(range(2, image.ndim))
     low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
@@ -156,7 +158,7 @@ def _centre(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _MeanLNCC(torch.autograd.Function):
-    r"""Mean squared local correlation, its gradient worked out on the way: one saved map for each input.
+    r"""Mean squared local correlation. The forward pass also computes the gradient, one saved map for each input.
 
     With sums :math:`S` over the :math:`n` voxels of a window, :math:`c = S_{ab} - S_a S_b / n` and
     :math:`v_a = S_{aa} - S_a^2 / n`, a window counts :math:`c^2 / (v_a v_b)`. Let :math:`2 p` and :math:`-q` be its
@@ -168,16 +170,21 @@ class _MeanLNCC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, warped: Tensor, fixed: Tensor, window: int) -> Tensor:
         n, margin, reach = window ** (warped.ndim - 2), window // 2, window - 1
-        # Subtracting a constant changes no variance, but squares of small numbers lose fewer digits. The zeros that pad
-        # the images have to move along, so pad first. As nothing changes, no gradient goes through the centre.
+        # Subtracting a constant keeps the variance, but squares of small numbers lose fewer digits. Pad first, so that
+        # the zeros around the images are shifted, too. No gradient goes through the offset, as it changes nothing.
         padding = [margin] * (2 * (warped.ndim - 2))
         scales = [_centre(x) for x in (warped, fixed)]
+        compiled = loops(warped, fixed)
+        if compiled is not None:
+            value, slopes = compiled.correlation((warped, fixed), scales, window, ctx.needs_input_grad[:2])
+            ctx.save_for_backward(*slopes)
+            return value
         images = [
             F.pad(x, padding).sub_(centre).mul_(scale)
             for x, (centre, scale) in zip((warped, fixed), scales, strict=True)
         ]
         needed = [i for i in range(2) if ctx.needs_input_grad[i]]
-        # Of each window, with zeros around: p; for each image that needs them q, and p S_b - q S_a.
+        # For each window, padded with zeros: p; for each image that needs a gradient q, and p S_b - q S_a.
         maps = [torch.zeros_like(images[0]) for _ in range(1 + 2 * len(needed))]
         core: tuple[Any, ...] = (..., *[slice(margin, -margin)] * (warped.ndim - 2))
         sums = []
@@ -192,7 +199,7 @@ class _MeanLNCC(torch.autograd.Function):
             for i, q, of_means in zip(needed, others[::2], others[1::2], strict=True):
                 torch.div(cc, moments[i].variance, out=q).mul_(moments[i].free)
                 torch.mul(p, moments[1 - i].total, out=of_means).addcmul_(q, moments[i].total, value=-1)
-            sums.append(cc.clamp_max_(1).sum())  # only rounding gets past 1
+            sums.append(cc.clamp_max_(1).sum())  # only rounding exceeds 1
         gradients: list[Tensor | None] = [None, None]
         for k, i in enumerate(needed):
             gradients[i] = gradient = torch.empty_like(warped)
@@ -212,16 +219,16 @@ class _MeanLNCC(torch.autograd.Function):
 
 
 class LNCCLoss(_Loss):
-    r"""Minus the mean squared local normalised cross-correlation of ``warped`` and ``fixed``: -1 is perfect, 0 none.
+    r"""Negative mean squared local normalised cross-correlation of ``warped`` and ``fixed``: -1 is best, 0 worst.
 
     .. math:: \frac{(\sum w f - \sum w \sum f / n)^2}{(\sum w^2 - (\sum w)^2 / n) (\sum f^2 - (\sum f)^2 / n)}
 
     over the :math:`n` voxels of the window around each voxel (Avants et al., Medical Image Analysis 2008; Balakrishnan
-    et al., IEEE TMI 2019). Windows reach over the border, where images are 0. Channels count on their own. A window
-    whose contrast is lost in rounding counts nearly 0 instead of noise.
+    et al., IEEE TMI 2019). Windows extend beyond the border, where images are 0. Channels are independent. A window
+    with less contrast than the rounding error counts as nearly 0 instead of noise.
 
-    MONAI's ``LocalNormalizedCrossCorrelationLoss`` has the same value in float64. In float32 it cancels: flat regions
-    count up to 1e12. It is several times slower, too.
+    MONAI's ``LocalNormalizedCrossCorrelationLoss`` has the same value in float64. In float32 its differences cancel,
+    and flat regions count up to 1e12. It is also several times slower.
 
     Args:
         window: side of the window in voxels, odd.
@@ -238,7 +245,7 @@ class LNCCLoss(_Loss):
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Compare two images ``(B, C, *spatial)``."""
         if self.window < 3 or self.window % 2 == 0:
-            raise ValueError(f"window must be an odd number of voxels from 3, got {self.window}.")
+            raise ValueError(f"window is {self.window} voxels. It needs a voxel in the middle: give 3, 5, 7, ...")
         warped, fixed = _images("warped and fixed", warped, fixed)
         return -_MeanLNCC.apply(warped, fixed, self.window)
 
@@ -271,14 +278,14 @@ def _entropy(probability: Tensor) -> Tensor:
 
 
 class MutualInformationLoss(_Loss):
-    r"""Minus the mutual information of ``warped`` and ``fixed`` in nats, for images of different contrast.
+    r"""Negative mutual information of ``warped`` and ``fixed`` in nats, for images of different contrast.
 
     .. math:: I = H(w) + H(f) - H(w, f)
 
     of the joint histogram with cubic B-spline Parzen windows (Mattes et al., IEEE TMI 2003; here for both images).
-    Each channel of each batch item is scaled to its own range first; the range counts as given, not as something to
-    optimise. A constant image has no information: 0. The histogram is summed over chunks of voxels that the backward
-    pass computes anew, so that memory does not grow with ``voxels * num_bins``.
+    Each channel of each batch item is scaled to its own range first; no gradient goes through the range. A constant
+    image has no information: 0. The histogram is summed over chunks of voxels that the backward pass computes again,
+    so that memory does not grow with ``voxels * num_bins``.
 
     Args:
         num_bins: bins along each intensity, at least 4.
@@ -293,7 +300,7 @@ class MutualInformationLoss(_Loss):
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Compare two images ``(B, C, *spatial)``."""
         if self.num_bins < 4:
-            raise ValueError(f"num_bins must be at least 4 (a cubic B-spline covers 4), got {self.num_bins}.")
+            raise ValueError(f"num_bins is {self.num_bins}. A cubic B-spline covers 4 bins: give 4 or more.")
         warped, fixed = _images("warped and fixed", warped, fixed)
         with torch.autocast(warped.device.type, enabled=False):
             pairs = zip(
@@ -325,16 +332,16 @@ def _shift(image: Tensor, offset: Sequence[int]) -> Tensor:
 class MINDLoss(_Loss):
     r"""Mean squared difference of the self-similarity of ``warped`` and ``fixed``, for images of different contrast.
 
-    At each voxel the patches around its neighbours, those next to it along the axes, are compared with each other, each
-    pair of neighbours whose distance is :math:`\sqrt{2}` times theirs from the voxel:
+    At each voxel, the patches around its neighbours along the axes are compared with each other. Pairs of neighbours
+    on one axis are left out:
 
     .. math:: \exp\left( -(D - \min D) / \overline{D} \right), \quad D(x) = \overline{(I(x + a) - I(x + b))^2}
 
-    (MIND-SSC, Heinrich et al., MICCAI 2013): 12 numbers in 3-D, 4 in 2-D, that a change of contrast leaves alone.
+    (MIND-SSC, Heinrich et al., MICCAI 2013): 12 numbers in 3-D and 4 in 2-D, which do not depend on the contrast.
 
     Args:
-        distance: of the neighbours, in voxels.
-        radius: of the patches, ``2 * radius + 1`` voxels a side.
+        distance: distance of the neighbours, in voxels.
+        radius: radius of the patches, which are ``2 * radius + 1`` voxels a side.
 
     >>> image = torch.rand(1, 1, 20, 24)
     >>> float(MINDLoss()(image, 1 - 2 * image)) < 1e-9  # neither scale nor sign matters
@@ -350,39 +357,40 @@ class MINDLoss(_Loss):
         """Compare two images ``(B, C, *spatial)``."""
         if self.distance < 1 or self.radius < 0:
             raise ValueError(
-                f"distance must be at least 1 and radius at least 0, got {self.distance} and {self.radius}."
+                f"distance is {self.distance} and radius is {self.radius}. Give a distance of at least 1 voxel and a "
+                "radius of at least 0."
             )
         warped, fixed = _images("warped and fixed", warped, fixed)
         return F.mse_loss(self.descriptor(warped), self.descriptor(fixed))
 
     def descriptor(self, image: Tensor) -> Tensor:
-        """Self-similarity of ``image`` ``(B, C, *spatial)``: ``(B, K C, *spatial)``, 0 to 1, K is 12 or 4."""
+        """Self-similarity of ``image`` ``(B, C, *spatial)``: ``(B, K C, *spatial)``, 0 to 1, with K = 12 (2-D: 4)."""
         spatial_dims = image.ndim - 2
         axes = [[self.distance * int(d == axis) for d in range(spatial_dims)] for axis in range(spatial_dims)]
         around = [_shift(image, [sign * n for n in offset]) for offset in axes for sign in (1, -1)]
         window = 2 * self.radius + 1
         distances = []
         for i, j in combinations(range(len(around)), 2):
-            if i // 2 != j // 2:  # not the two ends of one axis
+            if i // 2 != j // 2:  # not on one axis
                 wide = F.pad((around[i] - around[j]).square(), [self.radius] * (2 * spatial_dims), mode="replicate")
                 distances.append(box_sum(wide, window) / window**spatial_dims)
-        found = torch.stack(distances)
-        found = found - found.amin(0)
-        scale = found.mean(0)
-        # Where one voxel stands out, or nothing does, the others still count; below 1e-6 all differences are rounding.
+        stacked = torch.stack(distances)
+        stacked = stacked - stacked.amin(0)
+        scale = stacked.mean(0)
+        # Limits keep a single outlier, or a flat image, from deciding alone; below 1e-6 differences are rounding error.
         typical = scale.mean(tuple(range(2, image.ndim)), keepdim=True).detach()
         scale = scale.clamp(1e-3 * typical, 1e3 * typical).clamp_min(1e-12)
-        return (-found / scale).exp().transpose(0, 1).flatten(1, 2)
+        return (-stacked / scale).exp().transpose(0, 1).flatten(1, 2)
 
 
 class GradientLoss(_Loss):
-    r"""Roughness of a ``ddf`` or ``dvf``: size of its forward differences, mean per axis, averaged over the axes.
+    r"""Roughness of a ``ddf`` or ``dvf``: the size of its forward differences, averaged over voxels and axes.
 
     .. math:: \frac{1}{D} \sum_d \overline{|u(x + e_d) - u(x)|^p}, \quad p = 1, 2
 
-    the mean over batch, components and voxels (Balakrishnan et al., IEEE TMI 2019, with the normalisation of the
-    official code, which the published weights belong to). MONAI's ``DiffusionLoss`` takes central differences, which
-    do not see a checkerboard, and sums over the axes.
+    where the mean is over batch, components and voxels (Balakrishnan et al., IEEE TMI 2019, normalised like the
+    official code, for which the published weights are given). MONAI's ``DiffusionLoss`` uses central differences,
+    which miss a checkerboard, and sums over the axes.
 
     Args:
         penalty: ``"l2"``, smooth everywhere, or ``"l1"``, which tolerates sharp edges.
@@ -400,7 +408,7 @@ class GradientLoss(_Loss):
     def forward(self, field: Tensor) -> Tensor:
         """Measure ``field`` ``(B, D, *spatial)``."""
         if self.penalty not in ("l1", "l2"):
-            raise ValueError(f"penalty must be 'l1' or 'l2', got '{self.penalty}'.")
+            raise ValueError(f"penalty is '{self.penalty}'. Use 'l1' or 'l2'.")
         field = _field("field", field)
         size = torch.square if self.penalty == "l2" else torch.abs
         axes = range(2, field.ndim)
@@ -412,11 +420,11 @@ class BendingEnergyLoss(_Loss):
 
     .. math:: \sum_c \sum_{d, e} \overline{\left( \partial_d \partial_e u_c \right)^2}
 
-    mean over batch and voxels, mixed derivatives counted twice (Rueckert et al., IEEE TMI 1999). Differences of
-    neighbours are taken twice: ``[1, -2, 1]`` along an axis, a cell of 2 x 2 voxels for mixed derivatives.
+    averaged over batch and voxels; mixed derivatives count twice (Rueckert et al., IEEE TMI 1999). Second derivatives
+    are differences of neighbours: ``[1, -2, 1]`` along an axis, a cell of 2 x 2 voxels for mixed derivatives.
     """
 
-    # Not MONAI's BendingEnergyLoss: it indexes with a list, which torch from 2.13 on warns of, and averages over c.
+    # Not MONAI's BendingEnergyLoss: it indexes with a list, about which torch 2.13 warns, and averages over c.
     def forward(self, field: Tensor) -> Tensor:
         """Measure ``field`` ``(B, D, *spatial)``."""
         field = _field("field", field)
@@ -428,9 +436,9 @@ class BendingEnergyLoss(_Loss):
 
 
 def _count(label: Tensor, weight: Tensor, num_bins: int) -> Tensor:
-    """Sum the weights of each label of ``(B, *spatial)``: ``(B, num_bins)``.
+    """Sum of the weights of each label in ``(B, *spatial)``: ``(B, num_bins)``.
 
-    Each slice of the first axis is summed on its own, so that float32 does not run out of digits.
+    Each slice of the first axis is summed separately, so that float32 does not run out of digits.
     """
     slices = label.flatten(2)
     sums = weight.new_zeros(*slices.shape[:2], num_bins).scatter_add(2, slices, weight.flatten(2))
@@ -438,17 +446,17 @@ def _count(label: Tensor, weight: Tensor, num_bins: int) -> Tensor:
 
 
 class LabelDiceLoss(_Loss):
-    r"""Minus the soft Dice of segmentations: the linearly warped labels of ``moving`` against those of ``fixed``.
+    r"""Negative soft Dice of segmentations: the linearly warped moving labels against the fixed labels.
 
     .. math:: -\frac{1}{|L|} \sum_{l \in L} \frac{2 \sum a_l b_l}{\sum a_l + \sum b_l}
 
     where :math:`a_l` is the warped one-hot image of label :math:`l`, :math:`b_l` the fixed one, and :math:`L` the
     labels that occur in either map of the batch item (Balakrishnan et al., IEEE TMI 2019). The background, 0, does not
-    count. No one-hot image is made: each of the ``2**D`` voxels that interpolation mixes adds its share to the bin of
-    its label.
+    count. No one-hot images are needed: each of the ``2**D`` voxels that interpolation mixes adds its weight to the
+    bin of its label.
 
     Args:
-        num_labels: largest label.
+        num_labels: largest label value.
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -461,7 +469,7 @@ class LabelDiceLoss(_Loss):
         bins = self.num_labels + 1
         # Warped volume of each label, outside and inside the same label of fixed.
         agreement = ddf.new_zeros(len(ddf), 2, bins)
-        for index, weight in corners(ddf):
+        for index, weight in linear_weights(ddf):
             label = moving.flatten(1).gather(1, index.flatten(1)).view_as(fixed)
             agreement = agreement + _count(label + bins * (label == fixed), weight, 2 * bins).unflatten(1, (2, bins))
         moving_volume, fixed_volume = (_count(m, torch.ones_like(ddf[:, 0]), bins) for m in (moving, fixed))
@@ -472,29 +480,30 @@ class LabelDiceLoss(_Loss):
         return -(dice.sum(1) / present.sum(1).clamp_min(1)).mean()
 
     def _check(self, moving_label: Tensor, fixed_label: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the maps ``(B, *spatial)`` as int64, and the exact field."""
+        """Check the label maps and the field; return the maps ``(B, *spatial)`` as int64, and the field."""
         shape = [ddf.shape[0], 1, *ddf.shape[2:]]
         if list(moving_label.shape) != shape or list(fixed_label.shape) != shape:
             raise ValueError(
-                f"moving_label and fixed_label for a ddf of shape {list(ddf.shape)} must be {shape}, "
-                f"got {list(moving_label.shape)} and {list(fixed_label.shape)}."
+                f"moving_label and fixed_label have shapes {list(moving_label.shape)} and {list(fixed_label.shape)}, "
+                f"but a ddf of shape {list(ddf.shape)} needs {shape}."
             )
         maps = []
         for name, label in (("moving_label", moving_label), ("fixed_label", fixed_label)):
             if label.is_floating_point():
-                raise TypeError(f"{name} must hold integers, got {label.dtype}.")
+                raise TypeError(f"{name} has the type {label.dtype}. Give integers.")
             maps.append(label.as_subclass(Tensor)[:, 0].long())
         extremes = torch.stack([extreme for label in maps for extreme in label.aminmax()]).tolist()  # wait only once
         low, high = min(extremes), max(extremes)
         if low < 0 or high > self.num_labels:
             raise ValueError(
-                f"labels must lie in 0 to {self.num_labels}, got {low} to {high} in moving_label and fixed_label."
+                f"moving_label and fixed_label hold labels from {low} to {high}, but num_labels is {self.num_labels}. "
+                "Labels run from 0 to num_labels."
             )
         return maps[0], maps[1], _field("ddf", ddf)
 
 
 def _num_neighbours(field: Tensor) -> Tensor:
-    """Face neighbours of each voxel on the grid of ``field`` ``(B, C, *spatial)``: ``(1, 1, *spatial)``."""
+    """Number of face neighbours of each voxel on the grid of ``field`` ``(B, C, *spatial)``: ``(1, 1, *spatial)``."""
     count = field.new_zeros(1, 1, *field.shape[2:])
     for axis in range(2, field.ndim):
         num_pairs = field.shape[axis] - 1
@@ -513,16 +522,16 @@ class KLLoss(_Loss):
 
     .. math:: \frac{1}{2} \left[ \operatorname{tr}(\Lambda \Sigma) - \log\det \Sigma + \mu^T \Lambda \mu \right]
 
-    plus the constant :math:`-\frac{1}{2} (n + \log\det \Lambda)`, which is dropped: :math:`n` counts voxels times
-    components, and :math:`\log\det \Lambda` leaves out the constant fields, which the prior does not judge. "Per voxel"
-    divides by the number of voxels of the velocity's own grid and by the batch size, not by the components.
+    plus the constant :math:`-\frac{1}{2} (n + \log\det \Lambda)`, which is dropped. :math:`n` is the number of voxels
+    times components, and :math:`\log\det \Lambda` excludes constant fields, which the prior does not penalise. "Per
+    voxel" divides by the number of voxels of the velocity's own grid and by the batch size, not by the components.
 
     Args:
         prior_lambda: precision :math:`\lambda` of the prior, in 1 / (voxels per unit time)^2.
-        mode: ``"exact"`` is the formula. ``"official"`` takes of its last summand, the precision term, what the
-            official code takes, :math:`\frac{\lambda}{4} \sum_d \overline{(\mu(x + e_d) - \mu(x))^2}`, mean over
-            components and neighbours: ``2 * D`` times less away from the border. Published values of ``prior_lambda``
-            belong to it.
+        mode: ``"exact"`` is the formula above. ``"official"`` computes its last term, the precision, like the official
+            code: :math:`\frac{\lambda}{4} \sum_d \overline{(\mu(x + e_d) - \mu(x))^2}`, averaged over components and
+            neighbours. This is ``2 * D`` times smaller away from the border. Published values of ``prior_lambda``
+            assume it.
     """
 
     def __init__(self, prior_lambda: float = 10.0, mode: str = "official") -> None:
@@ -531,12 +540,13 @@ class KLLoss(_Loss):
         self.mode = mode
 
     def forward(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Judge the mean velocity and its log-variance, both ``(B, D, *spatial)`` before integration."""
+        """Compare the mean velocity and its log-variance, ``(B, D, *spatial)`` before integration, with the prior."""
         if self.mode not in ("official", "exact"):
-            raise ValueError(f"mode must be 'official' or 'exact', got '{self.mode}'.")
+            raise ValueError(f"mode is '{self.mode}'. Use 'official' or 'exact'.")
         if mean.shape != log_variance.shape:
             raise ValueError(
-                f"mean and log_variance must have one shape, got {list(mean.shape)} and {list(log_variance.shape)}."
+                f"mean and log_variance differ in shape: {list(mean.shape)} and {list(log_variance.shape)}. Give both "
+                "on one grid."
             )
         mean, log_variance = _field("mean", mean), _field("log_variance", log_variance)
         variance = (self.prior_lambda * _num_neighbours(mean) * log_variance.exp() - log_variance).mean()
@@ -549,29 +559,29 @@ class KLLoss(_Loss):
 
 
 def _get(values: Mapping[str, Tensor], key: str, term: str, owner: str) -> Tensor:
-    """Take a plain tensor from the prediction or target, or say which term misses it."""
+    """Plain tensor of the prediction or target; an error that names the term if it is missing."""
     if key not in values:
-        raise ValueError(f"{term} needs '{key}' in the {owner}, got {sorted(values)}.")
+        raise ValueError(f"the {owner} has no '{key}', which the term {term} needs. It has {sorted(values)}.")
     return values[key].as_subclass(Tensor)
 
 
 class RegistrationLoss(_Loss):
-    r"""Weighted sum of what a registration network is trained for.
+    r"""Loss of a registration network: a weighted sum of several terms.
 
     Args:
-        similarity: of images, called with ``(warped, fixed)``. When the network warps both ways, the mean of
-            ``(warped, fixed)`` and ``(warped_fixed, moving)``.
-        smoothness: of the field, called with ``dvf`` if the network predicts a velocity (on its own grid), else with
-            ``ddf``.
-        smoothness_weight: factor of ``smoothness``.
-        dice: of labels, called with ``(moving_label, fixed_label, ddf)``. When the network warps both ways, the mean
-            with ``(fixed_label, moving_label, inverse_ddf)``.
-        dice_weight: factor of ``dice``.
-        prior: of a probabilistic network, called with ``(dvf, log_variance)``. Its weight is 1 by definition; the
-            noise of the images, such as ``image_sigma``, stands against it.
+        similarity: image term, called with ``(warped, fixed)``. If the network warps both ways, it is averaged with
+            ``(warped_fixed, moving)``.
+        smoothness: field term, called with ``dvf`` (on its own grid) if the network predicts a velocity, otherwise
+            with ``ddf``.
+        smoothness_weight: weight of ``smoothness``.
+        dice: label term, called with ``(moving_label, fixed_label, ddf)``. If the network warps both ways, it is
+            averaged with ``(fixed_label, moving_label, inverse_ddf)``.
+        dice_weight: weight of ``dice``.
+        prior: term of a probabilistic network, called with ``(dvf, log_variance)``. Its weight is 1 by definition; the
+            noise of the images, ``image_sigma``, sets the balance.
 
-    Where the prediction brings its own ``smoothness_weight`` :math:`\lambda`, in [0, 1], it counts in place of the
-    given one, and the similarity counts :math:`1 - \lambda` (Hoopes et al., IPMI 2021).
+    If the prediction contains a ``smoothness_weight`` :math:`\lambda` in [0, 1], it replaces the given one, and the
+    similarity is multiplied by :math:`1 - \lambda` (Hoopes et al., IPMI 2021).
 
     >>> loss = RegistrationLoss(similarity=MSELoss(), smoothness=GradientLoss(), smoothness_weight=0.01)
     >>> image = torch.rand(1, 1, 5, 6)
@@ -601,12 +611,12 @@ class RegistrationLoss(_Loss):
         return torch.stack(list(self.terms(prediction, target).values())).sum()
 
     def terms(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted parts by name: ``similarity``, and those of ``smoothness``, ``dice``, ``prior`` that are asked for.
+        """Weighted terms by name: ``similarity``, and ``smoothness``, ``dice`` and ``prior`` if they are used.
 
         Args:
-            prediction: ``warped`` and ``ddf``; ``dvf`` of a velocity network, ``log_variance`` of a probabilistic one;
-                ``warped_fixed`` and ``inverse_ddf`` when the network warps both ways.
-            target: ``moving`` and ``fixed``, and ``moving_label`` and ``fixed_label`` when there are segmentations.
+            prediction: ``warped`` and ``ddf``; also ``dvf`` of a velocity network, ``log_variance`` of a probabilistic
+                network, and ``warped_fixed`` and ``inverse_ddf`` if the network warps both ways.
+            target: ``moving`` and ``fixed``, and ``moving_label`` and ``fixed_label`` if there are segmentations.
         """
 
         def predicted(key: str, term: str) -> Tensor:

@@ -9,13 +9,19 @@ Alzheimer's & Dementia 2016). As :math:`m \circ \phi \circ (id + \delta)` is the
 
 and nothing has to be differentiated through interpolation or integration. It is smoothed, averaged over the steps and
 divided by its own running length, as Adam does (Kingma and Ba, ICLR 2015), but by one length for all components, so
-that a step does not depend on the axes. The displacement itself is smoothed a little after each step. All this happens
-from coarse to fine, whatever it starts from: first the images get their full resolution, then the field.
+that a step does not depend on the axes.
+
+Each step is paid for by smoothness. The displacement is smoothed by a Gaussian, as an elastic body would be, and moved
+along :math:`\nabla \log \det \nabla \phi`, the steepest descent of the squared logarithm of the local change of volume:
+what only shears and turns costs less than what shrinks and grows. How much is told in mm, so that it means the same on
+every grid. All this happens from coarse to fine, whatever it starts from: first the images get their full resolution,
+then the field.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -24,18 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from voxelmorph_monai.blocks import compose, invert, jacobian_determinant, signed, smooth, warp
+from voxelmorph_monai.blocks import as_signed, compose, determinant, invert, jacobian_determinant, smooth_axes, warp
+from voxelmorph_monai.kernels import loops
 from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
 from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
 
-__all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "refine", "unfold"]
+__all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "mean_map", "refine", "remove_folds"]
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Clock = Callable[[], float]
 
 SIMILARITIES: dict[str, Similarity] = {
-    "lncc": LNCCLoss(window=5),  # one contrast
+    "lncc": LNCCLoss(window=9),  # one contrast
     "mi": MutualInformationLoss(),  # any two
     "mind": MINDLoss(),  # any two, by their edges
 }
@@ -44,14 +51,20 @@ _MARGIN = 4  # voxels around what the images show
 _SMALLEST = 16  # voxels along the shortest axis of the coarsest grid, at least
 _COARSEST = 2  # halvings of the resolution, at most
 _STEP = 0.5  # voxels of the field that a step moves a point, about
+_VOLUME = 2.0  # how much more the change of volume is held down than what the Gaussian smooths away
+_STABLE = 0.5  # of the curvature of what holds the volume, at most: with 2 / 3 it would swing in 3-D
 _FLOOR = 1.0  # added to each point's gradient length, in mean lengths (Adam's epsilon): where nothing pulls, none moves
 _MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
 _TIGHT = 0.1  # a voxel that keeps less than this share of its volume is smoothed like a fold
 _PART = 1 << 18  # voxels looked at together, with their neighbours, where there are few
 _FINISH = 8  # duration of what comes after the last step, in steps
 _PATIENCE = 10  # steps that must bring 1 % of what the level has brought
-# Halvings of the images and of the field: the share of the budget that is used up when the level ends.
-_SHARES = {(2, 2): 0.1, (1, 1): 0.35, (0, 1): 0.6, (0, 0): 1.0}
+_SHARES = {
+    2: 0.1,
+    1: 0.35,
+    0: 0.6,
+}  # of the budget, used up when images of so many halvings end; after the last level all
+_WIDE = 1.5  # voxels of the Gaussian that smooths a field; a coarser field can be as smooth
 
 
 class Step(NamedTuple):
@@ -144,12 +157,40 @@ def _gradient(image: Tensor, slope: Tensor) -> Tensor:
 
     0 at the border.
     """
+    compiled = loops(image, slope)
+    if compiled is not None:
+        found: Tensor = compiled.force(image, slope)
+        return found
     found = image.new_zeros(1, image.ndim - 2, *image.shape[2:])
     for d in range(image.ndim - 2):
         n = image.shape[d + 2] - 2
         rise = image.narrow(d + 2, 2, n) - image.narrow(d + 2, 0, n)
         found[:, d].narrow(d + 1, 1, n).copy_((rise * slope.narrow(d + 2, 1, n)).sum(1).mul_(0.5))
     return found
+
+
+def _smooth(field: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """``blocks.smooth_axes``, in a third of its time where it is compiled."""
+    compiled = loops(field)
+    if compiled is None:
+        return smooth_axes(field, list(sigmas))
+    passes = [math.ceil(2 * sigma**2) for sigma in sigmas]
+    weights = [sigma**2 / (2 * max(n, 1)) for sigma, n in zip(sigmas, passes, strict=True)]
+    found: Tensor = compiled.smooth(field, passes, weights)
+    return found
+
+
+def _towards_volume(ddf: Tensor) -> Tensor:
+    r"""Steepest descent of :math:`\frac{1}{2} \int \log^2 \det \nabla \phi` by a step: ``(1, D, *spatial)``.
+
+    A step changes the logarithm by its own divergence, so that it is the gradient of the logarithm.
+    """
+    compiled = loops(ddf)
+    if compiled is None:
+        log = jacobian_determinant(ddf).clamp_min_(_TIGHT / 2).log_()
+    else:
+        log = compiled.log_volumes(ddf, _TIGHT / 2)
+    return _gradient(log, torch.ones_like(log))
 
 
 class _Pair(NamedTuple):
@@ -174,6 +215,11 @@ class _Pair(NamedTuple):
             else (_cut(self.labels[0], start, size), _cut(self.labels[1], start, size)),
             points=None if self.points is None else (self.points[0] - shift, self.points[1] - shift),
         )
+
+    def exchanged(self) -> "_Pair":
+        """The pair with moving and fixed exchanged."""
+        labels, points = (each and each[::-1] for each in (self.labels, self.points))
+        return self._replace(moving=self.fixed, fixed=self.moving, labels=labels, points=points)
 
     def halved(self) -> "_Pair":
         """The pair at half the resolution."""
@@ -285,17 +331,62 @@ def _grown(index: Tensor, inner: Tensor, size: Sequence[int]) -> Tensor:
     return (found & inner).nonzero().flatten()
 
 
-def _extended(ddf: Tensor) -> Tensor:
-    """``ddf`` with one more voxel at each border, on a line with the last two: no difference at the border changes."""
-    for axis in range(2, ddf.ndim):
-        n = ddf.shape[axis]
-        first = 2 * ddf.narrow(axis, 0, 1) - ddf.narrow(axis, 1, 1)
-        last = 2 * ddf.narrow(axis, n - 1, 1) - ddf.narrow(axis, n - 2, 1)
-        ddf = torch.cat([first, ddf, last], dim=axis)
-    return ddf
+def _volumes(place: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of their volume ``(N,)`` that the voxels ``place`` ``(N, D)`` keep, by central and forward differences.
+
+    Bit by bit what ``jacobian_determinant`` says of the whole field.
+    """
+    flat, size = ddf.flatten(2)[0], ddf.shape[2:]
+    voxel, step = torch.zeros_like(place[:, 0]), ddf[0, 0].numel()
+    for n, at in zip(size, place.unbind(1), strict=True):
+        voxel = voxel * n + at
+    here = flat[:, voxel]
+    central: list[list[Tensor]] = []
+    forward: list[list[Tensor]] = []
+    for axis, (n, at) in enumerate(zip(size, place.unbind(1), strict=True)):
+        step //= n
+        ahead = flat[:, voxel + step * (at < n - 1)] - here
+        back = here - flat[:, voxel - step * (at > 0)]
+        ahead, back = torch.where(at < n - 1, ahead, back), torch.where(at > 0, back, ahead)
+        for rows, slope in ((central, (ahead + back) * 0.5), (forward, ahead)):
+            rows.append([*slope])
+            rows[axis][axis] = slope[axis] + 1.0
+    return determinant(central), determinant(forward)
 
 
-def unfold(ddf: Tensor, least: float = 0.0) -> Tensor:
+def _still_tight(index: Tensor, ddf: Tensor, volume: float) -> Tensor:
+    """Those of ``index`` that keep ``volume`` or less: flat indices into ``ddf`` with one voxel around it."""
+    found = [index[:0]]
+    for part in index.split(_PART):
+        central, forward = _volumes(_place(part, ddf.shape[2:]), ddf)
+        found.append(part[~((central > volume) & (forward > volume))])
+    return torch.cat(found)
+
+
+def _flat(place: Tensor, size: Sequence[int]) -> Tensor:
+    """Flat indices of the voxels ``place`` ``(N, D)`` of a grid of ``size`` when one more voxel surrounds it."""
+    index = torch.zeros_like(place[:, 0])
+    for n, at in zip(size, place.unbind(1), strict=True):
+        index = index * (n + 2) + at + 1
+    return index
+
+
+def _place(index: Tensor, size: Sequence[int]) -> Tensor:
+    """Undo ``_flat``."""
+    return torch.stack(torch.unravel_index(index, [n + 2 for n in size]), dim=1) - 1
+
+
+def _find_tight(ddf: Tensor, volume: float) -> Tensor:
+    """Voxels ``(N, D)`` that keep ``volume`` or less."""
+    compiled = loops(ddf)
+    if compiled is None:
+        return _tight(ddf, volume)[0, 0].nonzero()
+    size = ddf.shape[2:]
+    suspects = torch.stack(torch.unravel_index(compiled.suspects(ddf, volume), size), dim=1)
+    return _place(_still_tight(_flat(suspects, size), ddf, volume), size) if len(suspects) else suspects
+
+
+def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
     """Smooth a displacement around its folds until there are none, by central or forward differences.
 
     Folds are few: only the voxels around them are touched and looked at again, in circles that grow, so that it ends.
@@ -306,46 +397,45 @@ def unfold(ddf: Tensor, least: float = 0.0) -> Tensor:
     """
     if len(ddf) != 1 or min(ddf.shape[2:]) < 2:
         raise ValueError(
-            f"ddf must be of one pair, (1, D, *spatial), 2 voxels or more along each axis, got {list(ddf.shape)}."
+            f"ddf has shape {list(ddf.shape)}. Give the field of one pair, (1, D, *spatial), with at least 2 voxels "
+            "along each axis."
         )
-    if not bool(ddf.isfinite().all()):
-        raise ValueError(f"ddf must be finite, got {int((~ddf.isfinite()).sum())} values that are not.")
-    tight = _tight(ddf, least)
-    if not bool(tight.any()):
+    if not bool(ddf.sum().isfinite() or ddf.isfinite().all()):  # a sum takes a tenth of the time
+        raise ValueError(f"ddf has {int((~ddf.isfinite()).sum())} values of NaN or infinity.")
+    place = _find_tight(ddf, least)
+    if not len(place):
         return ddf
-    spatial_dims = ddf.ndim - 2
-    margin = [1] * (2 * spatial_dims)
-    inside: tuple[Any, ...] = (..., *[slice(1, -1)] * spatial_dims)
-    centre: tuple[Any, ...] = (slice(None), 0, *[1] * spatial_dims)
-    inner = F.pad(torch.ones_like(tight), margin)
-    size = inner.shape[2:]
-    inner, index = inner.flatten(), F.pad(tight, margin).flatten().nonzero().flatten()
+    ddf = ddf.clone(memory_format=torch.contiguous_format)
+    margin = [1] * (2 * place.shape[1])
+    inside: tuple[Any, ...] = (..., *[slice(1, -1)] * place.shape[1])
     kernel = ddf.new_ones(1)
-    for _ in size:
+    for _ in margin[::2]:
         kernel = (kernel[:, None] * ddf.new_tensor([0.25, 0.5, 0.25])).flatten()
     for attempt in count():
-        if not len(index):
+        if not len(place):
             break
         # 8 voxels are enough for what is narrow, and many times that only help where it is not
         radius = 2 ** min(attempt, max(3, attempt // 4))
-        rings = [index]
+        # Only what is touched, looked at again, or next to that: no round goes over the whole field.
+        start = (place.amin(0) - (radius + 3)).clamp_min_(0)
+        stop = place.amax(0) + (radius + 4)
+        box: tuple[Any, ...] = (..., *map(slice, start.tolist(), stop.tolist()))
+        piece = ddf[box]
+        whole = F.pad(piece, margin, mode="replicate")
+        size = whole.shape[2:]
+        inner = F.pad(torch.ones_like(piece[:, :1], dtype=torch.bool), margin).flatten()
+        rings = [_flat(place - start, piece.shape[2:])]
         for _ in range(radius):
             rings.append(_grown(rings[-1], inner, size))
-        whole = F.pad(ddf, margin, mode="replicate")
         values = whole.flatten(2)[0]
         for ring in reversed(rings):  # the closer to a fold, the smoother
             for part in ring.split(_PART):
                 values[:, part] = values[:, _neighbours(part, size)] @ kernel
-        ddf = whole[inside]
-        flat = _extended(ddf).flatten(2)[0]
+        piece.copy_(whole[inside])
         # what shrinks evenly over many voxels is no fold, and would take ever wider circles to smooth
-        volume = least / 4**attempt
-        found = []
-        for part in _grown(rings[-1], inner, size).split(_PART):
-            patches = flat[:, _neighbours(part, size)].transpose(0, 1).unflatten(2, [3] * spatial_dims)
-            found.append(part[_tight(patches, volume)[centre]])
-        index = torch.cat(found)
-    return ddf.contiguous()
+        index = _still_tight(_grown(rings[-1], inner, size), piece, least / 4**attempt)
+        place = _place(index, piece.shape[2:]) + start
+    return ddf
 
 
 def _inverse(ddf: Tensor) -> Tensor:
@@ -364,7 +454,53 @@ def _inverse(ddf: Tensor) -> Tensor:
         for _ in range(3 if field is ddf and len(fields) > 1 else 8):
             error = compose(field, inverse)
             inverse = compose(inverse, error * (-0.5 / _squares(error).sqrt_().clamp_min_(0.5)))
-    return unfold(inverse, _TIGHT / 10)  # what it smooths is no inverse any more
+    return remove_folds(inverse, _TIGHT / 10)  # what it smooths is no inverse any more
+
+
+class _Regularity(NamedTuple):
+    r"""What a step costs on one grid, whose voxels are :math:`v` mm wide on the (geometric) average.
+
+    A step moves a point by :math:`h = v / 2` mm at most. With smoothness :math:`s` the field is smoothed by a Gaussian
+    of variance :math:`s h` mm^2, and moved :math:`s h` mm^2 times the gradient of the logarithmic volume.
+
+    Attributes:
+        ratios: width of a voxel along each axis, in :math:`v`.
+        sigmas: of the Gaussian that smooths the field, in voxels along each axis.
+        volume: factor of the gradient of the logarithmic volume, in :math:`v^2`.
+        step_sigma: of the Gaussian that smooths each step, in :math:`v`.
+    """
+
+    ratios: list[float]
+    sigmas: list[float]
+    volume: float
+    step_sigma: float
+
+    @staticmethod
+    def of(smoothness: float, spacing: Sequence[float], scale: int, step_sigma: float = 0.7) -> "_Regularity":
+        """That of ``smoothness`` mm where a voxel of the field is ``scale`` of the images', ``spacing`` mm wide."""
+        width = math.prod(spacing) ** (1 / len(spacing))
+        ratios = [each / width for each in spacing]
+        amount = smoothness * _STEP / (width * scale)
+        stable = _STABLE * len(ratios) / sum(each**-2 for each in ratios)
+        return _Regularity(
+            ratios, [amount**0.5 / each for each in ratios], min(_VOLUME / 2 * amount, stable), step_sigma
+        )
+
+    def _scaled(self, field: Tensor, power: int) -> Tensor:
+        if all(each == 1 for each in self.ratios):
+            return field
+        scales = field.new_tensor([each**power for each in self.ratios])
+        return field * scales.view(1, -1, *[1] * (field.ndim - 2))
+
+    def step(self, direction: _Direction, force: Tensor, ddf: Tensor) -> Tensor:
+        """Step in voxels from ``ddf`` against a force per voxel, and back towards its volumes."""
+        smoothed = _smooth(force, [self.step_sigma / each for each in self.ratios])
+        step = self._scaled(direction(self._scaled(smoothed, -1)), -1) * _STEP
+        return step.add_(self._scaled(_towards_volume(ddf), -2), alpha=self.volume) if self.volume > 0 else step
+
+    def smoothed(self, ddf: Tensor) -> Tensor:
+        """``ddf`` after a step."""
+        return _smooth(ddf, self.sigmas)
 
 
 class _Course:
@@ -401,7 +537,7 @@ def _descend(
     ddf: Tensor,
     doublings: int,
     course: _Course,
-    sigmas: tuple[float, float],
+    regularity: _Regularity,
 ) -> Iterator[tuple[float, Tensor]]:
     """Improve ``ddf``, ``doublings`` coarser than the pair: the loss of each step, and the best field so far."""
     direction, best = _Direction(ddf), ddf
@@ -413,7 +549,7 @@ def _descend(
         yield loss, best
         if course.ends():
             return
-        ddf = smooth(compose(ddf, direction(smooth(force, sigmas[0])) * _STEP), sigmas[1])
+        ddf = regularity.smoothed(compose(ddf, regularity.step(direction, force, ddf)))
         if inverse is not None:  # from that of the step before, two passes come close enough
             inverse = -warp(ddf, -warp(ddf, inverse))
 
@@ -422,24 +558,28 @@ def _check(pair: _Pair, ddf: Tensor | None) -> None:
     shape = list(pair.fixed.shape)
     if len(shape) not in (4, 5) or shape[0] != 1 or list(pair.moving.shape) != shape or min(shape[2:]) < 2:
         raise ValueError(
-            f"moving and fixed must be one pair of one shape (1, C, *spatial), 2 voxels or more along each of 2 or 3 "
-            f"axes, got {list(pair.moving.shape)} and {shape}."
+            f"moving and fixed have shapes {list(pair.moving.shape)} and {shape}. Give one pair of one shape "
+            "(1, C, *spatial), with at least 2 voxels along each of 2 or 3 axes."
         )
     labels = pair.labels or (None, None)
     fields = (("ddf", ddf, len(shape) - 2), ("mask", pair.mask, 1), *(("labels", label, 1) for label in labels))
     for name, tensor, channels in fields:
         expected = [1, channels, *shape[2:]]
         if tensor is not None and list(tensor.shape) != expected:
-            raise ValueError(f"{name} for images of shape {shape} must be {expected}, got {list(tensor.shape)}.")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but images of shape {shape} need {expected}.")
     for name, tensor in (("moving", pair.moving), ("fixed", pair.fixed), ("ddf", ddf)):
         if tensor is not None and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got {int((~tensor.isfinite()).sum())} values that are not.")
+            raise ValueError(f"{name} has {int((~tensor.isfinite()).sum())} values of NaN or infinity.")
 
 
-def _levels(size: Sequence[int]) -> list[tuple[int, int]]:
+def _levels(size: Sequence[int], smoothness: float, spacing: Sequence[float]) -> list[tuple[int, int]]:
     """Halvings of the images and of the field, coarse to fine, for a grid of ``size``."""
     coarsest = min(_COARSEST, max(0, int(math.log2(min(size) / _SMALLEST))))
-    return [(k, max(k, 1)) for k in range(coarsest, -1, -1)] + [(0, 0)]
+    finest = 0
+    while finest < coarsest and max(_Regularity.of(smoothness, spacing, 2**finest).sigmas) > _WIDE:
+        finest += 1
+    levels = [(k, max(k, 1, finest)) for k in range(coarsest, -1, -1)]
+    return levels if finest else [*levels, (0, 0)]
 
 
 def _helps(objective: _Objective, pairs: Sequence[_Pair], ddf: Tensor) -> bool:
@@ -455,7 +595,9 @@ def _refine(
     objective: _Objective,
     pair: _Pair,
     ddf: Tensor | None,
-    sigmas: tuple[float, float],
+    smoothness: float,
+    step_sigma: float,
+    spacing: Sequence[float],
     budget: float,
     max_steps: int,
     clock: Clock,
@@ -463,7 +605,7 @@ def _refine(
 ) -> Refinement:
     begin, whole = clock(), list(pair.fixed.shape[2:])
     start, size = _box(pair.moving, pair.fixed)
-    levels = _levels(size)
+    levels = _levels(size, smoothness, spacing)
     multiple = 2 ** levels[0][1]
     size = [-(-(n - 1) // multiple) * multiple + 1 for n in size]  # to be halved
     pairs = [pair.cut(start, size)]
@@ -481,19 +623,54 @@ def _refine(
                 field, at = _halve(field) / 2, at + 1
             while at > coarser:
                 field, at = _double(field), at - 1
-            deadline = begin + budget * _SHARES[image, coarser]
-            course = _Course(clock, deadline, max_steps, 0 if coarser else _FINISH)
-            steps = _descend(objective, pairs[image], field, coarser - image, course, sigmas)
+            last = (image, coarser) == levels[-1]
+            deadline = begin + budget * (1 if last else _SHARES[image])
+            course = _Course(clock, deadline, max_steps, _FINISH if last else 0)
+            regularity = _Regularity.of(smoothness, spacing, 2**coarser, step_sigma)
+            steps = _descend(objective, pairs[image], field, coarser - image, course, regularity)
             for loss, best in steps:
                 field = best
                 curve.append(Step(pairs[image].scale, loss))
                 bar.set_postfix(voxel=pairs[image].scale, loss=f"{loss:.4f}", refresh=False)
                 bar.update()
-            field = unfold(field, _TIGHT)
+            field = remove_folds(field, _TIGHT)
+        field = _times(_double, at, field)
         inverse = _inverse(field)
     # Beyond the box, where the fields continue with their border values, what turns far may fold.
-    found = [unfold(_cut(x, [-n for n in start], whole)) for x in (field, inverse)]
+    found = [remove_folds(_cut(x, [-n for n in start], whole)) for x in (field, inverse)]
     return Refinement(found[0], found[1], curve)
+
+
+@cache
+def _compile(spatial_dims: int) -> None:
+    """Refine something small: to compile the loops takes half a minute once, which no budget pays for."""
+    image = F.pad(torch.ones(1, 1, *[8] * spatial_dims), [8, 8] * spatial_dims)
+    objective, widths = _Objective(SIMILARITIES["lncc"], False, 0.0, 0.0), [1.0] * spatial_dims
+    pair = _Pair(image, image.roll(1, 2), None, None, None)
+    _refine(objective, pair, None, 1.0, 0.7, widths, math.inf, 1, time.perf_counter, False)
+
+
+def _root(ddf: Tensor) -> Tensor:
+    r"""Displacement of the map that, done twice, is that of ``ddf``: :math:`w(x) = u(x) - w(x + w(x))`."""
+    half = ddf / 2
+    for _ in range(8):  # the error halves at least, as long as no point turns by a right angle
+        half = half.add(ddf - compose(half, half), alpha=0.5)
+    return half
+
+
+def mean_map(ddf: Tensor, opposite_ddf: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Map between one map and the inverse of another that was found the opposite way, and its inverse.
+
+    Of :math:`\phi` and :math:`\psi` it is :math:`\sqrt\phi \circ (\sqrt\psi)^{-1}`, so that to exchange the two gives
+    the inverse. Neither of the results folds.
+
+    Args:
+        ddf: displacement of :math:`\phi`, ``(1, D, *spatial)`` in voxels.
+        opposite_ddf: displacement of :math:`\psi`, which is about the inverse.
+    """
+    there, back = _root(ddf), _root(opposite_ddf)
+    there, back = compose(there, _inverse(back)), compose(back, _inverse(there))
+    return remove_folds(there), remove_folds(back)
 
 
 def refine(
@@ -501,16 +678,19 @@ def refine(
     fixed: Tensor,
     *,
     ddf: Tensor | None = None,
+    inverse_ddf: Tensor | None = None,
     similarity: Similarity | None = None,
     bidirectional: bool = False,
+    symmetric: bool = False,
     mask: Tensor | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
     label_weight: float = 1.0,
     points: tuple[Tensor, Tensor] | None = None,
     points_weight: float = 0.1,
+    smoothness: float = 0.5,
     step_sigma: float = 0.7,
-    field_sigma: float = 0.5,
-    budget: float = 30.0,
+    spacing: float | Sequence[float] = 1.0,
+    budget: float = 8.0,
     max_steps: int = 60,
     clock: Clock = time.perf_counter,
     progress: bool = False,
@@ -525,15 +705,20 @@ def refine(
         fixed: the same.
         ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none. It is left out if the images are
             less alike with it than without, as networks have it of images that are the same.
-        similarity: loss of two images, called with ``(warped, fixed)``; default: ``LNCCLoss(window=5)``.
+        inverse_ddf: with ``symmetric``, what to start from on the way back; default: the inverse of ``ddf``.
+        similarity: loss of two images, called with ``(warped, fixed)``; default: ``LNCCLoss(window=9)``.
         bidirectional: compare ``moving`` with the warped ``fixed`` too; about twice the time for a step.
+        symmetric: refine both ways, each in half of the ``budget``, and give what lies between the two
+            (:func:`mean_map`): to exchange the images then gives the inverse.
         mask: where images are compared, not 0 inside, ``(1, 1, *spatial)`` on the fixed grid.
         labels: label maps of moving and fixed, integers ``(1, 1, *spatial)``, whose Dice is part of the loss.
         label_weight: factor of minus their soft Dice (``LabelDiceLoss``).
         points: landmarks in moving and in fixed, ``(1, N, D)`` in voxels, whose mean squared distance is part of it.
         points_weight: factor of that distance, in 1 / voxels^2.
+        smoothness: in mm. The displacement is smoothed by a Gaussian of this variance for each mm that a step moves a
+            point, and changes of volume are held down twice as much; on every grid and at every resolution.
         step_sigma: of the Gaussian that smooths each step, in voxels of the field (as a fluid).
-        field_sigma: of the Gaussian that smooths the field after each step (as an elastic body).
+        spacing: width of the voxels in mm, along each axis or one for all.
         budget: seconds after which it ends with what it has; infinite: when nothing improves.
         max_steps: steps at each resolution.
         clock: tells the seconds: ``time.process_time`` where other work on the machine must not change the result.
@@ -541,20 +726,40 @@ def refine(
     """
     moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
     for name, value in (
+        ("smoothness", smoothness),
         ("step_sigma", step_sigma),
-        ("field_sigma", field_sigma),
         ("max_steps", max_steps),
         ("budget", budget),
     ):
         if not value >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}.")
+            raise ValueError(f"{name} is {value}. Give 0 or more.")
+    dims = moving.ndim - 2
+    widths = [float(spacing)] * dims if isinstance(spacing, int | float) else [float(each) for each in spacing]
+    if len(widths) != dims or not all(0 < each < math.inf for each in widths):
+        raise ValueError(f"spacing of {dims}-D images is {spacing}. Give 1 or {dims} widths above 0, in mm.")
     if labels is not None:
-        labels = signed(labels[0]), signed(labels[1])
+        labels = as_signed(labels[0]), as_signed(labels[1])
+    if symmetric and mask is not None:
+        raise ValueError("mask and symmetric exclude each other: there is no mask on the moving grid. Leave one out.")
+    if inverse_ddf is not None and not symmetric:
+        raise ValueError("inverse_ddf has no effect without symmetric. Leave it out, or set symmetric.")
     pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)
+    _check(pair, inverse_ddf)
     objective = _Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)
     with torch.inference_mode(False), torch.no_grad():  # the similarity alone is differentiated
-        return _refine(objective, pair, ddf, (step_sigma, field_sigma), budget, max_steps, clock, progress)
+        if moving.device.type == "cpu" and budget < math.inf:
+            _compile(dims)
+        if not symmetric:
+            return _refine(objective, pair, ddf, smoothness, step_sigma, widths, budget, max_steps, clock, progress)
+        if ddf is not None and inverse_ddf is None:
+            inverse_ddf = _inverse(remove_folds(ddf.as_subclass(Tensor).float()))
+        there, back = (
+            _refine(objective, *each, smoothness, step_sigma, widths, budget / 2, max_steps, clock, progress)
+            for each in ((pair, ddf), (pair.exchanged(), inverse_ddf))
+        )
+        means = mean_map((there.ddf + back.inverse_ddf) / 2, (back.ddf + there.inverse_ddf) / 2)
+        return Refinement(*means, there.curve + back.curve)
 
 
 class RefinedRegistration(nn.Module):
@@ -572,7 +777,7 @@ class RefinedRegistration(nn.Module):
     def __init__(
         self,
         registration: Registration,
-        budget: float = 30.0,
+        budget: float = 8.0,
         similarity: Similarity | None = None,
         bidirectional: bool = False,
     ) -> None:

@@ -1,0 +1,160 @@
+"""The measures of ``metrics`` for MONAI and Ignite: classes that collect the values of an epoch.
+
+Call ``metric(y_pred, y)`` with batched tensors or lists of unbatched ones, on all processes, then ``aggregate()``. That
+averages over the structures of each pair that have a value, then over the pairs that have one. The mean of no values is
+NaN, where MONAI's reduction returns 0. ``monai.handlers.IgniteMetricHandler(metric_fn=...)`` attaches a metric to an
+engine.
+"""
+
+from typing import Any
+
+from monai.metrics.metric import CumulativeIterationMetric
+from monai.utils.type_conversion import convert_to_tensor
+from torch import Tensor
+
+from voxelmorph_monai.metrics import (
+    Spacing,
+    dice,
+    folding,
+    hausdorff95,
+    inverse_consistency,
+    log_jacobian_sd,
+    non_diffeomorphic_volume,
+    target_registration_error,
+)
+
+__all__ = [
+    "Folding",
+    "Hausdorff95",
+    "InverseConsistency",
+    "LabelDice",
+    "LogJacobianSD",
+    "NonDiffeomorphicVolume",
+    "PairValue",
+    "TargetRegistrationError",
+]
+
+
+class _PairMetric(CumulativeIterationMetric):
+    """Collects the ``_values`` of each pair."""
+
+    y_is_optional = False
+
+    def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
+        # MONAI would treat a y that is not a tensor as missing, and ignore the rest of the longer of two lists.
+        name = type(self).__name__
+        if not isinstance(y, (Tensor, list, tuple)) and not (y is None and self.y_is_optional):
+            raise TypeError(f"y of {name} is a {type(y).__name__}. Give a tensor or a list of tensors.")
+        if y is not None and len(y) != len(y_pred):
+            raise ValueError(f"y of {name} has {len(y)} items, but y_pred has {len(y_pred)}. Give one for each.")
+        return super().__call__(y_pred, y, **kwargs)
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        # Plain tensors: a MetaTensor's header does not describe a metric, and should not be gathered.
+        plain = None if y is None else convert_to_tensor(y, track_meta=False)
+        return self._values(convert_to_tensor(y_pred, track_meta=False), plain, **kwargs)
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        raise NotImplementedError
+
+    def aggregate(self) -> Tensor:
+        """Mean over the structures of each pair that have a value, then over the pairs that have a value."""
+        values = self.get_buffer()
+        if values is None:
+            raise ValueError(f"{type(self).__name__} has no values to aggregate. Call it on at least one pair first.")
+        return values.reshape(len(values), -1).nanmean(1).nanmean()
+
+
+class LabelDice(_PairMetric):
+    """``dice`` of label maps: ``metric(labels, reference)``."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.num_labels = num_labels
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return dice(y_pred, y, self.num_labels)
+
+
+class Hausdorff95(_PairMetric):
+    """``hausdorff95`` of label maps in mm: ``metric(labels, reference)``."""
+
+    def __init__(self, num_labels: int, spacing: Spacing = 1.0) -> None:
+        super().__init__()
+        self.num_labels = num_labels
+        self.spacing = spacing
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return hausdorff95(y_pred, y, self.num_labels, spacing=self.spacing)
+
+
+class Folding(_PairMetric):
+    """``folding`` in per cent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+
+    y_is_optional = True
+
+    def __init__(self, scheme: str = "central") -> None:
+        super().__init__()
+        self.scheme = scheme
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return folding(y_pred, y, scheme=self.scheme)
+
+
+class LogJacobianSD(_PairMetric):
+    """``log_jacobian_sd``: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+
+    y_is_optional = True
+
+    def __init__(self, definition: str = "plain") -> None:
+        super().__init__()
+        self.definition = definition
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return log_jacobian_sd(y_pred, y, definition=self.definition)
+
+
+class NonDiffeomorphicVolume(_PairMetric):
+    """``non_diffeomorphic_volume`` in per cent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+
+    y_is_optional = True
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return non_diffeomorphic_volume(y_pred, y)
+
+
+class PairValue(_PairMetric):
+    """Collects values measured elsewhere, such as the time of each pair: ``metric(values)``."""
+
+    y_is_optional = True
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return y_pred.double()
+
+
+class TargetRegistrationError(_PairMetric):
+    """Mean ``target_registration_error`` of each pair in mm: ``metric(ddf, points)``.
+
+    ``points`` ``(B, 2, N, D)`` holds the moving points, then the fixed points. Pairs may have different numbers of
+    points.
+    """
+
+    def __init__(self, spacing: Spacing) -> None:
+        super().__init__()
+        self.spacing = spacing
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        if y.ndim != 4 or y.shape[1] != 2:
+            raise ValueError(f"points has shape {list(y.shape)}. Give (B, 2, N, D), moving then fixed points.")
+        return target_registration_error(y[:, 0], y[:, 1], y_pred, self.spacing).mean(1)
+
+
+class InverseConsistency(_PairMetric):
+    """``inverse_consistency`` over the whole grid in mm: ``metric(ddf, inverse_ddf)``."""
+
+    def __init__(self, spacing: Spacing = 1.0) -> None:
+        super().__init__()
+        self.spacing = spacing
+
+    def _values(self, y_pred: Tensor, y: Any) -> Tensor:
+        return inverse_consistency(y_pred, y, spacing=self.spacing)
