@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -193,12 +194,12 @@ def test_field_is_the_integrated_velocity(preset, level, size):
     assert_close(network(pair), resize(integrate(resize(head, grid), steps), list(size)), **EXACT)
 
 
-@pytest.mark.parametrize("doubles", [False, True])
+@pytest.mark.parametrize("scale_by_two", [False, True])
 @sizes
-def test_vectors_grow_by_2_a_level_or_by_the_ratio_of_lengths(size, doubles):
-    network = VoxelMorph("dense", len(size), num_steps=0, integration_level=2, doubles=doubles).double()
+def test_vectors_grow_by_2_a_level_or_by_the_ratio_of_lengths(size, scale_by_two):
+    network = VoxelMorph("dense", len(size), num_steps=0, integration_level=2, scale_by_two=scale_by_two).double()
     size = [-(-n // 16) * 16 for n in size]
-    lengths = [4.0 if doubles else (n - 1) / (n // 4 - 1) for n in size]
+    lengths = [4.0 if scale_by_two else (n - 1) / (n // 4 - 1) for n in size]
     found = network.displacement(torch.ones(1, len(size), *(n // 4 for n in size), dtype=torch.float64))
     for component, length in zip(found[0], lengths, strict=True):
         assert_close(component, torch.full_like(component, length), **EXACT)
@@ -321,7 +322,7 @@ def test_inverse_undoes_a_smooth_displacement():
 @sizes
 @pytest.mark.parametrize("input_level", [0, 1])
 def test_a_second_pass_sees_the_image_that_the_first_one_warped(size, input_level):
-    network = trained("dense", len(size), flow=0.2, passes=2, input_level=input_level)
+    network = trained("dense", len(size), flow=0.2, cascades=2, input_level=input_level)
     once = VoxelMorph("dense", len(size), input_level=input_level).double()
     once.load_state_dict(network.state_dict())
     size = tuple(-(-n // 32) * 32 for n in size)  # whole blocks: nothing is padded
@@ -341,7 +342,7 @@ def test_a_second_pass_sees_the_image_that_the_first_one_warped(size, input_leve
 
 @sizes
 def test_a_velocity_is_smoothed(size):
-    rough, smooth = (trained("dense", len(size), flow=0.2, smoothing=sigma) for sigma in (0, 0.6))
+    rough, smooth = (trained("dense", len(size), flow=0.2, velocity_sigma=sigma) for sigma in (0, 0.6))
     features = rough.features(rough.coarse(random_pair(size, batch=1)))
     expected = rough.fields(features)[0].numpy(force=True)
     for axis in range(2, expected.ndim):
@@ -351,7 +352,7 @@ def test_a_velocity_is_smoothed(size):
 
 def test_the_inverse_of_several_passes_undoes_them():
     torch.manual_seed(0)  # of the weights, on which the displacement depends
-    network = trained("wide", 2, flow=0.01, passes=3)
+    network = trained("wide", 2, flow=0.01, cascades=3)
     pair = F.avg_pool2d(random_pair((70, 84), batch=1), 5, 1, 2)  # as smooth as scans, and their displacements
     found = Registration(network, bidirectional=True, amp=False).eval()(pair)
     inner = (..., slice(12, -12), slice(12, -12))
@@ -361,7 +362,7 @@ def test_the_inverse_of_several_passes_undoes_them():
 
 
 def test_the_inverse_undoes_the_last_pass_first(monkeypatch):
-    network = VoxelMorph("dense", 2, integration_level=0, passes=2).double()
+    network = VoxelMorph("dense", 2, integration_level=0, cascades=2).double()
     x = torch.from_numpy(np.indices((48, 48)) - 23.5)[None]
     turn, shift = 0.3 * torch.stack([-x[:, 1], x[:, 0]], dim=1), torch.tensor([[[[4.0]], [[1.0]]]]).expand_as(x)
     velocities = iter([turn, shift.double()])
@@ -378,7 +379,7 @@ def test_the_inverse_undoes_the_last_pass_first(monkeypatch):
 
 
 def test_training_goes_through_the_last_of_a_random_number_of_passes(monkeypatch):
-    network, pair = trained("dense", 2, passes=3), random_pair((32, 16), batch=1)
+    network, pair = trained("dense", 2, cascades=3), random_pair((32, 16), batch=1)
     registration, seen = Registration(network, amp=False).train(), []
     features = network.features
     monkeypatch.setattr(network, "features", lambda x, weight=None: seen.append(torch.is_grad_enabled()) or features(x))
@@ -604,39 +605,42 @@ def test_overfits_one_pair(preset):
     [
         (
             {"preset": "vm3"},
-            r"preset must be one of vm1, vm2, dense, vxmdense, diffeomorphic, miccai2018, wide, got 'vm3'\.",
+            r"^preset 'vm3' .*vm1, vm2, dense, vxmdense, diffeomorphic, miccai2018, wide",
         ),
-        ({"widths": 3}, r"changes must name fields of \('encoder', .*\), got \['widths'\]\."),
-        ({"in_channels": 3}, r"in_channels counts two images alike and must be even, got 3\."),
-        ({"in_channels": 0}, r"must be even, got 0\."),
-        ({"spatial_dims": 1}, r"spatial_dims must be 2 or 3, got 1\."),
+        ({"widths": 3}, r"^\['widths'\] .*\('encoder', .*\)"),
+        ({"in_channels": 3}, r"^in_channels is 3\b"),
+        ({"in_channels": 0}, r"^in_channels is 0\b"),
+        ({"spatial_dims": 1}, r"^spatial_dims is 1\b"),
         (
             {"decoder": ()},
-            r"decoder for an encoder of 4 levels must hold 1 to 5 non-empty tuples of widths, got \(\)\.",
+            r"^decoder is \(\), .*4 levels.* 1 to 5 tuples",
         ),
-        ({"decoder": ((8,), ())}, r"non-empty tuples of widths, got \(\(8,\), \(\)\)\."),
-        ({"decoder": ((8,),) * 6}, r"must hold 1 to 5 non-empty tuples"),
-        ({"downsampling": "mean"}, r"downsampling must be 'stride' or 'max', got 'mean'\."),
-        ({"padding_mode": "reflection"}, r"padding_mode must be 'border' or 'zeros', got 'reflection'\."),
-        ({"preset": "vm1", "integration_level": 5}, r"integration_level must be 0 to 4, got 5\."),
-        ({"preset": "vm1", "integration_level": -1}, r"integration_level must be 0 to 4, got -1\."),
+        ({"decoder": ((8,), ())}, r"^decoder is \(\(8,\), \(\)\)"),
+        ({"decoder": ((8,),) * 6}, r"^decoder is \(\(8,\), .* 1 to 5 tuples"),
+        ({"downsampling": "mean"}, r"^downsampling is 'mean'\."),
+        ({"padding_mode": "reflection"}, r"^padding_mode is 'reflection'\."),
+        ({"preset": "vm1", "integration_level": 5}, r"^integration_level is 5\b.* 0 to 4"),
+        ({"preset": "vm1", "integration_level": -1}, r"^integration_level is -1\b"),
         (
             {"preset": "diffeomorphic", "num_steps": 0},
-            r"probabilistic needs a velocity to sample: num_steps must be at least 1, got 0\.",
+            r"probabilistic .*num_steps is 0\b",
         ),
-        ({"preset": "dense", "passes": 0}, r"passes must be at least 1, and 1 for probabilistic, got 0\."),
-        ({"preset": "diffeomorphic", "passes": 2}, r"passes must be at least 1, and 1 for probabilistic, got 2\."),
-        ({"preset": "dense", "smoothing": float("nan")}, r"smoothing must be a number of voxels, .*, got nan\."),
-        ({"preset": "dense", "smoothing": "1.5"}, r"smoothing must be a number of voxels, .*, got '1\.5'\."),
-        ({"preset": "dense", "num_steps": 31}, r"num_steps must be 0 to 30, as in blocks\.integrate, got 31\."),
-        ({"preset": "dense", "smoothing": -1}, r"smoothing must be a number of voxels, .*, got -1\."),
+        ({"preset": "dense", "cascades": 0}, r"^cascades is 0\b"),
+        ({"preset": "diffeomorphic", "cascades": 2}, r"^cascades is 2\b.* probabilistic"),
         (
-            {"preset": "diffeomorphic", "smoothing": 1},
-            r"smoothing must be a number of voxels, and 0 for probabilistic networks, got 1\.",
+            {"preset": "dense", "velocity_sigma": float("nan")},
+            r"^velocity_sigma is nan\b",
+        ),
+        ({"preset": "dense", "velocity_sigma": "1.5"}, r"^velocity_sigma is '1\.5'"),
+        ({"preset": "dense", "num_steps": 31}, r"^num_steps is 31\b.* 0 to 30"),
+        ({"preset": "dense", "velocity_sigma": -1}, r"^velocity_sigma is -1\b"),
+        (
+            {"preset": "diffeomorphic", "velocity_sigma": 1},
+            r"^velocity_sigma is 1\b.* probabilistic",
         ),
         (
             {"preset": "diffeomorphic", "integration_level": 0},
-            r"where the decoder stops, at level 1, got integration_level 0\.",
+            r"probabilistic .* decoder stops, 1, .*integration_level is 0\b",
         ),
     ],
 )
@@ -649,16 +653,16 @@ def test_architectures_that_cannot_be(options, message):
     ("spatial_dims", "shape"), [(3, (1, 2, 16, 16)), (2, (1, 3, 16, 16)), (3, (2, 16, 16, 16)), (2, (1, 2, 16, 16, 16))]
 )
 def test_wrong_pair(spatial_dims, shape):
-    message = rf"pair must be \(B, 2, and {spatial_dims} sizes\), moving image first, got \[{shape[0]}, "
+    message = rf"^pair has shape {re.escape(str(list(shape)))}.*\(B, 2, H, W{', D' * (spatial_dims - 2)}\)"
     with pytest.raises(ValueError, match=message):
         VoxelMorph("vm1", spatial_dims)(torch.zeros(shape))
 
 
 def test_wrong_weights(tmp_path):
     path = tmp_path / "model.pt"
-    with pytest.raises(FileNotFoundError, match=rf"weights {path} must be a file .*, but there is no such file\."):
+    with pytest.raises(FileNotFoundError, match=rf"weights {path} do not exist"):
         load_weights(VoxelMorph("vm1", 2), str(path))
-    wrong = rf"weights {path} must be of the network's own preset, got another content: "
+    wrong = rf"weights {path} do not fit the network: "
     for content in (VoxelMorph("vm2", 2).state_dict(), VoxelMorph("vm1", 3).state_dict(), [1, 2]):
         torch.save(content, path)
         with pytest.raises(ValueError, match=wrong):
@@ -667,19 +671,18 @@ def test_wrong_weights(tmp_path):
     for content, reason in (
         (
             VoxelMorph("vm2", 2).state_dict(),
-            r"7 parameters differ, first unet\.decoder\.3\.1\.conv\.weight must be "
-            r"\[8, 32, 3, 3\], is \[32, 32, 3, 3\]\.",
+            r"7 parameters differ, first unet\.decoder\.3\.1\.conv\.weight is "
+            r"\[32, 32, 3, 3\] instead of \[8, 32, 3, 3\]\.",
         ),
         ([1, 2], r"it holds a list, not a dict\."),
         (
             {"network": preset, "epoch": 3},
-            r"24 parameters differ, first unet\.encoder\.0\.conv\.weight must be "
-            r"\[16, 2, 3, 3\], is absent\.",
+            r"24 parameters differ, first unet\.encoder\.0\.conv\.weight \[16, 2, 3, 3\] is missing\.",
         ),
-        ({**preset, "epoch": 3}, r"1 parameters differ, first epoch must be absent, is int\."),
+        ({**preset, "epoch": 3}, r"1 parameters differ, first epoch \(int\) is unknown\."),
     ):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=f"{wrong}{reason}$"):
+        with pytest.raises(ValueError, match=f"{wrong}{reason}"):
             load_weights(VoxelMorph("vm1", 2), str(path))
     for half in (path.read_bytes()[:100], b""):
         path.write_bytes(half)
@@ -707,9 +710,9 @@ def test_a_file_with_wrong_bytes_says_so(tmp_path):
 
 
 def test_wrong_registration():
-    with pytest.raises(ValueError, match=r"bidirectional needs .* \(num_steps > 0\), got num_steps 0\."):
+    with pytest.raises(ValueError, match=r"^bidirectional .*num_steps is 0\b"):
         Registration(VoxelMorph("vm2", 2), bidirectional=True)
-    with pytest.raises(ValueError, match=r"input_level must be at least 0, got -1\."):
+    with pytest.raises(ValueError, match=r"^input_level is -1\b"):
         VoxelMorph("vm2", 2, input_level=-1)
 
 
@@ -758,17 +761,20 @@ def test_one_training_serves_any_smoothness():
 
 @presets
 def test_smoothness_is_one_more_channel_and_exports(preset):
-    network, plain = VoxelMorph(preset, 2, smoothness_weight=0.25), VoxelMorph(preset, 2)
+    torch.manual_seed(0)
+    network, plain = VoxelMorph(preset, 2, smoothness_weight=0.25).double(), VoxelMorph(preset, 2)
     sizes = [each.unet.encoder[0].conv.weight.shape[1] for each in (network, plain)]
     assert sizes == [3, 2]
     with torch.no_grad():
         network.flow.weight.normal_()
-        pair = torch.rand(1, 2, 20, 33)
+        pair = torch.rand(
+            1, 2, 20, 33, dtype=torch.float64
+        )  # with which a compiled graph's other order of sums is not seen
         torch.testing.assert_close(torch.jit.script(network)(pair), network(pair))
         own, given = network.features(network.coarse(pair)), network.features(network.coarse(pair), torch.tensor(0.25))
         assert torch.equal(own, given)
         assert not torch.equal(own, network.features(network.coarse(pair), torch.tensor(0.5)))
-    with pytest.raises(ValueError, match=r"smoothness_weight must be 0 to 1, got 1\.5\."):
+    with pytest.raises(ValueError, match=r"^smoothness_weight is 1\.5\. .*0 to 1"):
         VoxelMorph(preset, smoothness_weight=1.5)
 
 

@@ -1,8 +1,8 @@
 r"""Networks that predict the displacement between two images: one U-Net, described by data.
 
-:class:`VoxelMorph` is what is trained, saved and exported: one tensor in, ``(B, 2C, *spatial)`` with the moving image's
-channels first, and one tensor out, the displacement field in voxels. :class:`Registration` wraps it for training and
-evaluation and names everything that losses and metrics need.
+:class:`VoxelMorph` is trained, saved and exported. Its input is one tensor ``(B, 2C, *spatial)`` with the moving
+image's channels first, and its output the displacement field in voxels. :class:`Registration` wraps it for training and
+evaluation, and returns everything that losses and metrics need by name.
 """
 
 import math
@@ -31,23 +31,23 @@ __all__ = [
 
 
 class Architecture(NamedTuple):
-    """What distinguishes one VoxelMorph from another.
+    """Options that distinguish one VoxelMorph network from another.
 
-    ``encoder`` holds the width of each level's convolution, fine to coarse; each level halves the resolution.
-    ``decoder`` holds the widths of each resolution's convolutions, coarse to fine; it may stop before the full one.
+    ``encoder`` lists the width of each level's convolution, fine to coarse; each level halves the resolution.
+    ``decoder`` lists the widths of each resolution's convolutions, coarse to fine; it may stop before full resolution.
     """
 
     encoder: tuple[int, ...] = (16, 32, 32, 32)
     decoder: tuple[tuple[int, ...], ...] = ((32,), (32,), (32,), (32, 16))
-    downsampling: str = "stride"  # "stride": by the convolution itself; "max": by a max-pool after it
-    num_steps: int = 7  # squarings of the velocity's integration; 0: the network predicts the displacement itself
+    downsampling: str = "stride"  # "stride": strided convolution; "max": max-pooling after the convolution
+    num_steps: int = 7  # number of squarings that integrate the velocity; 0: the network predicts the displacement
     integration_level: int = 1  # resolution of the integrated field: 0 full, 1 half, ...
     probabilistic: bool = False  # a second head predicts the log-variance of the velocity
-    input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (means of blocks), ...
-    doubles: bool = False  # vectors grow by 2 a level, as in the authors' code; else by (new - 1) / (old - 1)
-    passes: int = 1  # each pass after the first sees the moving image as warped so far; the maps are composed
-    smoothing: float = 0.0  # sigma of the Gaussian that smooths the velocity (or displacement), voxels of its grid
-    padding_mode: str = "border"  # of a velocity beyond its grid; "zeros" as in the authors' PyTorch code
+    input_level: int = 0  # resolution of the images that the U-Net sees: 0 full, 1 half (block averages), ...
+    scale_by_two: bool = False  # scale vectors by 2 per level, like the authors' code; else by (new - 1) / (old - 1)
+    cascades: int = 1  # number of passes; each registers the moving image warped so far, and the maps are composed
+    velocity_sigma: float = 0.0  # sigma of the Gaussian that smooths the velocity (or displacement), voxels of its grid
+    padding_mode: str = "border"  # velocity beyond its grid; "zeros" in the authors' PyTorch code
 
     @property
     def feature_level(self) -> int:
@@ -61,29 +61,29 @@ PRESETS: dict[str, Architecture] = {
     "vm2": Architecture(decoder=((32,), (32,), (32,), (32, 32), (16, 16)), num_steps=0, integration_level=0),
     # The authors' later default (github.com/voxelmorph/voxelmorph, 2020): velocity integrated at half resolution.
     "dense": Architecture(decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max"),
-    # The same to the last digit of its PyTorch code, for weights trained with that (weights.import_weights).
+    # Numerically identical to that PyTorch code, for weights trained with it (vxm import-weights).
     "vxmdense": Architecture(
-        decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max", doubles=True, padding_mode="zeros"
+        decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max", scale_by_two=True, padding_mode="zeros"
     ),
     # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
     "diffeomorphic": Architecture(probabilistic=True),
-    # The same to the last digit of the authors' Keras code, for their weights (weights.import_weights).
-    "miccai2018": Architecture(probabilistic=True, doubles=True),
-    # The shipped one: sees images of half the resolution, three times; wider where voxels are few; a smooth velocity.
+    # Numerically identical to the authors' Keras code, for their weights (vxm import-weights).
+    "miccai2018": Architecture(probabilistic=True, scale_by_two=True),
+    # The bundled network: three passes on images of half the resolution, wider at coarse levels, smooth velocity.
     "wide": Architecture(
         (16, 32, 64, 96),
         ((96,), (64,), (64,), (32, 32), (16, 16)),
         num_steps=5,
         integration_level=0,
         input_level=1,
-        passes=3,
-        smoothing=1.5,
+        cascades=3,
+        velocity_sigma=1.5,
     ),
 }
 
 
 def has_fast_bfloat16(device: torch.device | str) -> bool:
-    """Whether ``device`` multiplies bfloat16 natively, so that a network runs faster in it than in float32."""
+    """Whether ``device`` multiplies bfloat16 natively, so that networks run faster than in float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(device).type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
@@ -91,8 +91,8 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
 
 def _convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve ``x``, each voxel repeated 2 times along each axis, concatenated with ``skip``."""
-    # The three weights along an axis meet only two different voxels of x, so they are added up first: a transposed
-    # convolution of four. No upsampled or concatenated image is made (forward and backward take 0.6 of the CPU time).
+    # Along each axis, the three weights meet only two different voxels of x, so add them up first: this gives a
+    # transposed convolution with four weights. It needs no upsampled or concatenated image (0.6 of the CPU time).
     wide = weight[:, : x.shape[1]].transpose(0, 1)
     for axis in range(2, weight.ndim):
         a, b, c = wide.unbind(axis)
@@ -106,10 +106,10 @@ def _convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | 
 
 
 class _ExactConvolution(torch.autograd.Function):
-    """3-voxel convolution of bfloat16 features in the type of its weights, both ways slab by slab.
+    """3-voxel convolution of bfloat16 features in the type of its weights; forward and backward work slab by slab.
 
-    No features of the wider type are kept or made as a whole, nor their gradient: of the float32 head of ``dense`` this
-    takes 0.8 GiB off a training step at 160 x 192 x 224, and what fits the cache takes less than half the CPU time.
+    Features of the wider type and their gradient never exist as a whole. For the float32 head of ``dense`` this saves
+    0.8 GiB in a training step at 160 x 192 x 224, and as slabs fit the cache, more than half of the CPU time.
     """
 
     @staticmethod
@@ -130,7 +130,7 @@ class _ExactConvolution(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             for start, stop in _slabs(features):
                 slab = _with_neighbours(features, start, stop).to(weight.dtype)
-                # A transposed convolution of float32 would be torch's own, 50 times slower than oneDNN's gradient.
+                # For a transposed float32 convolution torch would use its own code, 50 times slower than oneDNN.
                 of_features[:, :, start:stop] = _convolution_backward(
                     _with_neighbours(grad_output, start, stop), slab[:, :, 1:-1], weight, padding=2, number=0
                 )
@@ -148,15 +148,15 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *, padding: i
     return all_gradients[number]
 
 
-_ONEDNN_NUMBERS = 20480  # the product of the first four sizes has to be larger
-_MIN_SLAB_VOXELS = 8  # along the axis that is cut; two more are convolved with each slab
+_ONEDNN_NUMBERS = 20480  # oneDNN is used only above this product of the first four sizes
+_MIN_SLAB_VOXELS = 8  # along the cut axis; each slab is convolved with two more
 
 
 def _slabs(x: Tensor) -> list[tuple[int, int]]:
     """Cut the first spatial axis of ``x`` into short ranges.
 
-    torch hands a convolution of float32 to oneDNN only above a size that it reckons from the first four dimensions;
-    below it, its own is far slower. So: the shortest ranges above that size.
+    torch uses oneDNN for a float32 convolution only above a size, which it computes from the first four dimensions; its
+    own code is far slower. The ranges are the shortest above that size.
     """
     n = x.shape[2]
     voxels = _ONEDNN_NUMBERS // (x.shape[0] * x.shape[1] * x.shape[3]) + 1
@@ -164,15 +164,15 @@ def _slabs(x: Tensor) -> list[tuple[int, int]]:
 
 
 def _with_neighbours(x: Tensor, start: int, stop: int) -> Tensor:
-    """Take a slab of ``x`` along its first spatial axis and the voxel beyond either side, 0 outside ``x``."""
+    """Slab of ``x`` along its first spatial axis with one more voxel on each side; 0 outside ``x``."""
     slab = x[:, :, max(start - 1, 0) : stop + 1]
     missing = [int(start == 0), int(stop == x.shape[2])]
     return F.pad(slab, [0] * (2 * (x.ndim - 3)) + missing) if any(missing) else slab
 
 
 def _convolve_exactly(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve ``features`` of any type in the type of ``weight``, and give it in that."""
-    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips what stands under this one condition
+    """Convolve ``features`` of any type in the type of ``weight``, which the result has."""
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips only a branch with this single condition
         if features.dtype != weight.dtype and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             return _ExactConvolution.apply(features, weight, bias)
     features = features.to(weight.dtype)
@@ -182,10 +182,9 @@ def _convolve_exactly(features: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 class Convolution(nn.Module):
-    """3-voxel convolution and LeakyReLU(0.2), He-initialised; with ``stride=2`` it halves an even size.
+    """3-voxel convolution and LeakyReLU(0.2), He-initialised; ``stride=2`` halves an even size.
 
-    A stride of 2 pads 0 voxels before and 1 after, as Keras does ("same"), so that the authors' weights mean here what
-    they meant there.
+    A stride of 2 pads 0 voxels before and 1 after, like Keras with "same", so that the authors' weights can be used.
     """
 
     padding: list[int]
@@ -201,7 +200,7 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Map ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial / stride)``.
 
-        With ``skip`` ``(B, C, *spatial * 2)`` the input is ``x``, repeated to that resolution, and ``skip``.
+        With ``skip`` ``(B, C, *spatial * 2)``, ``x`` is repeated to that resolution and concatenated with ``skip``.
         """
         if skip is not None:
             x = _convolve_upsampled(x, skip, self.conv.weight, self.conv.bias)
@@ -213,10 +212,10 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Convolutions of one resolution, the first one of features from the resolution below."""
+    """Convolutions at one resolution; the first also takes features from the resolution below."""
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Map ``x``, half as fine as ``skip`` where that is given, through all convolutions."""
+        """Apply all convolutions to ``x``; if ``skip`` is given, ``x`` has half of its resolution."""
         for convolution in self:
             x = convolution(x, skip)
             skip = None
@@ -224,16 +223,16 @@ class Block(nn.Sequential):
 
 
 def _max_pool(x: Tensor) -> Tensor:
-    """Largest of each 2 x 2 (x 2) voxels, in the type of ``x``."""
+    """Maximum of each 2 x 2 (x 2) voxels, in the type of ``x``."""
     if not torch.jit.is_scripting():  # scripts run without autocast
-        # It would pool in float32 on a CPU, and keep that copy, 0.4 GiB of ``dense`` at 160 x 192 x 224.
+        # On a CPU autocast would pool in float32 and save that copy: 0.4 GiB for ``dense`` at 160 x 192 x 224.
         with torch.autocast(x.device.type, enabled=False):
             return F.max_pool3d(x, 2) if x.ndim == 5 else F.max_pool2d(x, 2)
     return F.max_pool3d(x, 2) if x.ndim == 5 else F.max_pool2d(x, 2)
 
 
 class UNet(nn.Module):
-    """U-Net of :class:`Architecture`: ``(B, in_channels, *spatial)`` to the features of its last resolution.
+    """U-Net of an :class:`Architecture`: maps ``(B, in_channels, *spatial)`` to features of its last resolution.
 
     Each spatial size must be a multiple of ``2 ** len(encoder)``. Skips are concatenated as [upsampled, skip].
     """
@@ -258,7 +257,7 @@ class UNet(nn.Module):
         self.out_channels = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(B, out_channels, *spatial / 2**k)``, ``k`` levels below the input's resolution."""
+        """Features ``(B, out_channels, *spatial / 2**k)``, ``k`` levels below the resolution of the input."""
         skips: list[Tensor] = []
         for convolution in self.encoder:
             if self.max_pool:
@@ -276,33 +275,33 @@ class UNet(nn.Module):
 def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
     levels = len(architecture.encoder)
     if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        raise ValueError(f"spatial_dims is {spatial_dims}. Use 2 or 3.")
     if architecture.input_level < 0:
-        raise ValueError(f"input_level must be at least 0, got {architecture.input_level}.")
+        raise ValueError(f"input_level is {architecture.input_level}. Use 0 for full resolution, 1 for half, ...")
     if not 1 <= len(architecture.decoder) <= levels + 1 or not all(architecture.decoder):
         raise ValueError(
-            f"decoder for an encoder of {levels} levels must hold 1 to {levels + 1} non-empty tuples of widths, "
-            f"got {architecture.decoder}."
+            f"decoder is {architecture.decoder}, which does not fit an encoder of {levels} levels. Give 1 to "
+            f"{levels + 1} tuples with at least one width each."
         )
     if architecture.downsampling not in ("stride", "max"):
-        raise ValueError(f"downsampling must be 'stride' or 'max', got '{architecture.downsampling}'.")
+        raise ValueError(f"downsampling is '{architecture.downsampling}'. Use 'stride' or 'max'.")
     if architecture.padding_mode not in ("border", "zeros"):
-        raise ValueError(f"padding_mode must be 'border' or 'zeros', got '{architecture.padding_mode}'.")
+        raise ValueError(f"padding_mode is '{architecture.padding_mode}'. Use 'border' or 'zeros'.")
     if not 0 <= architecture.integration_level <= levels:
-        raise ValueError(f"integration_level must be 0 to {levels}, got {architecture.integration_level}.")
-    sigma = architecture.smoothing
+        raise ValueError(f"integration_level is {architecture.integration_level}. Use 0 to {levels}.")
+    sigma = architecture.velocity_sigma
     if not isinstance(sigma, int | float) or not 0 <= sigma < math.inf or (sigma and architecture.probabilistic):
-        raise ValueError(f"smoothing must be a number of voxels, and 0 for probabilistic networks, got {sigma!r}.")
-    if architecture.passes < 1 or (architecture.passes > 1 and architecture.probabilistic):
-        raise ValueError(f"passes must be at least 1, and 1 for probabilistic, got {architecture.passes}.")
+        raise ValueError(f"velocity_sigma is {sigma!r}. Give a number of voxels, and 0 for a probabilistic network.")
+    if architecture.cascades < 1 or (architecture.cascades > 1 and architecture.probabilistic):
+        raise ValueError(f"cascades is {architecture.cascades}. Give 1 or more, and 1 for a probabilistic network.")
     if not 0 <= architecture.num_steps <= 30:
-        raise ValueError(f"num_steps must be 0 to 30, as in blocks.integrate, got {architecture.num_steps}.")
+        raise ValueError(f"num_steps is {architecture.num_steps}. Give a number of squarings from 0 to 30.")
     if architecture.probabilistic and architecture.num_steps == 0:
-        raise ValueError("probabilistic needs a velocity to sample: num_steps must be at least 1, got 0.")
+        raise ValueError("a probabilistic network samples a velocity, but num_steps is 0. Set it to 1 or more.")
     if architecture.probabilistic and architecture.integration_level != architecture.feature_level:
         raise ValueError(
-            f"probabilistic needs the velocity integrated where the decoder stops, at level "
-            f"{architecture.feature_level}, got integration_level {architecture.integration_level}."
+            f"a probabilistic network integrates at the level where its decoder stops, {architecture.feature_level}, "
+            f"but integration_level is {architecture.integration_level}. Make them equal."
         )
 
 
@@ -313,21 +312,21 @@ def _warp_moving(pair: Tensor, ddf: Tensor) -> Tensor:
 
 
 class VoxelMorph(nn.Module):
-    """Displacement field that aligns a moving image with a fixed one, in one pass.
+    """Network that predicts the displacement field from a fixed to a moving image.
 
     >>> network = VoxelMorph("vm2", spatial_dims=2)
-    >>> network(torch.rand(1, 2, 30, 45)).shape  # any size: padded inside, and cut back
+    >>> network(torch.rand(1, 2, 30, 45)).shape  # any size: padded inside, and cropped again
     torch.Size([1, 2, 30, 45])
 
     Args:
         preset: one of :data:`PRESETS`: ``"vm1"``, ``"vm2"``, ``"dense"``, ``"vxmdense"``, ``"diffeomorphic"``,
             ``"miccai2018"``, ``"wide"``.
         spatial_dims: 2 or 3.
-        in_channels: channels of the two images together.
-        smoothness_weight: None, or the weight of smoothness to register with, 0 to 1: the network then takes it as an
-            input, one more channel, and is trained for all weights at once (:class:`Registration`).
+        in_channels: number of channels of both images together.
+        smoothness_weight: weight of smoothness to register with, 0 to 1. The network then takes it as an input, one
+            more channel, and is trained for all weights at once (:class:`Registration`). None: not an input.
         changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``; None leaves
-            a field as it is.
+            a field unchanged.
     """
 
     def __init__(
@@ -340,27 +339,28 @@ class VoxelMorph(nn.Module):
     ) -> None:
         super().__init__()
         if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got '{preset}'.")
+            raise ValueError(f"preset '{preset}' is unknown. Choose one of {', '.join(PRESETS)}.")
         unknown = set(changes) - set(Architecture._fields)
         if unknown:
-            raise ValueError(f"changes must name fields of {Architecture._fields}, got {sorted(unknown)}.")
+            raise ValueError(f"{sorted(unknown)} are no options of a network. Choose from {Architecture._fields}.")
         if in_channels < 2 or in_channels % 2:
-            raise ValueError(f"in_channels counts two images alike and must be even, got {in_channels}.")
+            raise ValueError(f"in_channels is {in_channels}, but it counts the channels of two images: give 2, 4, ...")
         if smoothness_weight is not None and not 0 <= smoothness_weight <= 1:
-            raise ValueError(f"smoothness_weight must be 0 to 1, got {smoothness_weight}.")
+            raise ValueError(f"smoothness_weight is {smoothness_weight}. Give a number from 0 to 1.")
         changes = {name: value for name, value in changes.items() if value is not None}
         architecture = PRESETS[preset]._replace(**changes)  # type: ignore[arg-type] # checked by name above
         _check_architecture(architecture, spatial_dims)
-        self.architecture = architecture  # for those who record it: a script reads none but plain attributes
+        self.preset = preset
+        self.architecture = architecture  # for records; TorchScript reads only the plain attributes below
         self.in_channels = in_channels
         self.spatial_dims = spatial_dims
         self.num_steps = architecture.num_steps
         self.integration_level = architecture.integration_level
         self.feature_level = architecture.feature_level
         self.block = 2**architecture.input_level
-        self.doubles = architecture.doubles
-        self.passes = architecture.passes
-        self.smoothing = float(architecture.smoothing)
+        self.scale_by_two = architecture.scale_by_two
+        self.cascades = architecture.cascades
+        self.velocity_sigma = float(architecture.velocity_sigma)
         self.padding_mode = architecture.padding_mode
         self.multiple = 2 ** (len(architecture.encoder) + architecture.input_level)
         self.amortised = smoothness_weight is not None
@@ -369,7 +369,7 @@ class VoxelMorph(nn.Module):
         self.flow = self._head(std=1e-5)
         self.log_variance = self._head(std=1e-10, bias=-10.0) if architecture.probabilistic else None
         if spatial_dims == 3:
-            # 1.3 times faster in bfloat16 than contiguous, on a CPU
+            # on a CPU, 1.3 times faster than contiguous in bfloat16
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload] # torch types it for 4-D only
 
     def _head(self, *, std: float, bias: float = 0.0) -> nn.Conv2d | nn.Conv3d:
@@ -383,14 +383,15 @@ class VoxelMorph(nn.Module):
         return [-(-n // self.multiple) * self.multiple for n in size]
 
     def coarse(self, pair: Tensor) -> Tensor:
-        """What the U-Net sees of ``pair`` ``(B, in_channels, *spatial)``: ``(B, in_channels, *padded / block)``."""
+        """Pad and average ``pair`` ``(B, in_channels, *spatial)``: ``(B, in_channels, *padded / block)``."""
         if pair.ndim != self.spatial_dims + 2 or pair.shape[1] != self.in_channels:
+            sizes = "H, W" if self.spatial_dims == 2 else "H, W, D"
             raise ValueError(
-                f"pair must be (B, {self.in_channels}, and {self.spatial_dims} sizes), moving image first, "
-                f"got {list(pair.shape)}."
+                f"pair has shape {list(pair.shape)}. This network takes (B, {self.in_channels}, {sizes}), moving image "
+                "first."
             )
         size = list(pair.shape[2:])
-        missing = [m - n for m, n in zip(self._padded(size), size)]  # noqa: B905, TorchScript knows no strict
+        missing = [m - n for m, n in zip(self._padded(size), size)]  # noqa: B905, TorchScript does not support strict
         padding: list[int] = []
         for n in missing[::-1]:
             padding += [0, n]
@@ -401,10 +402,7 @@ class VoxelMorph(nn.Module):
         return pair
 
     def features(self, pair: Tensor, smoothness_weight: Tensor | None = None) -> Tensor:
-        """Features of a :meth:`coarse` ``pair``.
-
-        ``smoothness_weight``, a scalar, takes the place of the network's own one.
-        """
+        """Features of a :meth:`coarse` ``pair``; ``smoothness_weight``, a scalar, replaces the network's own one."""
         if self.amortised:
             weight = torch.full_like(pair[:, :1], self.smoothness_weight)
             if smoothness_weight is not None:
@@ -417,8 +415,9 @@ class VoxelMorph(nn.Module):
     def fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance of the velocity (``num_steps=0``: the displacement), on the grid of integration.
 
-        Both are ``(B, D, *padded / 2**(input_level + integration_level))``, of the weights' type (float32); the mean in
-        voxels of that grid, already smoothed; the log-variance None unless the network is probabilistic.
+        Both are ``(B, D, *padded / 2**(input_level + integration_level))`` in the type of the weights (float32). The
+        mean is in voxels of that grid, and already smoothed. The log-variance is None unless the network is
+        probabilistic.
         """
         if torch.jit.is_scripting():  # scripts run without autocast
             mean, log_variance = self._fields(features)
@@ -431,137 +430,144 @@ class VoxelMorph(nn.Module):
         size = [(n << self.feature_level) >> self.integration_level for n in features.shape[2:]]
         flow = _convolve_exactly(features, self.flow.weight, self.flow.bias).contiguous()
         mean = self._resize(flow, size, self.feature_level - self.integration_level)
-        if self.smoothing > 0:
-            mean = smooth(mean, self.smoothing)
+        if self.velocity_sigma > 0:
+            mean = smooth(mean, self.velocity_sigma)
         if self.log_variance is not None:
             return mean, _convolve_exactly(features, self.log_variance.weight, self.log_variance.bias).contiguous()
         return mean, None
 
     def _resize(self, field: Tensor, size: list[int], levels: int) -> Tensor:
-        """Bring ``field`` to ``size``, which is ``levels`` levels finer."""
-        if not self.doubles:
+        """Resample ``field`` to ``size``, which is ``levels`` levels finer."""
+        if not self.scale_by_two:
             return resize(field, size)
         mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
         return F.interpolate(field * 2.0**levels, size, mode=mode, align_corners=True)
 
     def displacement(self, field: Tensor) -> Tensor:
-        """Displacement ``(B, D, *padded / block)`` in voxels of the :meth:`coarse` grid, of a velocity ``field``.
+        """Integrate a velocity ``field``: displacement ``(B, D, *padded / block)``, voxels of the :meth:`coarse` grid.
 
-        Where ``num_steps`` is 0, ``field`` is a displacement already.
+        If ``num_steps`` is 0, ``field`` is already a displacement.
         """
         size = [n << self.integration_level for n in field.shape[2:]]
         return self._resize(integrate(field, self.num_steps, self.padding_mode), size, self.integration_level)
 
     def full(self, ddf: Tensor, size: list[int]) -> Tensor:
-        """Bring ``ddf`` from the :meth:`coarse` grid to that of the images: ``(B, D, *size)``, in its voxels."""
+        """Resample ``ddf`` from the :meth:`coarse` grid to the grid of the images: ``(B, D, *size)``, in its voxels."""
         padded = self._padded(size)
-        if self.block > 1:  # a voxel of the U-Net lies in the middle of a block: corners do not coincide
+        if self.block > 1:  # a voxel of the U-Net lies in the middle of a block, so corners do not coincide
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
             ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
         for d in range(self.spatial_dims):
-            if size[d] < padded[d]:  # each cut, even of nothing, copies the field's gradient
+            if size[d] < padded[d]:  # every crop, even an empty one, copies the field's gradient
                 ddf = ddf.narrow(d + 2, 0, size[d])
         return ddf.contiguous()
 
     def forward(self, pair: Tensor) -> Tensor:
-        """Displacement field ``(B, D, *spatial)`` in voxels, of ``pair`` ``(B, in_channels, *spatial)``."""
+        """Predict the displacement ``(B, D, *spatial)``, in voxels, for ``pair`` ``(B, in_channels, *spatial)``."""
         coarse = self.coarse(pair)
         ddf = self.displacement(self.fields(self.features(coarse))[0])
-        for _ in range(self.passes - 1):
+        for _ in range(self.cascades - 1):
             ddf = compose(ddf, self.displacement(self.fields(self.features(_warp_moving(coarse, ddf)))[0]))
         return self.full(ddf, list(pair.shape[2:]))
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read a dict that ``torch.save`` wrote, onto the CPU; it can hold nothing but tensors, numbers and text.
+    """Read a dict that ``torch.save`` wrote to the CPU; the file may hold only tensors, numbers and text.
 
     Raises:
-        ValueError: what it holds instead; which file it is, and what it should have been, is for the caller to add.
+        ValueError: the file holds something else. The caller should add the name of the file.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # any, for bytes that torch.save has not written
+    except Exception as error:  # any kind, for bytes that torch.save did not write
         raise ValueError((str(error).strip() or "an empty file").splitlines()[0].rstrip(". ")) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}, not a dict")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict")
+    return content
 
 
-def wrong_parameters(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
-    """Say of each parameter that is not in both or has another shape what it must be, and what it is.
+def wrong_parameters(expected: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
+    """Describe each parameter that is missing, unknown, or of another shape.
 
     >>> wrong_parameters({"bias": torch.zeros(3)}, {"bias": torch.zeros(2), "epoch": 1})
-    ['bias must be [3], is [2]', 'epoch must be absent, is int']
+    ['bias is [2] instead of [3]', 'epoch (int) is unknown']
+    >>> wrong_parameters({"bias": torch.zeros(3)}, {})
+    ['bias [3] is missing']
     """
 
-    def shape(state: Mapping[str, Any], name: str) -> str:
-        if name not in state:
-            return "absent"
-        value = state[name]
-        return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    def shape(value: Any) -> str:
+        return str(list(value.shape)) if isinstance(value, Tensor) else f"({type(value).__name__})"
 
-    names = dict.fromkeys([*expected, *found])
-    pairs = ((name, shape(expected, name), shape(found, name)) for name in names)
-    return [f"{name} must be {wanted}, is {given}" for name, wanted, given in pairs if wanted != given]
+    missing = [f"{name} {shape(value)} is missing" for name, value in expected.items() if name not in given]
+    wrong = [
+        f"{name} is {shape(given[name])} instead of {shape(value)}"
+        for name, value in expected.items()
+        if name in given and shape(given[name]) != shape(value)
+    ]
+    unknown = [f"{name} {shape(value)} is unknown" for name, value in given.items() if name not in expected]
+    return [*wrong, *missing, *unknown]
 
 
 def load_weights(network: nn.Module, path: str) -> None:
-    """Load a state dict, from whatever device it was saved, into ``network``; the file can hold nothing but tensors.
+    """Load a state dict, saved from any device, into ``network``; the file may hold only tensors.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not the weights of a network of this preset: how many parameters differ, and how the first one does.
+        FileNotFoundError: the file does not exist.
+        ValueError: the weights belong to another network: how many parameters differ, and how the first one does.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights {path} must be a file that a training wrote, but there is no such file.")
+        raise FileNotFoundError(f"weights {path} do not exist. Name the model.pt of a training.")
     try:
         state = read_state(path)
         if wrong := wrong_parameters(network.state_dict(), state):
             raise ValueError(f"{len(wrong)} parameters differ, first {wrong[0]}")
     except ValueError as error:
         raise ValueError(
-            f"weights {path} must be of the network's own preset, got another content: {error}."
+            f"weights {path} do not fit the network: {error}. Choose weights and preset that belong together."
         ) from error
     network.load_state_dict(state)
 
 
 class Registration(nn.Module):
-    """What a training or an evaluation needs of a network, all of it from one ``forward`` (so that DDP can wrap it).
+    """Network with everything that training and evaluation need, from one ``forward`` (so that DDP can wrap it).
 
-    The result is a dict: ``warped`` (moving image on the fixed grid) and ``ddf``; for velocity networks ``dvf``, the
-    mean velocity on the grid and in the voxels of its integration; for probabilistic ones ``log_variance``, and while
-    training the displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI 2018);
-    with ``bidirectional``, ``inverse_ddf`` and ``warped_fixed`` (fixed image on the moving grid).
+    The result is a dict. ``warped`` is the moving image on the fixed grid, and ``ddf`` the displacement. Velocity
+    networks add ``dvf``, the mean velocity, on the grid of its integration and in its voxels. Probabilistic networks
+    add ``log_variance``; in training, their displacement comes from a sample of the velocity instead of its mean
+    (Dalca et al., MICCAI 2018). ``bidirectional`` adds ``inverse_ddf`` and ``warped_fixed``, the fixed image on the
+    moving grid.
 
-    Of a network of several passes the velocity is that of the last one, and in training the last of a random number of
-    passes is trained. One that takes the weight of smoothness as an input is trained for a random one, uniform in
-    [0, 1], in each step, which the result has as ``smoothness_weight`` (Hoopes et al., IPMI 2021, who predict all
-    weights of the network from it instead).
+    A network with several cascades returns the velocity of the last one. Each training step runs a random number of
+    cascades and trains the last of them. A network that takes the weight of smoothness as an input gets a random one in
+    each training step, uniform in [0, 1], which the result contains as ``smoothness_weight`` (Hoopes et al., IPMI 2021,
+    instead predict all weights of the network from it).
 
     >>> registration = Registration(VoxelMorph("diffeomorphic", spatial_dims=2), bidirectional=True)
     >>> sorted(registration(torch.rand(1, 2, 32, 48)))
     ['ddf', 'dvf', 'inverse_ddf', 'log_variance', 'warped', 'warped_fixed']
 
     Args:
-        network: the network, shared with whoever saves it.
-        bidirectional: also give the inverse, by integrating the velocity backwards.
-        amp: run the U-Net in bfloat16 where that is fast; fields, warps and losses stay in float32. It is done here
-            because MONAI's engines autocast on CUDA alone.
+        network: the network; it is not copied.
+        bidirectional: also return the inverse, from integrating the velocity backwards.
+        amp: run the U-Net in bfloat16 where that is fast; fields, warps and losses stay in float32. This is done here
+            because MONAI's engines autocast only on CUDA.
     """
 
     def __init__(self, network: VoxelMorph, bidirectional: bool = False, amp: bool = True) -> None:
         super().__init__()
         if bidirectional and network.num_steps == 0:
-            raise ValueError("bidirectional needs a network that predicts a velocity (num_steps > 0), got num_steps 0.")
+            raise ValueError(
+                "bidirectional integrates a velocity backwards, but this network predicts none: its num_steps is 0."
+            )
         self.network = network
         self.bidirectional = bidirectional
         self.amp = amp
 
     def _in_bfloat16(self, pair: Tensor) -> bool:
-        # On 2 voxels along an axis oneDNN's bfloat16 gradient of the weights is random bits, Inf among them
-        # (torch 2.13, AVX512; right from 3 on).
+        # With 2 voxels along an axis, oneDNN's bfloat16 gradient of the weights is random, even infinite (torch 2.13,
+        # AVX512); from 3 voxels on it is correct.
         coarsest = min(-(-n // self.network.multiple) for n in pair.shape[2:])
         return self.amp and has_fast_bfloat16(pair.device) and coarsest > 2
 
@@ -570,13 +576,13 @@ class Registration(nn.Module):
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
         weight = torch.rand((), device=pair.device) if network.amortised and self.training else None
-        passes = network.passes
-        if self.training and passes > 1:
-            passes = int(torch.randint(passes, ())) + 1
-        coarse, found = network.coarse(pair), {} if weight is None else {"smoothness_weight": weight}
+        cascades = network.cascades
+        if self.training and cascades > 1:
+            cascades = int(torch.randint(cascades, ())) + 1
+        coarse, result = network.coarse(pair), {} if weight is None else {"smoothness_weight": weight}
         ddf = inverse_ddf = None
-        for k in range(passes):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes - 1):
+        for k in range(cascades):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and k == cascades - 1):
                 seen = coarse if ddf is None else _warp_moving(coarse, ddf)
                 with torch.autocast(pair.device.type, torch.bfloat16, enabled=self._in_bfloat16(pair)):
                     features = network.features(seen, weight)
@@ -591,12 +597,12 @@ class Registration(nn.Module):
                     inverse_ddf = back if inverse_ddf is None else compose(back, inverse_ddf)
         assert ddf is not None  # there is one pass at least
         if network.num_steps > 0:
-            found["dvf"] = mean
+            result["dvf"] = mean
         if log_variance is not None:
-            found["log_variance"] = log_variance
-        found["ddf"] = network.full(ddf, size)
-        found["warped"] = warp(moving, found["ddf"])
+            result["log_variance"] = log_variance
+        result["ddf"] = network.full(ddf, size)
+        result["warped"] = warp(moving, result["ddf"])
         if inverse_ddf is not None:
-            found["inverse_ddf"] = network.full(inverse_ddf, size)
-            found["warped_fixed"] = warp(fixed, found["inverse_ddf"])
-        return found
+            result["inverse_ddf"] = network.full(inverse_ddf, size)
+            result["warped_fixed"] = warp(fixed, result["inverse_ddf"])
+        return result
