@@ -1,4 +1,4 @@
-"""Compute the tissue classes that the package ships for Colin27: ``python tests/make_sample.py``.
+"""Write what the package ships of MNI152, and tissue classes for Colin27: ``python tests/make_sample.py``.
 
 ITK's k-means finds the mean intensities of fluid, grey and white matter; a Markov random field then smooths the classes
 by iterated conditional modes (Besag, Journal of the Royal Statistical Society B, 1986).
@@ -8,11 +8,14 @@ from typing import Any
 
 import itk
 import numpy as np
+from nilearn import datasets
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 
-from voxelmorph_monai.preparation import sample_scan
-from voxelmorph_monai.spaces import Affine, from_itk, read_image, save_image, to_itk
+from voxelmorph_monai.affines import Affine
+from voxelmorph_monai.io.images import read_image, save_image
+from voxelmorph_monai.space.itk_bridge import from_itk, to_itk
+from voxelmorph_monai.space.template import sample_scan
 
 CLASSES = (1, 2, 3)  # fluid, grey, white: in the order of their intensities
 NEIGHBOUR = 0.15  # how many units of log likelihood each neighbour of the same class is worth
@@ -43,9 +46,17 @@ def tissue(image: NDArray[np.float32], affine: Affine, num_passes: int = 8) -> N
     return classes.astype(np.uint8)
 
 
+def template() -> tuple[NDArray[np.uint8], Affine]:
+    """The brain of MNI152: bytes, as nilearn's file holds them, 0 outside its brain mask; and its affine."""
+    image, mask = datasets.load_mni152_template(resolution=1), datasets.load_mni152_brain_mask(resolution=1)
+    bytes_ = np.rint(image.get_fdata() * 255).astype(np.uint8)
+    return np.where(mask.get_fdata() > 0, bytes_, 0).astype(np.uint8), image.affine
+
+
 def main() -> None:
     path = sample_scan("colin27")
     image, affine = read_image(path)
+    save_image(path.with_name("mni152.nii.gz"), *template())
     save_image(path.with_name("colin27_tissue.nii.gz"), tissue(image, affine), affine)
 
 

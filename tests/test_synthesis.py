@@ -7,7 +7,17 @@ from torch import Tensor
 
 from voxelmorph_monai.blocks import jacobian_determinant, warp
 from voxelmorph_monai.losses import GradientLoss, LabelDiceLoss, MSELoss, RegistrationLoss
-from voxelmorph_monai.synthesis import FREESURFER, Anatomyd, Synthesis, SynthesisLoss, paint, partial_volumes
+from voxelmorph_monai.synthesis import (
+    FREESURFER,
+    HEAD,
+    Anatomyd,
+    HeadSynthesis,
+    Synthesis,
+    SynthesisLoss,
+    Tissue,
+    paint,
+    partial_volumes,
+)
 
 STRUCTURES = {"left white": [2], "right white": [41], "ventricles": [4, 43]}
 STILL = {"flip_probability": 0.0, "deformation": 0.0, "rotation": 0.0, "scaling": 0.0, "shift": 0.0}
@@ -301,20 +311,131 @@ def test_the_loss_judges_clean_pictures(both_ways: bool) -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"t1_probability must be from 0 to 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"^t1_probability is 1\.5\. .*0 to 1"):
         Synthesis(t1_probability=1.5)
-    with pytest.raises(ValueError, match=r"noise must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"^noise is -1\. .*0 or more"):
         Synthesis(noise=-1)
-    with pytest.raises(ValueError, match=r"gamma must be at least 0, got nan"):
+    with pytest.raises(ValueError, match=r"^gamma is nan\. .*0 or more"):
         Synthesis(gamma=float("nan"))
     for name in ("deformation_knots", "bias_knots"):
-        with pytest.raises(ValueError, match=rf"{name} must be at least 1, got 0\."):
+        with pytest.raises(ValueError, match=rf"^{name} is 0\. .*1 or more"):
             Synthesis(**{name: 0})
         Synthesis(**{name: 1})(batch((8, 10, 9)))
-    with pytest.raises(ValueError, match=r"tissues must name 'cerebrospinal fluid'.*got \['bone'\]"):
+    with pytest.raises(ValueError, match=r"^tissues \['bone'\] lack 'cerebrospinal fluid'"):
         Synthesis({"bone": FREESURFER["skull"]})
 
 
 def test_labels_must_be_there() -> None:
-    with pytest.raises(ValueError, match=r"structures must occur in the label map, got none of \[900\]"):
+    with pytest.raises(ValueError, match=r"label map .*\[900\]"):
         Anatomyd({"nothing": [900]})({"label": head((8, 8, 8))})
+
+
+WHOLE = {"skull_probability": 1.0, "lesion_probability": 0.0, "slice_probability": 0.0, "cut_probability": 0.0}
+SAME = {**STILL, **CLEAN, **WHOLE, "texture": 0.0}  # nothing at random but the intensities
+MIRROR = [[1, 2]]
+
+
+def one_head(size: tuple[int, ...]) -> dict[str, Tensor]:
+    scan = Anatomyd(STRUCTURES, tissues=HEAD)({"label": head(size)})
+    return {key: scan[key][None] for key in ("image", "label")}
+
+
+def draw(
+    size: tuple[int, ...], of: tuple[int, ...] | None = None, seed: int = 0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return HeadSynthesis(size, MIRROR, **{**SAME, **options})(one_head(of or size))
+
+
+def test_the_tissues_of_a_head_are_those_of_freesurfer_and_each_label_outside_the_brain() -> None:
+    def labels(tissues: dict[str, Tissue], brain: bool) -> list[int]:
+        return sorted(label for tissue in tissues.values() if tissue.brain == brain for label in tissue.labels)
+
+    for brain in (True, False):
+        assert labels(HEAD, brain) == labels(FREESURFER, brain)
+    assert all(len(tissue.labels) == 1 for tissue in HEAD.values() if not tissue.brain)
+
+
+@pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
+def test_a_head_at_rest_is_seen_around_its_middle(size: tuple[int, ...]) -> None:
+    """Where a label is constant, so is the image; the middle of the view is that of the labels."""
+    scan = one_head(size)
+    view = tuple(n - 7 for n in size)
+    image, label = draw(view, size)
+    assert image.shape == label.shape == (1, 1, *view)
+    assert label.dtype == torch.uint8
+    known = scan["label"][0, 0] > 0
+    middle = known.nonzero().float().mean(0) - (torch.tensor(size) - 1) / 2
+    seen = (label[0, 0] > 0).nonzero().float().mean(0) - (torch.tensor(view) - 1) / 2
+    assert float((seen).abs().max()) < 0.5  # it is cut to whole voxels
+    assert float(middle.abs().max()) > 0.5  # the head lies off the middle of its map
+    shares = {number: float((label == number).float().mean()) * np.prod(view) for number in (1, 2, 3)}
+    for number, count in shares.items():
+        assert count == pytest.approx(float((scan["label"] == number).sum()), rel=0.1)  # sampled between voxels
+
+
+@pytest.mark.parametrize("size", [(24, 30, 20), (32, 26)])
+def test_a_mirrored_head_has_its_sides_exchanged(size: tuple[int, ...]) -> None:
+    """The same draw with and without the mirror: images are mirrored, and so are labels but for left and right."""
+    (image, label), (mirrored, exchanged) = (draw(size, flip_probability=p) for p in (0.0, 1.0))
+    # float32 coordinates from the other end, times the steepest edge of an image of values from 0 to 1
+    torch.testing.assert_close(mirrored, image.flip(2), rtol=0, atol=1e-4)
+    sides = torch.tensor([0, 2, 1, 3], dtype=torch.uint8)
+    agree = exchanged == sides[label.flip(2).long()]
+    assert agree.float().mean() > 0.98  # halves between two voxels may go either way
+    assert not torch.equal(exchanged, label.flip(2))
+
+
+def test_what_is_cut_off_is_neither_seen_nor_labelled() -> None:
+    size = (24, 30, 20)
+    image, label = draw(size)
+    cut, rest = draw(size, cut_probability=1.0, cut=0.4, seed=0)
+    gone = cut != image
+    assert 0 < gone.float().mean() < 0.9
+    assert bool((cut[gone] == 0).all())
+    changed = rest != label
+    assert bool((rest[changed] == 0).all())
+
+
+def test_thick_slices_blur_one_axis_and_keep_the_mean() -> None:
+    size = (24, 32, 40)
+    image, _ = draw(size)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        thick = HeadSynthesis(size, slice_probability=1.0, thickness=4.0)._slices(image)
+        assert thick.shape == image.shape
+        rough, before = ([float(x.diff(dim=d).square().mean()) for d in (2, 3, 4)] for x in (thick, image))
+        ratios = sorted(a / b for a, b in zip(rough, before, strict=True))
+        assert ratios[0] < 0.95 * ratios[1]  # one axis more than the others
+        assert float(thick.mean()) == pytest.approx(float(image.mean()), rel=0.05)
+
+
+def test_lesions_lie_in_white_matter_and_leave_the_labels_alone() -> None:
+    size = (40, 40, 40)
+    image, label = draw(size)
+    spotted, same = draw(size, lesion_probability=1.0)
+    assert torch.equal(same, label)
+    white = torch.nn.functional.max_pool3d(((label == 1) | (label == 2)).float(), 5, 1, 2) > 0  # and its rim
+    scale = (spotted / image)[image > 0.01], white[image > 0.01]
+    assert float(scale[0][~scale[1]].std()) < 1e-4  # the brightest lesion changes that of all, by one factor
+    assert float(scale[0][scale[1]].std()) > 0.01
+
+
+def test_without_skull_what_is_no_brain_is_dark() -> None:
+    size = (40, 30, 36)
+    whole, stripped = (draw(size, skull_probability=p)[0] for p in (1.0, 0.0))
+    labels = head(size)
+    for image, count in ((whole, (labels > 0).sum()), (stripped, ((labels > 0) & (labels != 511)).sum())):
+        assert int((image > 0.01).sum()) == pytest.approx(int(count), rel=0.15)  # voxels of the rim are shared
+    assert bool((whole[stripped > 0.01] > 0).all())
+
+
+def test_all_at_random_it_stays_an_image_with_labels() -> None:
+    size = (32, 24, 40)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        image, label = HeadSynthesis(size, MIRROR, rotation=180.0, scaling=0.2, shift=8.0)(one_head((30, 36, 28)))
+        assert torch.isfinite(image).all()
+        assert image.min() >= 0
+        assert image.max() <= 1 + 1e-5
+        assert set(label.unique().tolist()) <= {0, 1, 2, 3}

@@ -1,0 +1,530 @@
+r"""Anatomy of the head in any scan: which structure each voxel belongs to, and what is brain.
+
+The network looks twice. A coarse look at the whole field of view, 4 mm a voxel, finds the brain; which way is up
+follows from what it shows (:mod:`~voxelmorph_monai.pose`). The fine look, 2 mm a voxel, is at the brain alone and
+upright; its posteriors are then sampled at the voxels of the scan, whatever their grid. Both looks are trained on
+images that were drawn from label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`), so that no contrast is
+foreign to them.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from voxelmorph_monai.affines import Affine, ImageGrid, spacing
+from voxelmorph_monai.blocks import sample
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.networks import load_weights
+from voxelmorph_monai.pose import Anatomy, Pose, anatomy_of_mni152, find_poses, fit, fit_centres, likeness, rotation_of
+from voxelmorph_monai.space.scan import Scan, ScanLike
+
+__all__ = [
+    "STRUCTURES",
+    "AnatomyNet",
+    "BlockUNet",
+    "Segmentation",
+    "Structure",
+    "brain_mask",
+    "clean",
+    "colour_table",
+    "find_head",
+    "load_anatomy",
+    "locate",
+    "look",
+    "mirror_pairs",
+    "restore",
+    "see",
+    "seen_anatomy",
+    "segment",
+    "to_freesurfer",
+]
+
+ndimage = lazy("scipy.ndimage")
+
+
+class Structure(NamedTuple):
+    """A structure as FreeSurfer has it.
+
+    Attributes:
+        number: in its label maps.
+        name: in its colour table.
+        colour: red, green, blue, 0 to 255.
+        part: of the brain, as the coarse look tells them apart: 1 and 2 the left and the right half of the cerebrum, 3
+            and 4 of the cerebellum, 5 and 6 the nuclei and the lateral ventricle, 7 the brain stem, 8 what is between.
+    """
+
+    number: int
+    name: str
+    colour: tuple[int, int, int]
+    part: int
+
+
+# Class 1 and on; class 0 is what is not brain. The last one is all that the brain mask holds beside the others: the
+# fluid around the brain above all, but also vessels, the optic chiasm, lesions, the inferior horns of the ventricles.
+STRUCTURES = (
+    Structure(2, "Left-Cerebral-White-Matter", (245, 245, 245), 1),
+    Structure(41, "Right-Cerebral-White-Matter", (245, 245, 245), 2),
+    Structure(3, "Left-Cerebral-Cortex", (205, 62, 78), 1),
+    Structure(42, "Right-Cerebral-Cortex", (205, 62, 78), 2),
+    Structure(4, "Left-Lateral-Ventricle", (120, 18, 134), 5),
+    Structure(43, "Right-Lateral-Ventricle", (120, 18, 134), 6),
+    Structure(7, "Left-Cerebellum-White-Matter", (220, 248, 164), 3),
+    Structure(46, "Right-Cerebellum-White-Matter", (220, 248, 164), 4),
+    Structure(8, "Left-Cerebellum-Cortex", (230, 148, 34), 3),
+    Structure(47, "Right-Cerebellum-Cortex", (230, 148, 34), 4),
+    Structure(10, "Left-Thalamus", (0, 118, 14), 5),
+    Structure(49, "Right-Thalamus", (0, 118, 14), 6),
+    Structure(11, "Left-Caudate", (122, 186, 220), 5),
+    Structure(50, "Right-Caudate", (122, 186, 220), 6),
+    Structure(12, "Left-Putamen", (236, 13, 176), 5),
+    Structure(51, "Right-Putamen", (236, 13, 176), 6),
+    Structure(13, "Left-Pallidum", (12, 48, 255), 5),
+    Structure(52, "Right-Pallidum", (13, 48, 255), 6),
+    Structure(14, "3rd-Ventricle", (204, 182, 142), 8),
+    Structure(15, "4th-Ventricle", (42, 204, 164), 8),
+    Structure(16, "Brain-Stem", (119, 159, 176), 7),
+    Structure(17, "Left-Hippocampus", (220, 216, 20), 1),
+    Structure(53, "Right-Hippocampus", (220, 216, 20), 2),
+    Structure(18, "Left-Amygdala", (103, 255, 255), 1),
+    Structure(54, "Right-Amygdala", (103, 255, 255), 2),
+    Structure(26, "Left-Accumbens-area", (255, 165, 0), 1),
+    Structure(58, "Right-Accumbens-area", (255, 165, 0), 2),
+    Structure(28, "Left-VentralDC", (165, 42, 42), 5),
+    Structure(60, "Right-VentralDC", (165, 42, 42), 6),
+    Structure(24, "CSF", (60, 60, 60), 8),
+)
+
+NUM_CLASSES = len(STRUCTURES) + 1
+NUM_PARTS = 8
+COARSE, FINE = 4.0, 2.0  # side of a voxel of the two looks, mm
+_LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: direction (RAS) of an axis of a view, the head upright
+_MARGIN = 6.0  # mm, at least, around the brain in the fine look
+# Voxels of the fine look, unless a brain needs more: those that it is trained with. The network normalises over all of
+# them, so that another share of air around the head makes it worse.
+_VIEW = (96, 96, 112)
+_LITRES = (0.2, 3.0)  # of a brain; the smallest are those of newborns, the rest is for errors of the coarse look
+_MAX_LOOKS = 3
+_LOOSE = 0.8  # of the view: that much of it would do
+_ASKEW = 20.0  # degrees; the fine look is trained for more
+_SURE = 0.86  # of what a brain shows, its pose explains that much; 0.77 to 0.84 was seen for heads turned upside down
+_LEAST_EXPLAINED = 0.5  # less is no brain
+_LEAST_LIKE = 0.58  # MNI152, in Dice; .68 to .79 was seen for brains, .04 to .52 for noise and phantoms
+_MAX_VIEWS = 2  # that the fine look is at until one shows a brain
+_MAX_POSES = 4  # that are looked at until one is sure
+_BRIGHT = 0.1  # what shows something; below it there is the noise of air
+_VIEW_COARSE = 56  # voxels along each axis, at least: as in the training, for the same reason
+_TILTED = 8.0  # degrees that the fine look may be off: the structures are found worse beyond
+_WRONG = 12.0  # mm: structures that lie so far from their places are not those of a brain; in real ones it is below 6
+
+
+def mirror_pairs() -> list[list[int]]:
+    """Classes of the left and the right part of each structure that has two.
+
+    >>> mirror_pairs()[0], len(mirror_pairs())
+    ([1, 2], 13)
+    """
+    classes = {structure.name: number for number, structure in enumerate(STRUCTURES, start=1)}
+    return [[i, classes[name.replace("Left", "Right")]] for name, i in classes.items() if name.startswith("Left")]
+
+
+def colour_table() -> str:
+    """The structures as FreeSurfer's programs and 3D Slicer read them: number, name, red, green, blue, transparency."""
+    rows = sorted([Structure(0, "Unknown", (0, 0, 0), 0), *STRUCTURES])
+    return "".join(f"{row.number} {row.name} {' '.join(map(str, row.colour))} 0\n" for row in rows)
+
+
+class _Block(nn.Module):
+    """Two convolutions, then one normalisation."""
+
+    def __init__(self, inputs: int, between: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(inputs, between, 3, padding=1)
+        self.second = nn.Conv3d(between, outputs, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.second(F.leaky_relu(self.first(x), 0.1))), 0.1)
+
+
+class BlockUNet(nn.Module):
+    """U-Net that takes blocks of 2 x 2 x 2 voxels for channels, which makes it fast: no layer has the image's size.
+
+    Args:
+        num_classes: K.
+        widths: channels of each level, finest first, multiples of 4.
+        top: channels that the classes of a block are read from, a multiple of 8.
+    """
+
+    def __init__(
+        self, num_classes: int = NUM_CLASSES, widths: Sequence[int] = (24, 48, 80, 112), top: int = 64
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.multiple = 2 ** len(widths)
+        self.encoder = nn.ModuleList(_Block(i, o, o, 4) for i, o in zip([8, *widths[:-1]], widths, strict=True))
+        blocks = []
+        for width, below in zip(widths[-2:0:-1], widths[:1:-1], strict=True):
+            blocks.append(_Block(below + width, width, width, 4))
+        blocks.append(_Block(widths[1] + widths[0], widths[0] + 8, top, top // 8))
+        self.decoder = nn.ModuleList(blocks)
+        self.head = nn.Conv3d(top, num_classes * 8, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``(B, K, X, Y, Z)`` of ``image`` ``(B, 1, X, Y, Z)``, any size; what exceeds 1 is as bright as 1."""
+        sx, sy, sz = image.shape[2], image.shape[3], image.shape[4]
+        m = self.multiple
+        image = F.pad(image.clamp(0.0, 1.0), [0, -sz % m, 0, -sy % m, 0, -sx % m])
+        b, x, y, z = image.shape[0], image.shape[2] // 2, image.shape[3] // 2, image.shape[4] // 2
+        f = image.reshape(b, x, 2, y, 2, z, 2).permute(0, 2, 4, 6, 1, 3, 5).reshape(b, 8, x, y, z)
+        skips: list[Tensor] = []
+        for block in self.encoder:
+            f = block(F.max_pool3d(f, 2) if len(skips) else f)
+            skips.append(f)
+        level = len(skips) - 1
+        for block in self.decoder:
+            level -= 1
+            f = block(torch.cat([F.interpolate(f, scale_factor=2.0, mode="nearest"), skips[level]], 1))
+        f = self.head(f).reshape(b, self.num_classes, 2, 2, 2, x, y, z)
+        f = f.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, self.num_classes, 2 * x, 2 * y, 2 * z)
+        return f[:, :, :sx, :sy, :sz]
+
+
+class AnatomyNet(nn.Module):
+    """The two looks at a head, coarse and fine.
+
+    Called, it gives the logits of the fine look.
+
+    Attributes:
+        coarse: for images of 4 mm a voxel, in any pose: the brain and, where the head is upright, its parts.
+        fine: for images of 2 mm a voxel, about upright: axes to the left, down and to the front.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse = BlockUNet(NUM_PARTS + 1, (16, 32, 64, 96), 24)
+        self.fine = BlockUNet()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``(B, 31, X, Y, Z)`` of ``image`` ``(B, 1, X, Y, Z)``, any size; what exceeds 1 is as bright as 1."""
+        return self.fine(image)
+
+
+class Segmentation(NamedTuple):
+    """What a scan shows.
+
+    Attributes:
+        labels: FreeSurfer's numbers on the grid of the scan, int16; 0 is what is not brain.
+        volumes: of each structure in mm3, by name, from the posteriors.
+        posteriors: probability of each class in the voxels of the fine look, ``(K, *view.size)``, float32.
+        view: the grid of the fine look.
+    """
+
+    labels: Scan
+    volumes: dict[str, float]
+    posteriors: Tensor
+    view: ImageGrid
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The posteriors of the structures in space: what :func:`~voxelmorph_monai.pose.fit` takes."""
+        return seen_anatomy(self.posteriors, self.view, self.labels.grid)
+
+    @property
+    def mask(self) -> Scan:
+        """The brain, uint8: tissue, ventricles, and the fluid around it."""
+        return self.labels.like((self.labels.array > 0).astype(np.uint8))
+
+
+def segment(scan: ScanLike, network: AnatomyNet) -> Segmentation:
+    """Label the anatomy of the head in a scan of any contrast, resolution and orientation, with or without skull.
+
+    Args:
+        scan: what :meth:`~voxelmorph_monai.space.scan.Scan.of` takes.
+        network: trained, in evaluation mode.
+
+    Raises:
+        ValueError: it is not one volume of finite numbers, or there is no head in it.
+    """
+    scan = Scan.of(scan, "the scan")
+    posteriors, view = look(scan, network)
+    classes, volumes = restore(posteriors, view, scan.grid)
+    return Segmentation(scan.like(to_freesurfer(classes)), volumes, posteriors, view)
+
+
+def find_head(scan: Scan, network: AnatomyNet) -> ImageGrid:
+    """Grid of 2 mm around the brain in a scan, upright as the head is: what the fine look is at.
+
+    Raises:
+        ValueError: there is no head.
+    """
+    return locate(scan, network)[0][0]
+
+
+@torch.no_grad()
+def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
+    """Grids of 2 mm around the brain in a scan, upright in one pose or another of the head: the likeliest first.
+
+    The coarse look finds the brain in any pose, but better in an upright head. So it looks again, along the likeliest
+    pose, until one explains what the brain shows.
+
+    Raises:
+        ValueError: there is no head.
+    """
+    if scan.is_slice:
+        raise ValueError(f"{scan.name} is a single slice. The anatomy of a head is found in a volume.")
+    view = _whole(scan.grid)
+    image, view = _framed(see(scan, view), view)
+    found: list[tuple[ImageGrid, Pose]] = []
+    tried: list[Affine] = []
+    for _ in range(_MAX_POSES):
+        parts = network.coarse(image.to(_device(network))).softmax(1)[0].cpu()
+        brain = _largest((parts[0] < 0.5).numpy())
+        litres = brain.sum() * COARSE**3 * 1e-6
+        if _LITRES[0] < litres < _LITRES[1]:
+            near = torch.from_numpy(ndimage.binary_dilation(brain))
+            poses = find_poses(image[0, 0].clamp(max=1), (1 - parts[0]) * near, np.asarray(view.affine))
+            found += [(_around(brain, view, rotation_of(pose.mapping) @ _LIA), pose) for pose in poses]
+            found.sort(key=lambda each: -each[1].explained)
+        elif not found:
+            raise ValueError(f"{scan.name} shows no head: what looks like a brain in it has {litres:.2g} litres.")
+        left = [pose for _, pose in found if all(_angle(rotation_of(pose.mapping), turn) > _ASKEW for turn in tried)]
+        if not left or found[0][1].explained > _SURE:
+            break
+        pose = left[0]
+        tried.append(rotation_of(pose.mapping))
+        axes = tried[-1] @ _LIA
+        middle = axes.T @ (pose.mapping @ [*anatomy_of_mni152().middle, 1.0])[:3]
+        half = COARSE * _VIEW_COARSE / 2
+        view = _grid(middle - half, middle + half, axes, COARSE, 1)
+        image = see(scan, view)
+    if found[0][1].explained < _LEAST_EXPLAINED:
+        raise ValueError(f"{scan.name} shows no head: nothing in it has the tissues of a brain in their places.")
+    others: list[tuple[ImageGrid, Pose]] = []
+    for view, pose in found:
+        if all(_angle(rotation_of(pose.mapping), rotation_of(other.mapping)) > _ASKEW for _, other in others):
+            others.append((view, pose))
+    return others
+
+
+@torch.no_grad()
+def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
+    """Posteriors ``(K, *size)`` of the brain in a scan, and the grid of 2 mm that they are on.
+
+    Raises:
+        ValueError: there is no head.
+    """
+    for view, _ in locate(scan, network)[:_MAX_VIEWS]:
+        posteriors, closer = _look_closely(scan, view, network)
+        seen = Anatomy(posteriors[1:].cpu(), np.asarray(closer.affine)).coarser(2)
+        if likeness(seen, anatomy_of_mni152(), fit(seen, anatomy_of_mni152())) >= _LEAST_LIKE:
+            return posteriors, closer
+    raise ValueError(f"{scan.name} shows no head: what looks like a brain in it has not the structures of one.")
+
+
+def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
+    """Posteriors of the fine look, and its grid.
+
+    Where the coarse look was wrong, the fine one shows it: the brain reaches the end of the view, lies askew in it, or
+    fills little of it. Then it looks again.
+    """
+    for number in range(1, _MAX_LOOKS + 1):
+        posteriors = clean(network.fine(see(scan, view).to(_device(network))).softmax(1)[0])
+        brain = (posteriors[0] < 0.5).cpu().numpy()
+        if not brain.any():
+            raise ValueError(f"{scan.name} shows no head: no brain was found in it.")
+        axes = np.asarray(view.affine)[:3, :3] / FINE
+        mapping, missed = fit_centres(Anatomy(posteriors[1:].cpu(), np.asarray(view.affine)), anatomy_of_mni152())
+        upright = rotation_of(mapping) @ _LIA
+        askew = missed < _WRONG and _angle(upright, axes) > _TILTED
+        closer = _around(brain, view, upright if askew else axes)
+        loose = np.prod(closer.size) < _LOOSE * np.prod(view.size)
+        if number == _MAX_LOOKS or not (askew or loose or _touches(brain, view, scan.grid)):
+            break
+        view = closer
+    return posteriors, view
+
+
+def _device(network: AnatomyNet) -> torch.device:
+    return next(network.fine.parameters(), torch.zeros(0)).device
+
+
+def see(scan: Scan, view: ImageGrid) -> Tensor:
+    """A scan on the grid ``view``, each voxel the mean of what it covers: ``(1, 1, *size)``, float32.
+
+    What is bright is about 1; beyond the scan there is 0.
+    """
+    image = torch.from_numpy(np.ascontiguousarray(scan.array - np.float32(scan.background), np.float32))[None, None]
+    side = float(spacing(view.affine)[0])
+    factors = np.maximum(np.floor(side / scan.spacing + 0.25), 1).astype(int)
+    factors = np.minimum(factors, scan.shape)
+    pooled = F.avg_pool3d(image, factors.tolist(), ceil_mode=True, count_include_pad=False)
+    coarser = scan.affine @ np.diag([*factors, 1.0])
+    coarser[:3, 3] = (scan.affine @ [*((factors - 1) / 2), 1.0])[:3]
+    to_scan = torch.from_numpy(np.linalg.inv(coarser) @ view.affine).to(image)
+    index = torch.from_numpy(np.indices(view.size, np.float32).reshape(3, -1))
+    points = (to_scan[:3, :3] @ index + to_scan[:3, 3:]).view(1, 3, *view.size)
+    there = _within(view, scan.grid).to(image)
+    seen = sample(pooled, points).clamp_(min=0) * there
+    # not of all voxels: how much air is around the head says nothing of its brightness, and spikes say nothing at all
+    values = seen.flatten()[:: 1 + seen.numel() // 2**18]
+    shown = values[values > 0.05 * values.quantile(0.999)]
+    return seen / shown.quantile(0.995) if len(shown) else seen
+
+
+def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[np.uint8], dict[str, float]]:
+    """Classes of the voxels of ``grid``, and volumes (mm3, by name), from posteriors on the grid ``view``.
+
+    A voxel is brain where that is more likely than background, and then of the likeliest structure.
+    """
+    known = posteriors * _within(view, grid).to(posteriors)  # beyond the scan there is neither brain nor background
+    volumes = known[1:].flatten(1).double().sum(1) * float(np.prod(spacing(view.affine)))
+    names = [structure.name for structure in STRUCTURES]
+    return _classes(known, view, grid).cpu().numpy(), dict(zip(names, volumes.tolist(), strict=True))
+
+
+def seen_anatomy(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Anatomy:
+    """Posteriors of the structures in space, and which voxels of them lie in the scan, whose grid is ``grid``."""
+    return Anatomy(posteriors[1:].cpu(), np.asarray(view.affine), _within(view, grid))
+
+
+def brain_mask(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[np.bool_]:
+    """Which voxels of ``grid`` are brain: those that :func:`restore` gives a class."""
+    known = posteriors[:1] * _within(view, grid).to(posteriors)
+    shown = _within(view, grid).to(posteriors)
+    return _classes(torch.stack([known[0], shown - known[0]]), view, grid).cpu().numpy() > 0
+
+
+def to_freesurfer(classes: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """FreeSurfer's numbers of classes."""
+    return np.array([0, *(structure.number for structure in STRUCTURES)], np.int16)[classes]
+
+
+def clean(posteriors: Tensor) -> Tensor:
+    """Posteriors ``(K, *size)`` of one brain without holes: its largest part, and nothing far from it."""
+    brain = _largest((posteriors[0] < 0.5).cpu().numpy())
+    near = torch.from_numpy(ndimage.binary_dilation(brain)).to(posteriors.device)
+    hole = torch.from_numpy(brain).to(posteriors.device) & (posteriors[0] >= 0.5)
+    cleaned = posteriors * near
+    cleaned[-1] += cleaned[0] * hole
+    cleaned[0] = torch.where(near, cleaned[0] * ~hole, torch.ones_like(cleaned[0]))
+    return cleaned
+
+
+def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Tensor:
+    """Class of each voxel of ``grid``, uint8."""
+    to_view = torch.from_numpy(np.linalg.inv(view.affine) @ grid.affine).to(posteriors)
+    found = torch.zeros(*grid.size, dtype=torch.uint8, device=posteriors.device)
+    first, last = _box_in(view, grid)
+    step = max(1, 2**21 // int(np.prod(last[1:] - first[1:] + 1)))
+    brain = (posteriors[1:].sum(0) - posteriors[0])[None, None]  # above 0
+    for start in range(first[0], last[0] + 1, step):
+        corner = torch.as_tensor([start, first[1], first[2]]).to(posteriors)
+        stop = min(start + step, int(last[0]) + 1)
+        size = [stop - start, *(last[1:] - first[1:] + 1).tolist()]
+        axes = [torch.arange(n, device=posteriors.device, dtype=posteriors.dtype) for n in size]
+        index = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + corner[:, None]
+        points = (to_view[:3, :3] @ index + to_view[:3, 3:]).view(1, 3, -1, 1, 1)
+        inside = sample(brain, points, padding_mode="zeros").flatten() > 0
+        part = torch.zeros(inside.shape, dtype=torch.uint8, device=posteriors.device)
+        part[inside] = 1 + sample(posteriors[None, 1:], points[:, :, inside]).flatten(2)[0].argmax(0).to(torch.uint8)
+        found[start:stop, first[1] : last[1] + 1, first[2] : last[2] + 1] = part.view(size)
+    return found
+
+
+def _whole(grid: ImageGrid) -> ImageGrid:
+    """Upright grid of the coarse look that holds all of ``grid``."""
+    ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in grid.size], [1.0], indexing="ij")).reshape(4, -1)
+    corners = _LIA.T @ (grid.affine @ ends)[:3]
+    return _grid(corners.min(1), corners.max(1), _LIA, COARSE, 1)
+
+
+def _framed(image: Tensor, view: ImageGrid) -> tuple[Tensor, ImageGrid]:
+    """What shows something of an image ``(1, 1, *size)``, cut out, and air around it as in the training."""
+    shown = (image[0, 0] > _BRIGHT).nonzero()
+    if not len(shown):
+        return image, view
+    low, high = shown.amin(0).numpy(), shown.amax(0).numpy() + 1
+    pad = np.maximum(_VIEW_COARSE - (high - low), 0)
+    cut = image[:, :, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+    ends = [int(n) for d in (2, 1, 0) for n in (pad[d] // 2, pad[d] - pad[d] // 2)]
+    framed, affine = F.pad(cut, ends), np.array(view.affine)
+    affine[:3, 3] = (view.affine @ [*(low - pad // 2), 1.0])[:3]
+    return framed, ImageGrid(tuple(framed.shape[2:]), affine)
+
+
+def _grid(low: NDArray[Any], high: NDArray[Any], axes: NDArray[Any], side: float, multiple: int) -> ImageGrid:
+    """Grid around the box from ``low`` to ``high``, mm along ``axes``."""
+    size = np.maximum(np.ceil((high - low) / side / multiple).astype(int), 1) * multiple
+    affine = np.eye(4)
+    affine[:3, :3] = side * axes
+    affine[:3, 3] = axes @ ((low + high) / 2 - side * (size - 1) / 2)
+    return ImageGrid(tuple(size.tolist()), affine)
+
+
+def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Largest connected part of ``mask``, its holes filled."""
+    parts, number = ndimage.label(mask)
+    if number > 1:
+        mask = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
+    return ndimage.binary_fill_holes(mask)
+
+
+def _angle(first: Affine, second: Affine) -> float:
+    """Angle between two rotations, degrees."""
+    return float(np.degrees(np.arccos(np.clip((np.trace(first.T @ second) - 1) / 2, -1, 1))))
+
+
+def _around(brain: NDArray[np.bool_], view: ImageGrid, axes: Affine) -> ImageGrid:
+    """Grid of the fine look, along ``axes`` (in columns), around the voxels of ``brain`` on the grid ``view``."""
+    surface = brain & ~ndimage.binary_erosion(brain)
+    points = axes.T @ (view.affine[:3, :3] @ np.argwhere(surface).T + view.affine[:3, 3:])
+    margin = _MARGIN + spacing(view.affine)[0] / 2
+    low, high = points.min(1) - margin, points.max(1) + margin
+    wanted = np.maximum(high - low, FINE * np.array(_VIEW))
+    return _grid((low + high - wanted) / 2, (low + high + wanted) / 2, axes, FINE, 16)
+
+
+def _touches(brain: NDArray[np.bool_], view: ImageGrid, grid: ImageGrid) -> bool:
+    """Whether the brain reaches the end of the view where the scan goes on."""
+    edge = np.ones(brain.shape, bool)
+    edge[2:-2, 2:-2, 2:-2] = False
+    return bool((brain & edge & _within(view, grid).cpu().numpy()).any())
+
+
+def _within(view: ImageGrid, grid: ImageGrid) -> Tensor:
+    """Which voxels of ``view`` lie in ``grid``: at most half a voxel from its outermost ones."""
+    to_grid = np.linalg.inv(grid.affine) @ view.affine
+    inside = np.ones(view.size, bool)
+    axes = np.ogrid[tuple(slice(n) for n in view.size)]
+    for d in range(3):
+        index = sum(to_grid[d, e] * axes[e] for e in range(3)) + to_grid[d, 3]
+        inside &= (index >= -0.5) & (index <= grid.size[d] - 0.5)
+    return torch.from_numpy(inside)
+
+
+def _box_in(view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[Any], NDArray[Any]]:
+    """First and last voxel of ``grid``, along each axis, that ``view`` may reach."""
+    ends = np.stack(np.meshgrid(*[(-1.0, n) for n in view.size], [1.0], indexing="ij")).reshape(4, -1)
+    corners = (np.linalg.inv(grid.affine) @ view.affine @ ends)[:3]
+    last = np.array(grid.size) - 1
+    return np.clip(np.floor(corners.min(1)), 0, last).astype(int), np.clip(np.ceil(corners.max(1)), 0, last).astype(int)
+
+
+@lru_cache(maxsize=1)
+def _loaded(weights: str, time_of_change: int) -> AnatomyNet:
+    network = AnatomyNet()
+    load_weights(network, weights)
+    return network.eval()
+
+
+def load_anatomy(weights: str | Path) -> AnatomyNet:
+    """Load the trained network on the CPU, ready to use; the file is read again only if it changed."""
+    path = Path(weights)
+    return _loaded(str(path), path.stat().st_mtime_ns if path.exists() else 0)

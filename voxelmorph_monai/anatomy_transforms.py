@@ -1,0 +1,124 @@
+"""MONAI transforms for the anatomy network: find the head in a scan, restore its labels, save them."""
+
+import csv
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, SaveImaged, Transform
+from torch import Tensor
+
+from voxelmorph_monai.affines import ImageGrid
+from voxelmorph_monai.anatomy import clean, colour_table, find_head, load_anatomy, restore, see, to_freesurfer
+from voxelmorph_monai.atlas_transforms import refusal
+from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable
+from voxelmorph_monai.space.scan import Scan
+
+__all__ = ["SEGMENTATION_FILES", "LoadHeadd", "RestoreAnatomyd", "SaveAnatomyd", "save_anatomy"]
+
+Data = dict[Hashable, object]
+
+SEGMENTATION_FILES = ("labels.nii.gz", "brain_mask.nii.gz", "volumes.csv", "colours.txt")
+"""Files that :func:`save_anatomy` writes."""
+
+
+class LoadHeadd(MapTransform):
+    """Load a scan and find the head in it: a MetaTensor ``(1, X, Y, Z)`` of 2 mm around the brain, float32 in [0, 1].
+
+    Its affine maps voxels to positions in the scan. The scan's own affine and shape are the meta entries
+    ``original_affine`` and ``spatial_shape``, like those of MONAI's loaders. For formats and errors see
+    :func:`~voxelmorph_monai.io.images.open_volume`.
+
+    Args:
+        keys: items that hold paths.
+        weights: file of the network's weights; the network finds the head at low resolution.
+    """
+
+    def __init__(self, keys: KeysCollection, weights: str) -> None:
+        super().__init__(keys)
+        self.weights = weights
+
+    def __call__(self, data: Mapping[Hashable, object]) -> Data:
+        """Replace the paths in ``data`` by heads."""
+        loaded = dict(data)
+        for key in self.key_iterator(loaded):
+            path = str(loaded[key])
+            try:
+                scan = Scan.read(path)
+                view = find_head(scan, load_anatomy(self.weights))
+            except (ValueError, OSError) as error:
+                raise refusal(error) from error
+            meta = {"filename_or_obj": path, "original_affine": scan.affine, "spatial_shape": np.array(scan.shape)}
+            seen = see(scan, view)[0].clamp_(max=1)
+            loaded[key] = MetaTensor(seen, affine=torch.as_tensor(view.affine), meta=meta)
+        return loaded
+
+
+class RestoreAnatomyd(Transform):
+    """Convert the logits ``pred`` to classes on the grid of the scan, ``(1, X, Y, Z)``, uint8; add their ``volumes``.
+
+    Args:
+        ref_image: item of :class:`LoadHeadd`, whose header has the grid of the scan.
+    """
+
+    def __init__(self, ref_image: str = "image") -> None:
+        self.ref_image = ref_image
+
+    def __call__(self, data: Mapping[Hashable, object]) -> Data:
+        """Replace ``pred`` in ``data``."""
+        scan, pred = data[self.ref_image], data["pred"]
+        assert isinstance(scan, MetaTensor)
+        assert isinstance(pred, Tensor)
+        affine = np.asarray(scan.meta["original_affine"], np.float64)
+        grid = ImageGrid([int(n) for n in scan.meta["spatial_shape"]], affine)
+        posteriors = clean(pred.as_subclass(Tensor).float().softmax(0))
+        classes, volumes = restore(posteriors, ImageGrid(posteriors.shape[1:], scan.affine.cpu().numpy()), grid)
+        restored = MetaTensor(torch.from_numpy(classes)[None], affine=torch.as_tensor(affine))
+        return dict(data) | {"pred": restored, "volumes": volumes}
+
+
+def save_anatomy(folder: Path, labels: Scan, volumes: Mapping[str, float]) -> None:
+    """Write FreeSurfer's labels, the brain mask, volumes (mm3, by name) and colours into ``folder``."""
+    labels.save(folder / "labels.nii.gz")
+    labels.like((labels.array > 0).astype(np.uint8)).save(folder / "brain_mask.nii.gz")
+    (folder / "colours.txt").write_text(colour_table(), encoding="utf-8")
+    with (folder / "volumes.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["structure", "volume_mm3"])
+        rows.writerows([name, f"{volume:.1f}"] for name, volume in volumes.items())
+
+
+class SaveAnatomyd(SaveImaged):
+    """Write the files of :func:`save_anatomy` into a new folder.
+
+    It is a ``SaveImaged`` only in name: MONAI Label recognises by it which transform to skip.
+
+    Args:
+        output_dir: folder to write; it appears completely or not at all.
+        overwrite: replace the folder of an earlier segmentation; without it that is an error.
+    """
+
+    def __init__(self, output_dir: str | Path, overwrite: bool = False) -> None:
+        Transform.__init__(self)
+        self.output_dir = Path(output_dir)
+        self.overwrite = overwrite
+
+    def check(self) -> None:
+        """Raise FileExistsError or ValueError if the folder must not be written; bundles call this first."""
+        require_replaceable(self.output_dir, self.overwrite, "a segmentation", SEGMENTATION_FILES)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> Data:
+        """Write the files; ``data`` is returned unchanged."""
+        self.check()
+        head, pred, volumes = data["image"], data["pred"], data["volumes"]
+        assert isinstance(head, MetaTensor)
+        assert isinstance(pred, Tensor)
+        assert isinstance(volumes, Mapping)
+        scan = Scan.read(str(head.meta["filename_or_obj"]))  # again, for its header
+        labels = scan.like(to_freesurfer(pred[0].as_subclass(Tensor).cpu().numpy()))
+        with atomic_folder(self.output_dir) as folder:
+            save_anatomy(folder, labels, volumes)
+        return dict(data)

@@ -1,0 +1,370 @@
+r"""Where a brain lies: its pose in a scan of any contrast, and affine maps between brains, by their anatomy.
+
+All is measured against the anatomy of the mean brain MNI152: the probabilities of its structures, as the anatomy
+network sees them. A pose is looked for in two ways:
+
+* Without knowing which way is up (:func:`find_poses`). A rotation is good if the intensities within the brain are well
+  explained by those of tissues: :math:`R^2` of the regression of the image on the template's tissues. Contrast and
+  brightness do not matter, as each tissue has its own coefficient. 500 rotations are scored on 8 mm, the best ones
+  improved.
+* From the structures (:func:`fit`): weighted least squares of their centres, then Gauss-Newton on the squared
+  differences of their probabilities, on 4 mm. The template's side is linearised (inverse composition: Baker and
+  Matthews, IJCV 2004), so that its Hessian is computed once.
+
+A map leads from points of one space to those of another (RAS, mm), 4 x 4.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from voxelmorph_monai.affines import Affine, apply_affine
+from voxelmorph_monai.blocks import sample
+from voxelmorph_monai.lazy import lazy
+
+__all__ = [
+    "Anatomy",
+    "Pose",
+    "anatomy_of_mni152",
+    "find_poses",
+    "fit",
+    "fit_centres",
+    "likeness",
+    "rotation_of",
+    "save_anatomy_of_mni152",
+]
+
+linalg, spatial = lazy("scipy.linalg"), lazy("scipy.spatial.transform")
+
+# Of each structure, as the anatomy network numbers them: ventricles, fluid around the brain, white matter of the
+# cerebrum, cortex, cerebellum, brain stem, nuclei and what has their brightness.
+_TISSUES = (2, 2, 3, 3, 0, 0, 4, 4, 4, 4, *[6] * 8, 0, 0, 5, *[6] * 6, 5, 5, 1)
+_NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart
+_EVERY = 3  # of how many voxels one is looked at: enough for 12 parameters, and to rank rotations
+_APART = 25.0  # degrees between two candidates: nearer ones end in the same place
+_NUM_CANDIDATES = 6
+_FILE = Path(__file__).parent / "sample" / "mni152_anatomy.npz"
+_STEPS = 12  # of Gauss-Newton; by then they are below 0.1 mm
+_FEW_STEPS = 6  # that improve a candidate, enough to rank it
+_WORSE = 0.05  # of R2
+_LEAST = 300.0  # mm3 of a structure: less says nothing of where it is
+_NEAR = 4.0  # mm: centres that are further from where the others put them count little
+
+
+class Anatomy(NamedTuple):
+    """Structures of a brain in space.
+
+    Attributes:
+        posteriors: probability of each structure, ``(K, X, Y, Z)``; what they leave to 1 is not brain.
+        affine: of their voxels (RAS, mm).
+        seen: which voxels lie in the scan, ``(X, Y, Z)``; None for all.
+    """
+
+    posteriors: Tensor
+    affine: Affine
+    seen: Tensor | None = None
+
+    def coarser(self, factor: int) -> "Anatomy":
+        """Means of ``factor`` x ``factor`` x ``factor`` voxels."""
+        affine = self.affine @ np.diag([factor, factor, factor, 1.0])
+        affine[:3, 3] = (self.affine @ [*[(factor - 1) / 2] * 3, 1.0])[:3]
+        seen = None if self.seen is None else F.avg_pool3d(self.seen[None, None].float(), factor)[0, 0] > 0.99
+        return Anatomy(F.avg_pool3d(self.posteriors[None], factor)[0], affine, seen)
+
+    def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of the structures (RAS, mm), ``(K, 3)``, and their volumes in mm3, ``(K,)``."""
+        mass = self.posteriors.flatten(1).double().sum(1)
+        means = []
+        for axis in range(3):
+            others = tuple(d for d in (1, 2, 3) if d != axis + 1)
+            along = self.posteriors.double().sum(others)
+            means.append((along * torch.arange(along.shape[1])).sum(1) / mass.clamp(min=1e-6))
+        points = apply_affine(self.affine, torch.stack(means).numpy()).T
+        return points, mass.numpy() * abs(np.linalg.det(self.affine[:3, :3]))
+
+    @property
+    def middle(self) -> NDArray[np.float64]:
+        """Centre of the brain (RAS, mm)."""
+        index = _centre_of(self.posteriors.sum(0))
+        return apply_affine(self.affine, index)
+
+
+class Pose(NamedTuple):
+    """A map from points of MNI152 to points of a scan, and how well it explains what the scan shows: 0 to 1."""
+
+    mapping: Affine
+    explained: float
+
+
+@cache
+def anatomy_of_mni152() -> Anatomy:
+    """Structures of the mean adult brain MNI152, 4 mm a voxel."""
+    with np.load(_FILE) as file:
+        return Anatomy(torch.from_numpy(file["posteriors"]).float() / 255, file["affine"])
+
+
+def save_anatomy_of_mni152(anatomy: Anatomy, path: Path = _FILE) -> None:
+    """Write what :func:`anatomy_of_mni152` reads."""
+    rounded = (anatomy.posteriors * 255).round().to(torch.uint8).numpy()
+    np.savez_compressed(path, posteriors=rounded, affine=anatomy.affine)
+
+
+def rotation_of(mapping: Affine) -> Affine:
+    """The rotation, 3 x 3, that is nearest to the linear part of a map."""
+    u, _, vt = np.linalg.svd(mapping[:3, :3])
+    turn: Affine = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+    return turn
+
+
+def _centre_of(weight: Tensor) -> NDArray[np.float64]:
+    """Mean index of the voxels of ``weight`` ``(X, Y, Z)``."""
+    weight = weight.double()
+    along = [weight.sum([e for e in range(3) if e != d]) for d in range(3)]
+    return np.array([float((w * torch.arange(len(w))).sum() / w.sum()) for w in along])
+
+
+class _Points:
+    """The voxels of a template that matter: places, values and their gradients.
+
+    Args:
+        values: of the template, ``(C, X, Y, Z)``.
+        affine: of its voxels.
+        near: which of them matter.
+        every: one of how many is taken.
+    """
+
+    def __init__(self, values: Tensor, affine: Affine, near: Tensor, every: int = 1) -> None:
+        index = near.nonzero()[::every].T
+        place = apply_affine(affine, index.numpy().astype(np.float64))
+        self.points = torch.from_numpy(place).float()  # (3, N)
+        x, y, z = index
+        self.values = values[:, x, y, z]  # (C, N)
+        slopes = torch.stack([torch.gradient(values, dim=axis)[0][:, x, y, z] for axis in (1, 2, 3)])
+        per_mm = torch.from_numpy(np.linalg.inv(affine[:3, :3]).T).float()
+        self.slopes = torch.einsum("de,ecn->dcn", per_mm, slopes)  # (3, C, N), a mm
+
+
+def _generators(kind: str, centre: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Directions that a map of this kind may change in, ``(P, 4, 4)``, about a centre: 100 mm from it by 1 mm."""
+    moves = np.zeros((12, 4, 4))
+    for number in range(12):
+        moves[number, number // 4, number % 4] = 1.0 if number % 4 == 3 else 0.01
+    if kind != "affine":
+        turns = [moves[a * 4 + b] - moves[b * 4 + a] for a, b in ((0, 1), (0, 2), (1, 2))]
+        grow = [moves[0] + moves[5] + moves[10]] if kind == "similarity" else []
+        moves = np.stack([*turns, *grow, moves[3], moves[7], moves[11]])
+    to_centre = np.eye(4)
+    to_centre[:3, 3] = -centre
+    return np.linalg.inv(to_centre) @ moves @ to_centre
+
+
+def _normal_equations(
+    points: _Points, slopes: Tensor, residual: Tensor, weight: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Hessian ``(12, 12)`` and right side ``(12,)`` of the least squares in the entries of a 3 x 4 matrix."""
+    ones = torch.ones_like(points.points[:1])
+    homogeneous = torch.cat([points.points, ones])
+    squares = (homogeneous[:, None] * homogeneous[None]).flatten(0, 1)
+    outer = torch.einsum("dcn,ecn->den", slopes * weight, slopes).flatten(0, 1)
+    hessian = (outer.double() @ squares.double().T).view(3, 3, 4, 4).transpose(1, 2).reshape(12, 12)
+    push = torch.einsum("dcn,cn->dn", slopes, residual * weight)
+    return hessian.numpy(), (push.double() @ homogeneous.double().T).reshape(12).numpy()
+
+
+def _solve(hessian: NDArray[np.float64], side: NDArray[np.float64], moves: NDArray[np.float64]) -> Affine:
+    """The 4 x 4 matrix of the step that solves the normal equations along ``moves``."""
+    along = moves[:, :3].reshape(len(moves), 12)
+    matrix = along @ hessian @ along.T
+    matrix += 1e-4 * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+    step: Affine = np.tensordot(np.linalg.solve(matrix, along @ side), moves, axes=1)
+    return step
+
+
+def _read(image: Tensor, affine: Affine, places: NDArray[np.float64]) -> Tensor:
+    """Values of ``image`` ``(C, X, Y, Z)`` at points ``(3, N)`` in mm: ``(C, N)``; beyond it there is 0."""
+    index = torch.from_numpy(apply_affine(np.linalg.inv(affine), places)).float()
+    return sample(image[None], index.view(1, 3, -1, 1, 1), padding_mode="zeros")[0, :, :, 0, 0]
+
+
+def _rotations(number: int) -> NDArray[np.float64]:
+    """Evenly spread rotations: the super-Fibonacci spiral of Alexa (CVPR 2022), the identity first."""
+    s = np.arange(number - 1) + 0.5
+    inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
+    a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
+    spiral = np.stack([inner * np.sin(a), inner * np.cos(a), outer * np.sin(b), outer * np.cos(b)], axis=1)
+    return np.concatenate([np.eye(3)[None], spatial.Rotation.from_quat(spiral).as_matrix()])
+
+
+class _Tissues:
+    """MNI152's tissues on 8 mm, ready for the regression of an image on them."""
+
+    def __init__(self) -> None:
+        anatomy = anatomy_of_mni152().coarser(2)
+        size = anatomy.posteriors.shape[1:]
+        maps = torch.zeros(7, *size).index_add_(0, torch.tensor(_TISSUES), anatomy.posteriors)
+        brain = maps.sum(0)
+        near = F.max_pool3d(brain[None], 3, 1, 1)[0] > 0.05
+        self.points = _Points(maps, anatomy.affine, near)
+        self.regressors = torch.cat([self.points.values, torch.ones_like(self.points.values[:1])]).T  # (N, 8)
+        self.orthonormal, self.mixing = torch.linalg.qr(self.regressors)
+        self.centre = anatomy.middle
+        self.litres = float(brain.sum() * abs(np.linalg.det(anatomy.affine[:3, :3]))) * 1e-6
+
+    def explained(self, seen: Tensor, some: slice | None = None) -> Tensor:
+        """R2 of images ``(..., N)`` at the points of the template, or at some of them."""
+        orthonormal = self.orthonormal if some is None else torch.linalg.qr(self.regressors[some])[0]
+        left = seen.square().sum(-1) - (seen @ orthonormal).square().sum(-1)
+        return 1 - left / (seen - seen.mean(-1, keepdim=True)).square().sum(-1).clamp(min=1e-6)
+
+
+@cache
+def _tissues() -> _Tissues:
+    return _Tissues()
+
+
+def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
+    """Where MNI152 may lie in a scan whose brain was found, whatever its contrast and pose: the likeliest first.
+
+    Args:
+        image: the scan, about 4 mm a voxel, ``(X, Y, Z)``.
+        brain: probability of brain, the same shape.
+        affine: of the voxels.
+    """
+    tissues = _tissues()
+    centre = apply_affine(affine, _centre_of(brain))
+    litres = float(brain.double().sum()) * abs(np.linalg.det(affine[:3, :3])) * 1e-6
+    scale = (litres / tissues.litres) ** (1 / 3)
+    shown = F.avg_pool3d(torch.stack([image * brain, brain])[None], 3, 1, 1)[0]  # about as blurred as the template
+    rotations = _rotations(_NUM_ROTATIONS)
+    some = slice(None, None, _EVERY)
+    away = scale * rotations @ (tissues.points.points[:, some].double().numpy() - tissues.centre[:, None])
+    places = np.moveaxis(away, 1, 0).reshape(3, -1) + centre[:, None]
+    seen = _read(shown, affine, places).view(2, len(rotations), -1)
+    score = tissues.explained(seen, some).sum(0).numpy()
+    chosen: list[int] = []
+    for number in np.argsort(-score):
+        angles = (
+            spatial.Rotation.from_matrix(rotations[chosen].transpose(0, 2, 1) @ rotations[number]).magnitude()
+            if chosen
+            else []
+        )
+        if np.degrees(np.min(angles, initial=np.pi)) > _APART:
+            chosen.append(int(number))
+        if len(chosen) == _NUM_CANDIDATES:
+            break
+    poses = []
+    for number in chosen:
+        start = np.eye(4)
+        start[:3, :3] = scale * rotations[number]
+        start[:3, 3] = centre - start[:3, :3] @ tissues.centre
+        poses.append(_improve(start, shown, affine))
+    return sorted(poses, key=lambda pose: -pose.explained)
+
+
+def _improve(mapping: Affine, shown: Tensor, affine: Affine) -> Pose:
+    """A few steps of Gauss-Newton on what the tissues do not explain of images ``(C, X, Y, Z)``."""
+    tissues = _tissues()
+    points = tissues.points
+    moves = _generators("similarity", tissues.centre)
+    best = Pose(mapping, -1.0)
+    for _ in range(_FEW_STEPS):
+        seen = _read(shown, affine, apply_affine(mapping, points.points.double().numpy()))
+        explained = float(tissues.explained(seen).mean())
+        if explained > best.explained:
+            best = Pose(mapping, explained)
+        along = seen @ tissues.orthonormal
+        coefficients = torch.linalg.solve_triangular(tissues.mixing, along.T, upper=True)[:-1].T  # (C, 7)
+        size = (seen - seen.mean(1, keepdim=True)).square().sum(1).sqrt()[:, None]
+        if explained < best.explained - _WORSE or not size.min() > 0:  # it leaves the brain
+            break
+        residual = (seen - along @ tissues.orthonormal.T) / size
+        slopes = torch.einsum("ck,dkn->dcn", coefficients / size, points.slopes)
+        step = _solve(*_normal_equations(points, slopes, residual, torch.ones_like(residual[0])), moves)
+        mapping = mapping @ linalg.expm(-step)
+    return best
+
+
+def fit_centres(anatomy: Anatomy, template: Anatomy) -> tuple[Affine, float]:
+    """Affine map from points of ``template`` to those of ``anatomy`` by the centres of their structures.
+
+    Weighted least squares, reweighted: structures of a large volume are found more exactly, and those that lie far from
+    where the others put them count less (Cauchy's weights).
+
+    Returns:
+        The map, and by how many mm it misses the centres, root mean square.
+    """
+    (there, volumes), (places, sizes) = anatomy.centres(), template.centres()
+    weight = np.minimum(volumes / sizes.clip(1), sizes / volumes.clip(1)) * (np.minimum(volumes, sizes) > _LEAST)
+    weight[-1] = 0.0  # what is left of the mask has no place of its own
+    known = weight > 0
+    if known.sum() < 6:
+        return np.eye(4), float("inf")
+    there, places, weight = there[known], places[known], weight[known]
+    homogeneous = np.concatenate([places, np.ones((len(places), 1))], axis=1)
+    robust, away = np.ones(len(weight)), np.zeros(len(weight))
+    mapping = np.eye(4)
+    for _ in range(10):
+        w = (weight * robust)[:, None]
+        # A little towards a similarity: the centres lie too close to each other to tell all 12 parameters.
+        mapping[:3] = np.linalg.lstsq(np.sqrt(w) * homogeneous, np.sqrt(w) * there, rcond=None)[0].T
+        away = np.linalg.norm(there - homogeneous @ mapping[:3].T, axis=1)
+        robust = 1 / (1 + (away / _NEAR) ** 2)
+    return mapping, float(np.sqrt((weight * away**2).sum() / weight.sum()))
+
+
+def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine | None = None) -> Affine:
+    """Map from points of ``template`` to points of ``anatomy`` by their structures.
+
+    Args:
+        anatomy: about 4 mm a voxel or finer.
+        template: another brain, or MNI152.
+        kind: ``"affine"``, ``"similarity"`` or ``"rigid"``.
+        start: default: by :func:`fit_centres`, or the rotation in it.
+    """
+    if start is None:
+        start, _ = fit_centres(anatomy, template)
+    brain = template.posteriors.sum(0)
+    near = F.max_pool3d(brain[None], 3, 1, 1)[0] > 0.05
+    if template.seen is not None:
+        near &= template.seen
+    points = _Points(template.posteriors, template.affine, near, _EVERY)
+    centre = points.points.double().mean(1).numpy()
+    mapping = start if kind == "affine" else _nearest(start, kind, centre)
+    moves = _generators(kind, centre)
+    seen = torch.ones_like(anatomy.posteriors[:1]) if anatomy.seen is None else anatomy.seen[None].float()
+    values = torch.cat([anatomy.posteriors, seen])
+    hessian: NDArray[np.float64] | None = None
+    for _ in range(_STEPS):
+        read = _read(values, anatomy.affine, apply_affine(mapping, points.points.double().numpy()))
+        weight = read[-1] if anatomy.seen is not None else torch.ones_like(read[-1])
+        found, side = _normal_equations(points, points.slopes, read[:-1] - points.values, weight)
+        hessian = found if hessian is None or anatomy.seen is not None else hessian
+        step = _solve(hessian, side, moves)
+        mapping = mapping @ linalg.expm(-step)
+        if np.abs(step[:3] @ [*centre, 1.0]).max() < 0.01 and np.abs(step[:3, :3]).max() < 1e-4:  # 0.01 mm
+            break
+    return mapping
+
+
+def likeness(anatomy: Anatomy, template: Anatomy, mapping: Affine) -> float:
+    """Mean Dice of the structures of two brains, by their probabilities, once ``mapping`` has aligned them: 0 to 1."""
+    near = template.posteriors.sum(0) > 0.3
+    there = template.posteriors[:, near]
+    points = apply_affine(mapping, apply_affine(template.affine, near.nonzero().T.numpy().astype(np.float64)))
+    seen = _read(anatomy.posteriors, anatomy.affine, points)
+    return float((2 * torch.minimum(seen, there).sum(1) / (seen.sum(1) + there.sum(1)).clamp(min=1e-6)).mean())
+
+
+def _nearest(mapping: Affine, kind: str, centre: NDArray[np.float64]) -> Affine:
+    """The rigid map or similarity that is nearest to a map, and takes the centre where it does."""
+    size = np.linalg.det(mapping[:3, :3]) ** (1 / 3) if kind == "similarity" else 1.0
+    found = np.eye(4)
+    found[:3, :3] = size * rotation_of(mapping)
+    found[:3, 3] = (mapping @ [*centre, 1.0])[:3] - found[:3, :3] @ centre
+    return found
