@@ -1,0 +1,1 @@
+"""What ``vxm`` does, one module a command."""

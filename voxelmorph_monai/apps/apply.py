@@ -1,0 +1,268 @@
+"""Apply transforms to files: images, label maps and points.
+
+Images and points go opposite ways. A transform takes points of the fixed image (the reference) to points of the moving
+one, and so pulls the moving image onto the fixed grid. Points that were drawn in the moving image have to go the way of
+the image, which is against the transform: by its inverse.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import ImageGrid, require_right_angles
+from voxelmorph_monai.io.formats import spatial_dims_of
+from voxelmorph_monai.io.images import open_volume, save_image_like
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.maps.grids import fits_backwards
+from voxelmorph_monai.maps.names import check_output
+from voxelmorph_monai.maps.spatial_map import INTERPOLATIONS, LABEL_INTERPOLATIONS, SpatialMap, warp_to_grid
+from voxelmorph_monai.space.scan import Scan, ScanLike
+
+if TYPE_CHECKING:
+    from voxelmorph_monai.maps.files import Chain
+
+__all__ = ["SIDES", "apply", "apply_to_image", "apply_to_points", "jacobian_file", "open_chain", "read_grid"]
+
+SIDES = ("fixed", "moving")
+"""The image that points were drawn in."""
+
+# They need torch, and ITK: a map of ours is applied without, in half the time.
+chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
+point_files, report = lazy("voxelmorph_monai.maps.points"), lazy("voxelmorph_monai.report")
+
+
+def read_grid(path: str | Path, series: int | None = None) -> ImageGrid:
+    """Size and affine (RAS, mm) of an image; its voxels are not read. ``series`` chooses one in a DICOM folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not one 3-D volume, slice or 2-D image, its axes at right angles.
+    """
+    volume, affine = open_volume(path, planar=True, series=series)
+    require_right_angles(affine, str(path))
+    return ImageGrid(volume.shape, affine)
+
+
+def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
+    if not str(output).endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{output} is no name for an image, which is saved as .nii or .nii.gz.")
+    check_output(Path(output), overwrite, inputs)
+
+
+def open_chain(transforms: Sequence[str], *images: str | Path | None) -> "Chain":
+    """Read transforms (:func:`~voxelmorph_monai.maps.files.read_chain`), whose dimensions the images must have.
+
+    Raises:
+        ValueError: an image is in other dimensions; None stands for no image.
+    """
+    found: Chain = files.read_chain(transforms)
+    for image in images:
+        if image is not None and spatial_dims_of(Path(image)) != found.spatial_dims:
+            raise ValueError(f"{image} does not fit the transforms, which are in {found.spatial_dims}-D.")
+    return found
+
+
+def _interpolation(kind: str, interpolation: str | None) -> str:
+    """The interpolation to use; raises ValueError where there is no such kind of image or interpolation."""
+    if kind not in ("image", "labels"):
+        raise ValueError(f"'{kind}' is no kind of image; choose from image, labels.")
+    known = INTERPOLATIONS if kind == "image" else LABEL_INTERPOLATIONS
+    if interpolation not in (None, *known):
+        raise ValueError(f"interpolation '{interpolation}' does not exist for {kind}; choose from {', '.join(known)}.")
+    return interpolation or known[0]
+
+
+def _simple(kind: str, interpolation: str) -> bool:
+    """Whether :func:`warp_scan` interpolates so; the rest is left to ITK and torch."""
+    return interpolation == "nearest" or (kind, interpolation) == ("image", "linear")
+
+
+def _warp(map_: SpatialMap, scan: Scan, grid: ImageGrid, interpolation: str) -> NDArray[Any]:
+    return warp_to_grid(scan, map_.on_grid(grid), grid, order=int(interpolation == "linear"))
+
+
+def _resample(kind: str, interpolation: str, scan: Scan, transform: Any, grid: ImageGrid) -> NDArray[Any]:
+    resample = chains.resample_image if kind == "image" else chains.resample_labels
+    return resample(scan, transform, grid, interpolation)
+
+
+def apply(
+    transforms: str | Path | SpatialMap | Sequence[str | Path],
+    moving: ScanLike,
+    reference: ScanLike,
+    *,
+    kind: str = "image",
+    interpolation: str | None = None,
+) -> Scan:
+    """Resample a scan on the grid of a reference, as ``vxm apply`` does with files.
+
+    Args:
+        transforms: what a registration found (``result.forward``), a file, or files in ANTs' order
+            (:func:`~voxelmorph_monai.maps.files.read_chain`).
+        moving: image or label map.
+        reference: the fixed image, whose grid and header the result has.
+        kind: ``"image"`` or ``"labels"``.
+        interpolation: one of :data:`~voxelmorph_monai.maps.spatial_map.INTERPOLATIONS` (default: linear), or of
+            :data:`~voxelmorph_monai.maps.spatial_map.LABEL_INTERPOLATIONS` (default: nearest).
+
+    Raises:
+        TypeError: a scan is none.
+        ValueError, FileNotFoundError: an input or an option cannot be used; the message says which and why.
+    """
+    interpolation = _interpolation(kind, interpolation)
+    scan, like = Scan.of(moving, "moving", labels=kind == "labels"), Scan.of(reference, "reference")
+    if isinstance(transforms, SpatialMap):
+        if _simple(kind, interpolation):
+            return like.like(_warp(transforms, scan, like.grid, interpolation), scan.name)
+        found = chains.chain_of_map(transforms)
+    else:
+        names = [transforms] if isinstance(transforms, str | Path) else transforms
+        found = files.read_chain([str(name) for name in names]).transform
+    return like.like(_resample(kind, interpolation, scan, found, like.grid), scan.name)
+
+
+def apply_to_image(
+    transforms: Sequence[str],
+    moving: str | Path,
+    reference: str | Path,
+    output: str | Path,
+    *,
+    kind: str = "image",
+    interpolation: str | None = None,
+    series: int | None = None,
+    reference_series: int | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Resample an image or a label map on the grid of a reference; the output has the header of the reference.
+
+    An image becomes float32, a label map keeps its type. Transforms that fit only the other way round are inverted
+    (:func:`~voxelmorph_monai.maps.grids.fits_backwards`). Transforms of 2-D images go with 2-D images and references,
+    all others with volumes or slices.
+
+    Args:
+        transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
+        moving: the image or label map, as :func:`~voxelmorph_monai.io.images.open_volume` takes it.
+        reference: the fixed image, of which only the grid is used.
+        output: ``.nii`` or ``.nii.gz``.
+        kind: ``"image"`` or ``"labels"``.
+        interpolation: one of :data:`~voxelmorph_monai.maps.spatial_map.INTERPOLATIONS` (default: linear), or of
+            :data:`~voxelmorph_monai.maps.spatial_map.LABEL_INTERPOLATIONS` (default: nearest).
+        series: number of the DICOM series if ``moving`` is a folder of several
+            (:func:`~voxelmorph_monai.io.dicom.list_series`).
+        reference_series: the same for the reference.
+        overwrite: replace ``output``.
+
+    Returns:
+        Residual in mm of the displacements that were inverted, 0 where none was.
+    """
+    interpolation = _interpolation(kind, interpolation)
+    _check_image_output(output, overwrite, [moving, reference, *transforms])
+    scan = Scan.read(moving, series) if kind == "image" else Scan.read_labels(moving)
+    grid = read_grid(reference, reference_series)
+    found, backwards = None, fits_backwards(transforms, scan.grid, grid, (str(moving), str(reference)))
+    if (
+        not backwards
+        and len(transforms) == 1
+        and _simple(kind, interpolation)
+        and spatial_dims_of(Path(reference)) == 3
+    ):
+        found = SpatialMap.read(transforms[0])
+    if found is not None and scan.spatial_dims == 3:
+        resampled, residual = _warp(found, scan, grid, interpolation), 0.0
+    else:
+        chain, residual, _ = open_chain(transforms, moving, reference)
+        if backwards:
+            chain, missed = chains.invert_transform(chain)
+            residual = max(residual, missed)
+        resampled = _resample(kind, interpolation, scan, chain, grid)
+    save_image_like(output, resampled, reference, series=reference_series)
+    return residual
+
+
+def jacobian_file(
+    transforms: Sequence[str],
+    reference: str | Path,
+    output: str | Path,
+    *,
+    logarithm: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write the change of volume on the grid of a reference, affine part included: 2 where the transform doubles it.
+
+    Args:
+        transforms: as in :func:`apply_to_image`.
+        reference: as in :func:`apply_to_image`.
+        output: as in :func:`apply_to_image`.
+        logarithm: write the natural logarithm, 0 where volume stays.
+        overwrite: as in :func:`apply_to_image`.
+
+    Raises:
+        ValueError: the logarithm of a transform that folds; and for wrong input.
+    """
+    _check_image_output(output, overwrite, [reference, *transforms])
+    grid = read_grid(reference)
+    size, affine = grid
+    transform = open_chain(transforms, reference).transform
+    parts = [part for part in chains.flatten(transform) if chains.is_field(part)]
+    if any(1 in chains.field_of(part)[0].shape[1:] for part in parts):
+        ddf = chains.on_grid(transform, grid)  # which says nothing of other planes
+        determinant = report.volume_change(ddf, affine)
+    else:
+        flat = np.array(size) == 1
+        around = affine.copy()  # three planes for a slice, which lies in the middle: volume changes across it, too
+        around[:3, 3] -= affine[:3, :3] @ flat
+        ddf = chains.on_grid(transform, ImageGrid(np.where(flat, 3, size).tolist(), around))
+        determinant = report.volume_change(ddf, around)[tuple(slice(1, 2) if one else slice(None) for one in flat)]
+    if logarithm:
+        folds = int((determinant <= 0).sum())
+        if folds:
+            raise ValueError(
+                f"the logarithm does not exist: the transform folds in {folds} of {determinant.size} voxels. Write the "
+                "determinant itself."
+            )
+        determinant = np.log(determinant)
+    save_image_like(output, determinant, reference)
+
+
+def apply_to_points(
+    transforms: Sequence[str],
+    points: str | Path,
+    output: str | Path,
+    *,
+    drawn_in: str,
+    coordinates: str | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Map points from one image to the other; the output has the format of the input, and all else that is in it.
+
+    Args:
+        transforms: as in :func:`apply_to_image`.
+        points: CSV with columns x, y and z, or ``.fcsv`` or ``.mrk.json`` of 3D Slicer.
+        output: file of the same ending.
+        drawn_in: ``"fixed"``: points of the fixed image go to the moving one, along the transform. ``"moving"``: points
+            of the moving image go to the fixed one, as the image does, by the inverse: exact for linear transforms,
+            otherwise searched point by point.
+        coordinates: of a CSV file, ``"RAS"`` or ``"LPS"``.
+        overwrite: replace ``output``.
+
+    Returns:
+        Residual of what was inverted numerically, in mm.
+    """
+    if drawn_in not in SIDES:
+        raise ValueError(f"'{drawn_in}' is no image that points are drawn in; choose from {', '.join(SIDES)}.")
+    given = point_files.read_points(points, coordinates)
+    ending = "".join(Path(points).suffixes[-2:]) if str(points).endswith(".json") else Path(points).suffix
+    if not str(output).endswith(ending):
+        raise ValueError(f"{output} does not end in {ending}, but points keep the format of {points}. Rename it.")
+    check_output(Path(output), overwrite, [points, *transforms])
+    transform, residual, _ = files.read_chain(transforms)
+    if drawn_in == "fixed":
+        moved = chains.map_points(transform, given.points)
+    else:
+        moved, missed = chains.invert_points(transform, given.points)
+        residual = max(residual, missed)
+    point_files.save_points(output, given, moved)
+    return residual

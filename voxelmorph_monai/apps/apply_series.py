@@ -1,0 +1,248 @@
+r"""Apply transforms to images of many numbers a voxel: series of volumes, vectors, gradients of a diffusion scan.
+
+A vector is turned as the tissue is. Where the transform :math:`T` takes points of the fixed image to the moving one, a
+vector :math:`v` at :math:`T(x)` becomes :math:`(DT(x))^{-1} v` at :math:`x`. The gradients of a series are one list for
+all voxels, so they can be turned only by a transform whose rotation is the same everywhere.
+"""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, ImageGrid, check_affine, points_to_lps, require_right_angles, spacing
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.io.formats import check_gzip, check_nifti, is_nifti, reading, stored_header
+from voxelmorph_monai.io.images import open_volume, save_nifti
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.maps.grids import fits_backwards
+from voxelmorph_monai.maps.names import check_output
+from voxelmorph_monai.space.itk_bridge import Transform
+from voxelmorph_monai.space.scan import Scan
+
+if TYPE_CHECKING:
+    from voxelmorph_monai.maps.files import Chain
+
+__all__ = ["apply_to_series", "apply_to_vectors", "is_series", "turn_gradients"]
+
+# They need torch, and ITK, which nobody needs who asks whether an image is a series.
+linalg = lazy("scipy.linalg")
+chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
+
+_UNIT = 1e-3  # by which the length of a unit vector may be off
+
+
+def is_series(path: str | Path) -> bool:
+    """Whether a file is a NIfTI image of several volumes, ``(X, Y, Z, T)``."""
+    if not (Path(path).is_file() and is_nifti(Path(path))):
+        return False
+    with reading(Path(path)):
+        shape = nib.load(path).shape  # type: ignore[attr-defined]  # nibabel's own type says too little
+    return len(shape) == 4 and shape[3] > 1
+
+
+def _open(path: str | Path) -> nib.Nifti1Image:
+    """A NIfTI image of any shape, whose header is checked as that of a volume is."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    with reading(Path(path)):
+        image: Any = nib.load(path)
+        check_gzip(Path(path))
+    check_nifti(stored_header(Path(path), type(image.header)), Path(path), image.shape[:3])
+    check_affine(image.affine, str(path))
+    require_right_angles(image.affine, str(path))
+    return image
+
+
+def _grid(path: str | Path, series: int | None = None) -> ImageGrid:
+    volume, affine = open_volume(path, series=series)
+    require_right_angles(affine, str(path))
+    return ImageGrid(volume.shape, affine)
+
+
+def _fitting(names: Sequence[str], image: ImageGrid, reference: ImageGrid, of: tuple[str, str]) -> "Chain":
+    """Read transforms in the direction in which they fit an image and a reference."""
+    found: Chain = files.read_chain(names)
+    if fits_backwards(names, image, reference, of):
+        inverse, missed = chains.invert_transform(found.transform)
+        found = found._replace(transform=inverse, residual=max(found.residual, missed))
+    return found
+
+
+def turn_gradients(gradients: NDArray[Any], transform: Transform, moving: Affine, fixed: Affine) -> NDArray[Any]:
+    """Turn the gradients of a diffusion series ``(3, N)`` as the series is turned when it is resampled.
+
+    FSL counts them along the axes of the voxels, and turns the first one over where the determinant of the affine is
+    positive. Of an affine transform the rotation next to it counts (finite strain).
+
+    Args:
+        gradients: of the moving series, ``(3, N)``.
+        transform: from points of the fixed image to points of the moving one.
+        moving: affine of the series (RAS, mm).
+        fixed: affine of the grid that it is resampled on.
+
+    Raises:
+        ValueError: the transform has no rotation that is the same everywhere.
+    """
+    parts = chains.flatten(transform)
+    if not all(part.IsLinear() for part in parts):
+        raise ValueError(
+            "gradients are one list for all voxels, but this transform turns each voxel otherwise: apply its linear "
+            "part to the series, or fit the model first and apply all of it to what was fitted."
+        )
+    matrix = np.eye(4)
+    for part in parts:
+        matrix = chains.matrix_of(part) @ matrix
+    if np.linalg.det(matrix[:3, :3]) < 0:
+        raise ValueError("the transform turns left into right, which no rotation of gradients does.")
+    rotation = linalg.polar(matrix[:3, :3])[0]
+    frames = []
+    for affine in (moving, fixed):
+        axes = affine[:3, :3] / spacing(affine)
+        frames.append(axes @ np.diag([-1.0 if np.linalg.det(axes) > 0 else 1.0, 1, 1]))
+    turned: NDArray[Any] = np.linalg.inv(frames[1]) @ rotation.T @ frames[0] @ gradients
+    return turned
+
+
+def _read_gradients(path: str | Path, count: int) -> NDArray[Any]:
+    try:
+        gradients = np.loadtxt(path, ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of gradients: {error}.") from error
+    if gradients.shape != (3, count):
+        raise ValueError(
+            f"{path} has {gradients.shape[0]} rows and {gradients.shape[1]} columns, but a series of {count} volumes "
+            f"has 3 rows of {count}."
+        )
+    return gradients
+
+
+def _check(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> Path:
+    if not str(output).endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{output} is no name for an image, which is saved as .nii or .nii.gz.")
+    check_output(Path(output), overwrite, inputs)
+    return Path(output)
+
+
+def apply_to_series(
+    transforms: Sequence[str],
+    moving: str | Path,
+    reference: str | Path,
+    output: str | Path,
+    *,
+    interpolation: str = "linear",
+    reference_series: int | None = None,
+    bvec: str | Path | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Resample all volumes of a series on the grid of a reference, one after the other: memory for one is enough.
+
+    Args:
+        transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
+        moving: NIfTI image ``(X, Y, Z, T)``.
+        reference: the fixed image, of which only the grid is used.
+        output: ``.nii`` or ``.nii.gz``, in float32.
+        interpolation: one of :data:`~voxelmorph_monai.maps.chains.INTERPOLATIONS`.
+        reference_series: number of the reference's DICOM series.
+        bvec: gradients of the series, in FSL's format: those of the output are written beside it (``.bvec``).
+        overwrite: replace ``output``.
+
+    Returns:
+        Residual in mm of the displacements that were inverted, 0 where none was.
+    """
+    target = _check(output, overwrite, [moving, reference, *transforms])
+    gradients_file = target.with_name(target.name.removesuffix(".gz").removesuffix(".nii") + ".bvec")
+    if bvec is not None:
+        check_output(gradients_file, overwrite, [bvec])
+    image, grid = _open(moving), _grid(reference, reference_series)
+    own = ImageGrid(image.shape[:3], image.affine)
+    found = _fitting(transforms, own, grid, (str(moving), str(reference)))
+    count = image.shape[3]
+    turned = None
+    if bvec is not None:
+        turned = turn_gradients(_read_gradients(bvec, count), found.transform, image.affine, grid.affine)
+    made = nib.Nifti1Image(np.zeros((1, 1, 1, 1), np.float32), grid.affine)
+    made.header.set_data_shape((*grid.size, count))
+    made.header["pixdim"][4] = image.header["pixdim"][4]
+    made.header.set_xyzt_units("mm", image.header.get_xyzt_units()[1])
+    for form in (made.set_sform, made.set_qform):
+        form(grid.affine, 2)
+    made.header["vox_offset"], made.header["magic"] = 352, b"n+1"
+    opened: Any = gzip.open if target.suffix == ".gz" else open
+    with atomic(target) as temporary, opened(temporary, "wb") as file:
+        file.write(made.header.binaryblock + bytes(4))
+        for t in range(count):
+            with reading(Path(moving)):
+                volume = np.asarray(image.dataobj[..., t], dtype=np.float32)
+            scan = Scan(volume, image.affine, f"{moving}, volume {t},")
+            warped = chains.resample_image(scan, found.transform, grid, interpolation)
+            file.write(warped.astype("<f4").tobytes(order="F"))
+    if turned is not None:
+        with atomic(gradients_file) as temporary:
+            np.savetxt(temporary, turned, fmt="%.8f")
+    return found.residual
+
+
+def apply_to_vectors(
+    transforms: Sequence[str],
+    moving: str | Path,
+    reference: str | Path,
+    output: str | Path,
+    *,
+    coordinates: str | None = None,
+    interpolation: str = "linear",
+    overwrite: bool = False,
+) -> float:
+    """Resample an image of vectors and turn them as the tissue is turned; unit vectors stay unit vectors.
+
+    Args:
+        transforms: as in :func:`apply_to_series`.
+        moving: NIfTI image ``(X, Y, Z, 3)`` or ``(X, Y, Z, 1, 3)``.
+        reference: as in :func:`apply_to_series`.
+        output: as in :func:`apply_to_series`, of the shape of ``moving``.
+        coordinates: axes of the vectors, ``"RAS"`` or ``"LPS"``; intents 1006 and 1007 tell it.
+        interpolation: as in :func:`apply_to_series`; ``"nearest"`` for directions whose sign means nothing.
+        overwrite: replace ``output``.
+
+    Returns:
+        As :func:`apply_to_series`.
+    """
+    target = _check(output, overwrite, [moving, reference, *transforms])
+    image, grid = _open(moving), _grid(reference)
+    shape = image.shape
+    if shape[3:] not in ((3,), (1, 3)):
+        raise ValueError(f"{moving} has shape {shape}, but an image of vectors has (X, Y, Z, 3) or (X, Y, Z, 1, 3).")
+    said = {1006: "RAS", 1007: "LPS"}.get(int(image.header["intent_code"]))
+    if said is None and coordinates not in ("RAS", "LPS"):
+        raise ValueError(
+            f"{moving} does not say along which axes its vectors count: say it (--coordinates RAS or LPS)."
+        )
+    if said is not None and coordinates not in (None, said):
+        raise ValueError(f"{moving} says that it is in {said}, which contradicts --coordinates {coordinates}.")
+    own = ImageGrid(shape[:3], image.affine)
+    found = _fitting(transforms, own, grid, (str(moving), str(reference)))
+    with reading(Path(moving)):
+        vectors = np.asarray(image.dataobj, dtype=np.float32).reshape(*shape[:3], 3)
+    in_lps = (said or coordinates) == "LPS"
+    if in_lps:
+        vectors = points_to_lps(vectors)
+    parts = [Scan(vectors[..., i], image.affine, f"{moving}, component {i},") for i in range(3)]
+    sampled = np.stack([chains.resample_image(part, found.transform, grid, interpolation) for part in parts], axis=-1)
+    ddf = chains.on_grid(found.transform, grid)
+    slopes = np.stack([np.stack(np.gradient(u), axis=-1) for u in ddf], axis=-2) + np.eye(3)  # (X, Y, Z, 3, 3)
+    axes = grid.affine[:3, :3]
+    turned = np.linalg.solve(axes @ slopes @ np.linalg.inv(axes), sampled[..., None])[..., 0]
+    lengths = np.linalg.norm(vectors, axis=-1)
+    if np.all((lengths < _UNIT) | (np.abs(lengths - 1) < _UNIT)):
+        length = np.linalg.norm(turned, axis=-1, keepdims=True)
+        turned = np.where(length > 0.5, turned / np.maximum(length, 0.5), 0.0)
+    if in_lps:
+        turned = points_to_lps(turned)
+    made = nib.Nifti1Image(turned.reshape(*grid.size, *shape[3:]).astype(np.float32), grid.affine)
+    made.header.set_intent(int(image.header["intent_code"]))
+    save_nifti(target, made)
+    return found.residual

@@ -1,0 +1,117 @@
+"""Apply transforms to surfaces and streamlines: files that hold many points and say in which space.
+
+They go the way of points: those made from the moving image go to the fixed one against the transform.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from voxelmorph_monai.affines import ImageGrid
+from voxelmorph_monai.io.images import open_volume
+from voxelmorph_monai.maps.files import read_chain
+from voxelmorph_monai.maps.names import check_output
+from voxelmorph_monai.maps.streamlines import move_streamlines
+from voxelmorph_monai.maps.surfaces import read_surface, save_surface
+from voxelmorph_monai.maps.vertices import Mover
+
+__all__ = ["apply_to_streamlines", "apply_to_surface"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def _grid(path: str | Path | None) -> ImageGrid | None:
+    if path is None:
+        return None
+    volume, affine = open_volume(path, planar=True)
+    return ImageGrid(volume.shape, affine)
+
+
+def _mover(
+    transforms: Sequence[str], shape: str | Path, output: str | Path, made_from: str, overwrite: bool
+) -> tuple[Mover, float]:
+    if made_from not in ("fixed", "moving"):
+        raise ValueError(f"'{made_from}' is no image that shapes are made from; choose from fixed, moving.")
+    if Path(shape).suffix.lower() != Path(output).suffix.lower():
+        raise ValueError(f"{output} does not end in '{Path(shape).suffix}', but shapes keep their format. Rename it.")
+    check_output(Path(output), overwrite, [shape, *transforms])
+    found = read_chain(transforms)
+    if found.spatial_dims == 2:
+        raise ValueError(f"{shape} is in 3-D, but the transforms are of 2-D images.")
+    return Mover(found.transform, made_from), found.residual
+
+
+def _tell(mover: Mover, shape: str | Path, what: str) -> None:
+    if mover.outside:
+        _LOGGER.warning(
+            "%s: %d %s lie beyond the grid of the displacement, where it continues with its border value.",
+            shape,
+            mover.outside,
+            what,
+        )
+
+
+def apply_to_surface(
+    transforms: Sequence[str],
+    surface: str | Path,
+    output: str | Path,
+    *,
+    made_from: str,
+    coordinates: str | None = None,
+    reference: str | Path | None = None,
+    volume: str | Path | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Move a surface from one image to the other; the output has the format of the input, and all else that is in it.
+
+    Args:
+        transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
+        surface: GIFTI, FreeSurfer's, VTK, STL or PLY (:mod:`~voxelmorph_monai.maps.surfaces`).
+        output: file of the same ending.
+        made_from: ``"fixed"``: along the transform, to the moving image; ``"moving"``: back, as the image goes.
+        coordinates: frame of a file that does not tell, ``"RAS"``, ``"LPS"`` or ``"tkr"``.
+        reference: the image in whose space the surface lies then; files of FreeSurfer describe it.
+        volume: the image that a surface in tkr RAS was made from, where its file does not describe it.
+        overwrite: replace ``output``.
+
+    Returns:
+        Residual of what was inverted numerically, in mm.
+    """
+    mover, residual = _mover(transforms, surface, output, made_from, overwrite)
+    found = read_surface(surface, coordinates, _grid(volume))
+    if found.note:
+        _LOGGER.warning("%s.", found.note)
+    moved = mover(found.points)
+    save_surface(output, found, moved, _grid(reference), mover.mirrors)
+    _tell(mover, surface, f"of {len(moved)} vertices")
+    return max(residual, mover.residual)
+
+
+def apply_to_streamlines(
+    transforms: Sequence[str],
+    streamlines: str | Path,
+    output: str | Path,
+    *,
+    made_from: str,
+    reference: str | Path | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Move streamlines from one image to the other, in memory that does not depend on their number.
+
+    Args:
+        transforms: as in :func:`apply_to_surface`.
+        streamlines: ``.trk``, ``.tck`` or ``.trx``.
+        output: file of the same ending.
+        made_from: as in :func:`apply_to_surface`.
+        reference: the image in whose space they lie then, which TRK needs and TRX describes.
+        overwrite: replace ``output``.
+
+    Returns:
+        Residual of what was inverted numerically, in mm.
+    """
+    mover, residual = _mover(transforms, streamlines, output, made_from, overwrite)
+    count = move_streamlines(streamlines, output, mover, _grid(reference))
+    if not count:
+        _LOGGER.warning("%s holds no streamlines.", streamlines)
+    _tell(mover, streamlines, "points")
+    return max(residual, mover.residual)

@@ -1,0 +1,224 @@
+"""What a registration gives: the warped scan, the maps both ways, how good they are, and the files of all that."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import in_plane
+from voxelmorph_monai.anatomy import load_anatomy
+from voxelmorph_monai.apps.outputs import check_output_folder
+from voxelmorph_monai.apps.shipped import shipped_bundle
+from voxelmorph_monai.io.atomic import atomic_folder
+from voxelmorph_monai.io.formats import scan_name
+from voxelmorph_monai.maps.grids import write_ends
+from voxelmorph_monai.maps.itk_files import save_linear
+from voxelmorph_monai.maps.spatial_map import SpatialMap
+from voxelmorph_monai.pages.checks import concerns
+from voxelmorph_monai.pages.registration import save_page
+from voxelmorph_monai.pages.views import Views
+from voxelmorph_monai.report import NAMES, Images, correlation, overlap, regularity, save_results, volume_change
+from voxelmorph_monai.space.alignment import header_map
+from voxelmorph_monai.space.resampling import resample
+from voxelmorph_monai.space.scan import Scan
+from voxelmorph_monai.space.template import WorkingGrid
+from voxelmorph_monai.threads import num_threads, run
+
+__all__ = ["FILES", "RegistrationResult", "write_result"]
+
+_NUM_POINTS = 100_000  # at which the inverse is checked
+
+FILES = {
+    **NAMES,
+    "warped": "warped.nii.gz",
+    "warped_labels": "warped_labels.nii.gz",
+    "affine": "affine.txt",
+    "forward": "forward.h5",
+    "inverse": "inverse.h5",
+}
+"""Names of the files of a registration."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegistrationResult:
+    """What :func:`~voxelmorph_monai.apps.register.register` finds.
+
+    Attributes:
+        moving: the moving scan.
+        fixed: the fixed scan.
+        warped: the moving scan on the grid of the fixed one.
+        forward: the map from points of the fixed scan to points of the moving one, which warps moving images.
+        inverse: the map back, which warps fixed images.
+        ddf: the whole forward map on the fixed grid, ``(3, X, Y, Z)`` in its voxels, affine part included.
+        seconds: duration of each stage.
+        grid: size and spacing that the displacement was found on; None if there is none.
+        moving_labels: label map of the moving scan, if there is one.
+        fixed_labels: label map of the fixed scan, if there is one.
+        warped_labels: the moving labels on the grid of the fixed scan, to the nearest voxel.
+        options: how it was registered, as the summary has it.
+        notes: what one should know of it, each a sentence.
+    """
+
+    moving: Scan
+    fixed: Scan
+    warped: Scan
+    forward: SpatialMap
+    inverse: SpatialMap
+    ddf: NDArray[np.float32]
+    seconds: dict[str, float]
+    grid: WorkingGrid | None
+    moving_labels: Scan | None
+    fixed_labels: Scan | None
+    warped_labels: Scan | None
+    options: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        seconds = f"{sum(self.seconds.values()):.1f} s"
+        return f"<RegistrationResult {scan_name(self.moving.name)} -> {scan_name(self.fixed.name)}, {seconds}>"
+
+    def _before(self, scan: Scan) -> Scan:
+        """A moving image or label map where its header puts it, on the fixed grid."""
+        outside, order = (0, 0) if scan is self.moving_labels else (scan.background, 1)  # labels have no background
+        return resample(scan, self.fixed.grid, header_map(scan, self.fixed), order, outside)
+
+    def _aligned(self, scan: Scan) -> Scan:
+        """A moving image or label map after the linear part of the map, on the fixed grid."""
+        outside, order = (0, 0) if scan is self.moving_labels else (scan.background, 1)
+        return resample(scan, self.fixed.grid, self.forward.linear, order, outside)
+
+    @cached_property
+    def aligned(self) -> Scan:
+        """The moving scan after the linear part of the map, on the fixed grid."""
+        return self._aligned(self.moving)
+
+    @cached_property
+    def volume_change(self) -> NDArray[Any]:
+        """Jacobian determinant of the whole forward map on the fixed grid, ``(X, Y, Z)``."""
+        return volume_change(self.ddf, self.fixed.affine)
+
+    def measures(self) -> dict[str, Any]:
+        """How good the registration is, over the fixed grid.
+
+        Returns:
+            ``dice`` (by label and ``mean``, 0 to 1; None without labels of both scans) and ``correlation_before``
+            (where the headers put the scans), ``_affine`` (after the alignment) and ``_after``;
+            ``folding_percent``, ``sdlogj``, ``inverse_consistency_mm``, the ``seconds`` of each stage, and
+            ``warnings``: what looks wrong, each with the ``check`` and a ``text``.
+        """
+        stages = {"before": self._before(self.moving), "affine": self.aligned, "after": self.warped}
+        correlations = run(lambda scan: correlation(scan.array, self.fixed.array), [*stages.values()], num_threads())
+        dice = None
+        if self.moving_labels is not None and self.fixed_labels is not None and self.warped_labels is not None:
+            moved = {
+                "before": self._before(self.moving_labels),
+                "affine": self._aligned(self.moving_labels),
+                "after": self.warped_labels,
+            }
+            dice = overlap({stage: scan.array for stage, scan in moved.items()}, self.fixed_labels.array)
+        found = {
+            "dice": dice,
+            **{f"correlation_{stage}": value for stage, value in zip(stages, correlations, strict=True)},
+            **regularity(self.ddf, self.volume_change),
+            "inverse_consistency_mm": self._inverse_consistency(),
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+        warnings = concerns(self, found, self.volume_change)
+        return {**found, "warnings": [warning._asdict() for warning in warnings]}
+
+    def report(self, path: str | Path, *, show_face: bool = False) -> None:
+        """Write one page, ``.html``, to look at: images to compare, numbers, warnings. It needs no other file.
+
+        Args:
+            path: of the page.
+            show_face: show whole heads; by default their faces are hidden.
+        """
+        summary = {**self.measures(), "options": dict(self.options)}
+        save_page(path, self._views(show_face), self.volume_change, summary)
+
+    def _views(self, show_face: bool) -> Views:
+        weights = shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt"
+        return Views(self, load_anatomy(weights) if not self.fixed.is_slice else None, show_face=show_face)
+
+    def _inverse_consistency(self) -> float:
+        """Mean distance (mm) by which the inverse misses where the forward map came from, over the fixed scan."""
+        array, affine = self.fixed.array, self.fixed.affine
+        inside = np.flatnonzero(array > self.fixed.background)
+        some = inside[:: max(1, len(inside) // _NUM_POINTS)]
+        points = np.stack(np.unravel_index(some, array.shape), axis=1) @ affine[:3, :3].T + affine[:3, 3]
+        again = self.inverse.apply(self.forward.apply(points))
+        return float(np.linalg.norm(again - points, axis=1).mean())
+
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, report: bool = True, show_face: bool = False
+    ) -> dict[str, Any]:
+        """Write the files of ``vxm register`` into a new folder, which appears whole or not at all.
+
+        Args:
+            folder: to write.
+            overwrite: let it take the place of an earlier registration.
+            report: write ``report.png`` and ``report.html``.
+            show_face: show whole heads there; by default their faces are hidden.
+
+        Returns:
+            The summary, :meth:`measures` and how the registration was made.
+
+        Raises:
+            FileExistsError, ValueError: the folder cannot be written, or writing it would harm something.
+        """
+        output = Path(folder).absolute()
+        check_output_folder(output, (), FILES.values(), overwrite)
+        summary = {**self.measures(), "options": dict(self.options)}
+        with atomic_folder(output) as temporary:
+            write_result(temporary, FILES, self, summary, report=report, show_face=show_face)
+        return summary
+
+
+def write_result(
+    folder: Path,
+    names: Mapping[str, str],
+    result: RegistrationResult,
+    summary: Mapping[str, Any],
+    *,
+    report: bool = True,
+    show_face: bool = False,
+) -> None:
+    """Write the files of a registration into a folder that exists."""
+    fixed, forward = result.fixed, result.forward
+    views = result._views(show_face) if report else None
+
+    def save_scans_and_maps() -> None:
+        result.warped.save(folder / names["warped"])
+        if result.warped_labels is not None:
+            result.warped_labels.save(folder / names["warped_labels"])
+        save_linear(folder / names["affine"], in_plane(forward.linear) if forward.spatial_dims == 2 else forward.linear)
+        forward.save(folder / names["forward"])
+        write_ends(folder / names["forward"], fixed.grid, result.moving.grid)
+        result.inverse.save(folder / names["inverse"])
+        write_ends(folder / names["inverse"], result.moving.grid, fixed.grid)
+
+    with ThreadPoolExecutor(1) as pool:  # beside the picture, which matplotlib draws in one thread: 1 s of wall clock
+        saving = pool.submit(save_scans_and_maps)
+        # What lies between the fixed and the affinely aligned image, which are drawn.
+        bend = forward._replace(post=np.linalg.inv(forward.pre)).on_grid(fixed.grid)
+        save_results(
+            folder,
+            None if views is None else Images(*views.drawn()),
+            result.ddf,
+            fixed.affine,
+            summary,
+            bend=bend,
+            determinant=result.volume_change,
+            slices=None if views is None else views.starts(),
+            names=names,
+            spatial_dims=fixed.spatial_dims,
+        )
+        if views is not None:
+            save_page(folder / names["page"], views, result.volume_change, summary)
+        saving.result()

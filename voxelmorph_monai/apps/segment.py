@@ -1,0 +1,165 @@
+"""Segment the anatomy of heads: from files to files."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from voxelmorph_monai.anatomy import STRUCTURES, load_anatomy, segment
+from voxelmorph_monai.anatomy_transforms import SEGMENTATION_FILES, save_anatomy
+from voxelmorph_monai.apps.shipped import choose_device, shipped_bundle
+from voxelmorph_monai.io.atomic import atomic, atomic_folder, require_replaceable
+from voxelmorph_monai.io.formats import scan_name
+from voxelmorph_monai.io.tables import read_table
+from voxelmorph_monai.space.scan import Scan
+
+__all__ = ["BRAIN", "Segmented", "by_name", "read_list", "segment_file", "segment_files"]
+
+_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".nrrd", ".mha", ".mhd")
+
+BRAIN = "brain.nii.gz"
+"""The file with the scan as it was, but 0 outside the brain."""
+
+
+def segment_file(
+    scan: str | Path,
+    output: str | Path,
+    *,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Segment a scan and write what was found.
+
+    Args:
+        scan: file or DICOM folder.
+        output: new folder for labels, brain mask, brain, volumes and colours; or a NIfTI file for the labels only.
+        weights: of the network (default: those of the bundle ``brain_anatomy_segmentation``).
+        device: to compute on (default: a GPU if there is one).
+        overwrite: replace ``output``.
+
+    Raises:
+        FileNotFoundError: there is no such scan, or there are no such weights.
+        FileExistsError: the output is there already.
+        ValueError: it is no scan, or there is no head in it.
+    """
+    output = Path(output)
+    only_labels = output.name.endswith((".nii", ".nii.gz"))
+    if not only_labels:
+        require_replaceable(output, overwrite, "a segmentation", (*SEGMENTATION_FILES, BRAIN))
+    elif output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already: name another file, or replace it (--overwrite).")
+    image = Scan.read(scan)
+    network = load_anatomy(weights or shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt")
+    found = segment(image, network.to(choose_device(device)))
+    if only_labels:
+        found.labels.save(output)
+        return
+    with atomic_folder(output) as folder:
+        save_anatomy(folder, found.labels, found.volumes)
+        shown = np.where(found.mask.array > 0, image.array, np.float32(image.background))
+        image.like(shown).save(folder / BRAIN)
+
+
+class Segmented(NamedTuple):
+    """What :func:`segment_files` did.
+
+    Attributes:
+        table: path of ``volumes.csv``.
+        num_skipped: how many scans an earlier call had segmented.
+        errors: reason by name, for the scans that failed.
+    """
+
+    table: Path
+    num_skipped: int
+    errors: dict[str, str]
+
+
+def read_list(path: str | Path) -> dict[str, Path]:
+    """Scans by name, from a CSV file with the column ``scan`` and maybe ``name``; paths are relative to its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such list; the message says in which line.
+    """
+    columns, rows = read_table(Path(path), "a list of scans")
+    if not {"scan"} <= set(columns) <= {"scan", "name"} or not rows:
+        raise ValueError(f"{path} has the columns {', '.join(columns)}. Give scan and, if you like, name, and scans.")
+    scans: dict[str, Path] = {}
+    for line, row in rows:
+        cells = dict(zip(columns, row, strict=False))
+        if len(row) != len(columns) or not cells["scan"]:
+            raise ValueError(f"{path}, line {line}: {len(columns)} cells, of which one names a scan, make a line.")
+        _add(scans, cells.get("name"), Path(path).parent / cells["scan"], f"{path}, line {line}")
+    return scans
+
+
+def _add(scans: dict[str, Path], name: str | None, scan: Path, where: str) -> None:
+    name = name or scan_name(str(scan))
+    if name in scans:
+        raise ValueError(f"{where}: another scan is called {name} too. Give each a name of its own, by a list.")
+    if Path(name).name != name or name in ("..", "volumes.csv"):
+        raise ValueError(f"{where}: {name} cannot be the name of a folder.")
+    scans[name] = scan
+
+
+def segment_files(
+    scans: Mapping[str, Path],
+    output: str | Path,
+    *,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> Segmented:
+    """Segment many scans, each into a folder of its own, and put their volumes into one table, ``volumes.csv``.
+
+    Called again it goes on: a folder that is complete stays as it is. A scan that fails does not stop the others.
+
+    Args:
+        scans: files or DICOM folders by the names of the folders that they get.
+        output: folder of the folders.
+        weights: as for :func:`segment_file`.
+        device: as there.
+        overwrite: segment all of them again.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    errors: dict[str, str] = {}
+    skipped = 0
+    for name, scan in tqdm(scans.items(), "segment", unit="scan", disable=None):
+        if not overwrite and all((output / name / file).exists() for file in SEGMENTATION_FILES):
+            skipped += 1
+            continue
+        try:
+            segment_file(scan, output / name, weights=weights, device=device, overwrite=overwrite)
+        except (ValueError, OSError) as error:
+            errors[name] = " ".join(str(error).split())
+    structures = [structure.name for structure in STRUCTURES]
+    table = output / "volumes.csv"
+    with atomic(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.DictWriter(file, ["name", "scan", "reason", *structures], lineterminator="\n")
+        rows.writeheader()
+        for name, scan in scans.items():
+            row: dict[str, object] = {"name": name, "scan": scan, "reason": errors.get(name, "")}
+            if name not in errors:
+                with (output / name / "volumes.csv").open(encoding="utf-8", newline="") as volumes:
+                    row |= {each["structure"]: each["volume_mm3"] for each in csv.DictReader(volumes)}
+            rows.writerow(row)
+    return Segmented(table, skipped, errors)
+
+
+def by_name(scans: list[Path]) -> dict[str, Path]:
+    """Scans by the names of their files; a folder without DICOM files stands for the scans in it.
+
+    Raises:
+        ValueError: two have the same name, or a folder holds no scan.
+    """
+    found: dict[str, Path] = {}
+    for scan in scans:
+        inside = sorted(p for p in scan.glob("*") if p.name.endswith(_SUFFIXES)) if scan.is_dir() else []
+        for each in inside or [scan]:
+            _add(found, None, each, str(each))
+    return found

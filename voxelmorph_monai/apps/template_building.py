@@ -1,0 +1,269 @@
+r"""Build the template of a group: the scan that all of them have in the middle.
+
+Each round registers all scans to the current template, as ``vxm register --list`` does, and makes the next one: the
+shape is corrected by the mean of the linear maps and the mean of the velocities, the scans are resampled once, from
+their own grids to the corrected shape, and their intensities are averaged without outliers and sharpened a little
+(Avants et al., NeuroImage 2010). In round 0 the scans are only aligned, with the first of them or MNI152.
+
+Scans are taken in the order of a hash of their voxels: neither the order of the list nor a name changes the result.
+What a round needs lies in its folder, whole or not at all, so that a call that was killed is taken up where it stopped.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from voxelmorph_monai.affines import Affine, apply_affine
+from voxelmorph_monai.apps.cohort import register_cohort
+from voxelmorph_monai.apps.options import Options
+from voxelmorph_monai.apps.register import padded_field
+from voxelmorph_monai.blocks import integrate
+from voxelmorph_monai.groupwise import logarithm
+from voxelmorph_monai.io.atomic import atomic, write_json
+from voxelmorph_monai.io.tables import read_table
+from voxelmorph_monai.maps.chains import chain, chain_of_map, matrix_of, on_grid
+from voxelmorph_monai.maps.displacements import read_displacement
+from voxelmorph_monai.maps.files import read_transform
+from voxelmorph_monai.maps.spatial_map import SpatialMap, warp_scan
+from voxelmorph_monai.report import correlation
+from voxelmorph_monai.space.middle import grid_around, linear_mean
+from voxelmorph_monai.space.resampling import rescale
+from voxelmorph_monai.space.scan import Scan
+from voxelmorph_monai.space.template import mni152
+
+__all__ = ["build_template"]
+
+_OUTSIDE = -1.0  # marks where a scan shows nothing; intensities are 0 or more
+_OUTLIER = 3.0  # standard deviations, by the median absolute one, beyond which an intensity is left out
+_SHARPEN = 0.5  # of what a voxel differs by from its surroundings, added
+_SLAB = 8  # planes that are averaged together
+
+
+class _Member(NamedTuple):
+    """A scan of the group; ``name`` is a hash of its voxels."""
+
+    name: str
+    image: Path
+    labels: Path | None
+
+
+def _read_members(path: Path) -> list[_Member]:
+    """Scans of a list, ordered by their voxels."""
+    columns, rows = read_table(path, "a list of scans")
+    if not {"image"} <= set(columns) <= {"image", "labels", "name"}:
+        raise ValueError(f"{path} has the columns {', '.join(columns) or 'none'}; it needs image, and may have labels.")
+    members = []
+    for line, row in rows:
+        cells = dict(zip(columns, row, strict=False))
+        if len(row) != len(columns) or not cells.get("image"):
+            raise ValueError(f"{path}, line {line}, does not have the {len(columns)} cells of its header.")
+        image = (path.parent / cells["image"]).absolute()
+        labels = (path.parent / cells["labels"]).absolute() if cells.get("labels") else None
+        scan = Scan.read(image)
+        if scan.is_slice:
+            raise ValueError(f"{image} is a slice; a template is made of volumes.")
+        digest = hashlib.sha256(scan.array.tobytes() + scan.affine.tobytes()).hexdigest()[:16]
+        members.append(_Member(digest, image, labels))
+    members.sort()
+    twice = [a for a, b in pairwise(members) if a.name == b.name]
+    if twice:
+        raise ValueError(f"{path} lists {twice[0].image} twice, or a copy of it, which would count double.")
+    if len(members) < 2:
+        raise ValueError(f"{path} lists {len(members)} scans; a group has two or more.")
+    if len({member.labels is None for member in members}) > 1:
+        raise ValueError(f"{path} has labels of some scans only: give those of all, or of none.")
+    return members
+
+
+def _velocity(folder: Path, aligned_only: bool) -> tuple[Affine, Tensor | None]:
+    """Linear part of a registration, and the velocity on the template's grid of what comes before it."""
+    linear = matrix_of(read_transform(folder / "affine.txt"))
+    if aligned_only:
+        return linear, None
+    ddf, affine = read_displacement(folder / "displacement.nii.gz")
+    index = np.indices(ddf.shape[1:], dtype=np.float64)
+    bend = apply_affine(np.linalg.inv(affine) @ np.linalg.inv(linear) @ affine, index + ddf) - index
+    return linear, logarithm(torch.from_numpy(bend.astype(np.float32))[None])
+
+
+def _robust_mean(stack: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean over the first axis of what is inside its scan and no outlier; 0 where no scan shows anything."""
+    seen = np.where(stack > _OUTSIDE / 2, stack, np.nan)
+    nothing = np.isnan(seen).all(0)
+    seen[:, nothing] = 0.0
+    middle = np.nanmedian(seen, axis=0)
+    off = np.abs(seen - middle)
+    limit = _OUTLIER * 1.4826 * np.nanmedian(off, axis=0) + 0.02  # two scans of one value are no reason to drop a third
+    mean: NDArray[np.float32] = np.nanmean(np.where(off <= limit, seen, np.nan), axis=0)
+    return mean.astype(np.float32)
+
+
+def _sharpened(mean: NDArray[np.float32]) -> NDArray[np.float32]:
+    sharp = mean + _SHARPEN * (mean - ndimage.gaussian_filter(mean, 1.0))
+    return np.asarray(np.clip(sharp, 0, mean.max()), dtype=np.float32)
+
+
+def _label_numbers(members: Sequence[_Member]) -> list[int]:
+    return sorted(
+        set().union(*(np.unique(Scan.read_labels(each.labels).array).tolist() for each in members if each.labels))
+    )
+
+
+def _save_labels(shares: NDArray[np.float32], labels: Sequence[int], like: Scan, folder: Path) -> None:
+    """Write the most probable label of each voxel, and the probability of each label but 0."""
+    winner = np.stack([np.argmax(shares[:, x], axis=0) for x in range(like.shape[0])])
+    like.like(np.array(labels)[winner].astype(np.uint16)).save(folder / "template_labels.nii.gz")
+    (folder / "probabilities").mkdir(exist_ok=True)
+    for label, share in zip(labels, shares, strict=True):
+        if label:
+            like.like(np.array(share)).save(folder / "probabilities" / f"label_{label}.nii.gz")
+
+
+@contextmanager
+def _on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
+    """An array of zeros that need not fit into memory; it is gone afterwards."""
+    try:
+        yield np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only: bool, spacing: float | None) -> None:
+    """Write ``template.nii.gz`` of a round, from its registrations, and last ``round.json``."""
+    found = [_velocity(folder / "registered" / member.name, aligned_only) for member in members]
+    mean_linear = linear_mean([linear for linear, _ in found])
+    velocities = [velocity for _, velocity in found if velocity is not None]
+    middle = torch.stack(velocities).mean(0) if velocities else None
+    correction = SpatialMap(np.linalg.inv(mean_linear), np.eye(4))
+    if middle is not None:
+        correction = correction._replace(field=padded_field(integrate(-middle), template.affine))
+    scans = [rescale(Scan.read(member.image)) for member in members]  # all of them: the grid is around what they show
+    maps = [linear @ np.linalg.inv(mean_linear) for linear, _ in found]
+    grid = grid_around(scans, maps, spacing)
+    like = Scan(np.zeros(tuple(grid.size), np.float32), grid.affine, "template")
+    labels = _label_numbers(members)
+    with (
+        _on_disk(folder / "warped.npy", (len(members), *like.shape)) as stack,
+        _on_disk(folder / "shares.npy", (max(1, len(labels)), *like.shape)) as shares,
+    ):
+        for i, (member, scan) in enumerate(zip(members, scans, strict=True)):
+            forward = read_transform(folder / "registered" / member.name / "forward.h5")
+            ddf = on_grid(chain([chain_of_map(correction), forward]), grid)
+            stack[i] = warp_scan(scan, ddf, like, outside=_OUTSIDE).array
+            given = Scan.read_labels(member.labels) if member.labels else None
+            for share, label in zip(shares, labels, strict=False):
+                one = given.like((given.array == label).astype(np.float32)) if given else scan
+                share += warp_scan(one, ddf, like, outside=float(label == 0)).array / len(members)
+        slabs = [slice(x, x + _SLAB) for x in range(0, like.shape[0], _SLAB)]
+        mean = np.concatenate([_robust_mean(np.array(stack[:, slab])) for slab in slabs])
+        likeness = [correlation(np.maximum(each, 0), mean) for each in stack]
+        like.like(mean).save(folder / "mean.nii.gz")
+        if labels:
+            _save_labels(shares, labels, like, folder)
+    like.like(_sharpened(mean)).save(folder / "template.nii.gz")
+    bend = None if middle is None else padded_field(integrate(middle), template.affine)
+    # the whole map: a linear part and a bent one make up for each other
+    mean_map = SpatialMap(np.eye(4), mean_linear, bend).on_grid(template.grid)
+    off = np.linalg.norm(mean_map, axis=0)[template.array > template.array.mean()] * float(template.spacing.mean())
+    write_json(
+        folder / "round.json",
+        {
+            "mean_displacement_mm": float(off.mean()),
+            "correlation": float(np.mean(likeness)),
+        },
+    )
+
+
+def _same_group(output: Path, told: dict[str, Any]) -> None:
+    """Raise ValueError unless ``output`` is new, empty, or of the same scans and options; leave them there."""
+    from_before = output / "template.json"
+    if from_before.exists():
+        if json.loads(from_before.read_text()) != told:
+            raise ValueError(f"{output} holds a template of other scans or options: name another folder.")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} holds other things: name a new folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(from_before, told)
+
+
+def build_template(
+    scans: str | Path,
+    output: str | Path,
+    *,
+    rounds: int = 4,
+    steps: int = 20,
+    similarity: str = "lncc",
+    start: str = "scans",
+    spacing: float | None = None,
+    jobs: int | None = None,
+    scheduler: str | None = None,
+) -> Path:
+    """Build the template of the scans of a list in the folder ``output``, or go on where an earlier call stopped.
+
+    It gets ``template.nii.gz`` in intensities from 0 to about 1 (the 99.5th percentile of each scan is 1),
+    ``mean.nii.gz`` before it is sharpened, with labels ``template_labels.nii.gz``, and a folder for each round with its
+    registrations (``report.png`` of each), its own template, with labels their ``probabilities/``, and ``round.json``:
+    how far the shape was corrected, and how alike the scans are to their mean.
+
+    Args:
+        scans: CSV file with a column ``image``, and maybe ``labels``; paths are relative to its folder.
+        output: folder to write.
+        rounds: of deformable registration, after one of alignment.
+        steps: of the refinement at each resolution; not a time, so that every run gives the same.
+        similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
+        start: ``"scans"``: from nothing else; ``"mni152"``: skull-stripped brains are aligned with that first.
+        spacing: side of a voxel of the template in mm (default: that of the finest scan).
+        jobs: as in :func:`~voxelmorph_monai.apps.cohort.register_cohort`.
+        scheduler: as there.
+
+    Returns:
+        Path of the template.
+
+    Raises:
+        ValueError: a scan, the list or an option cannot be used, or a registration failed; the message says which.
+    """
+    if start not in ("scans", "mni152"):
+        raise ValueError(f"start is '{start}'. Choose scans or mni152.")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}. Give 1 or more.")
+    members, output = _read_members(Path(scans)), Path(output).absolute()
+    told = {"scans": [member.name for member in members], "rounds": rounds, "steps": steps, "similarity": similarity}
+    _same_group(output, told | {"start": start, "spacing": spacing})
+    first = output / "start.nii.gz"
+    if not first.exists():
+        (mni152() if start == "mni152" else rescale(Scan.read(members[0].image))).save(first)
+    template = first
+    for number in range(rounds + 1):
+        folder = output / f"round_{number}"
+        if not (folder / "round.json").exists():
+            folder.mkdir(exist_ok=True)
+            lines = [f"{member.name},{member.image},{template}" for member in members]
+            with atomic(folder / "pairs.csv") as temporary:
+                temporary.write_text("\n".join(["name,moving,fixed", *lines]) + "\n", encoding="utf-8")
+            options = Options(weights="none", refine=number > 0, steps=steps, similarity=similarity, space="fixed")
+            done = register_cohort(
+                folder / "pairs.csv", folder / "registered", jobs=jobs, scheduler=scheduler, options=options
+            )
+            if done.errors:
+                name, reason = next(iter(sorted(done.errors.items())))
+                image = next(member.image for member in members if member.name == name)
+                raise ValueError(f"{image} and {len(done.errors) - 1} others cannot be registered: {reason}")
+            _next(members, Scan.read(template), folder, number == 0, spacing)
+        template = folder / "template.nii.gz"
+    for name in ("template.nii.gz", "mean.nii.gz", "template_labels.nii.gz"):
+        if (template.parent / name).exists():
+            with atomic(output / name) as temporary:
+                shutil.copyfile(template.parent / name, temporary)
+    return output / "template.nii.gz"
