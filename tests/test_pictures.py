@@ -58,7 +58,7 @@ def draw(tmp_path, monkeypatch):
         path = tmp_path / "report.png"
         save_registration_picture(path, *oriented(codes, images, ddf, determinant), title="what it is")
         assert [entry.name for entry in tmp_path.iterdir()] == ["report.png"]
-        panels = np.array(saved[-1].axes[:21]).reshape(3, 7)
+        panels = np.array(saved[-1].axes[:21]).reshape(3, 7)[::-1]  # the axial slice is on top
         return panels, matplotlib.image.imread(path)[..., :3]
 
     return draw
@@ -92,14 +92,23 @@ def test_head_up_nose_up_left_on_the_left(draw, codes):
     images = [head() * (1 + rows[axis] / SIZE[axis]) for axis in range(3)]  # brighter to the right, in front, above
     panels, _ = draw(images, codes=codes)
     for axis, (across, up) in enumerate(PLANES):
+        seen = shown(panels[axis, axis]).T  # up goes along the rows; only along this axis no two slices are equal
+        (place,) = [k for k in range(SIZE[axis]) if np.array_equal(seen, np.take(images[axis], k, axis))]
+        assert 0.3 < place / (SIZE[axis] - 1) < (0.42 if axis == 0 else 0.6)  # through a hemisphere, not the fissure
         for column, image in enumerate(images):
-            middle = np.take(image, SIZE[axis] // 2, axis)
-            assert np.array_equal(shown(panels[axis, column]), middle.T)  # up goes along the rows
+            assert np.array_equal(shown(panels[axis, column]).T, np.take(image, place, axis))
         ratio = AFFINE[up, up] / AFFINE[across, across]
         assert panels[axis, 0].get_aspect() == pytest.approx(ratio)
         letters = {text.get_text(): text.get_position()[0] for text in panels[axis, 0].texts}
-        assert letters.keys() == (set() if axis == 0 else {"L", "R"})
-        assert not letters or letters["L"] < 0.5 < letters["R"]
+        left, right = "PA" if axis == 0 else "LR"
+        assert letters.keys() == {left, right, "50 mm"}
+        assert letters[left] < 0.5 < letters[right]
+        (bar,) = panels[axis, 0].lines
+        width = np.ptp(panels[axis, 0].get_xlim()) * AFFINE[across, across]
+        assert np.ptp(bar.get_xdata()) * width == pytest.approx(50)
+        frame = np.array([panels[axis, 0].get_xlim(), panels[axis, 0].get_ylim()])
+        body = [np.ptp(np.flatnonzero(shown(panels[axis, 0]).any(axis=k))) + 1 for k in (0, 1)]
+        assert (np.array(body) > 0.7 * np.ptp(frame, axis=1)).all()  # little is drawn around the body
 
 
 def test_differences_are_to_the_fixed_image(draw):
@@ -136,11 +145,11 @@ def test_grid_lies_where_the_map_takes_it(draw, codes):
 
 def test_folds_are_red_and_volumes_symmetric(draw):
     determinant = np.ones(SIZE)
-    for index, value in enumerate([-0.5, 0.0, 0.01, 0.5, 2.0, 100.0]):
+    for index, value in enumerate([-0.5, 0.0, 0.01, 0.5, 2.0, 100.0], start=6):
         determinant[index] = value
     panels, pixels = draw([head()] * 3, determinant=determinant)
     image = panels[2, 6].images[0]
-    colours = image.to_rgba(image.get_array())[0, :7, :3]  # from left to right
+    colours = image.to_rgba(image.get_array())[0, 6:13, :3]  # from left to right
     assert np.array_equal(colours[:2], [[1, 0, 0]] * 2)
     assert not np.array_equal(colours[2], [1, 0, 0])
     assert colours[6] == pytest.approx([0.97] * 3, abs=0.02)  # white: the volume is kept

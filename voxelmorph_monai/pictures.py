@@ -1,42 +1,60 @@
 """Pictures of a registration, for people who would rather look than read."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 
-from voxelmorph_monai.files import atomic
-from voxelmorph_monai.spaces import spacing
+from voxelmorph_monai.affines import spacing
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.pages.views import shown_box
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 __all__ = ["save_box_plot", "save_registration_picture"]
 
+matplotlib, figures, effects = lazy("matplotlib"), lazy("matplotlib.figure"), lazy("matplotlib.patheffects")
+
 Array = NDArray[np.floating]
-_COLUMNS = ("moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "Jacobian determinant")
+_COLUMNS = ("moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "change of volume")
 _LINES = 30  # of the deformed grid, along the longer side of a slice
+_PLACES = (0.35, 0.45, 0.55)  # of what is shown, from the left, the back and below: a hemisphere, not the fissure
 _RANGE = 1.5  # shown of the determinant's logarithm to the base of 2
-_VOLUME = colormaps["PuOr"].with_extremes(under="red")
 
 
 def _slice(volume: Array, axis: int, index: int) -> Array:
     """Slice ``(..., rows, columns)`` of ``(..., X, Y, Z)`` in RAS, drawn head (or nose) up, left on the left."""
-    return np.swapaxes(np.take(volume, index, axis=volume.ndim - 3 + axis), -1, -2)
+    return np.swapaxes(np.moveaxis(volume, axis - 3, 0)[index], -1, -2)  # np.take would copy the volume first
 
 
-def _draw_grid(axes: Axes, displacement: Array) -> None:
+def _draw_grid(axes: "Axes", displacement: Array) -> None:
     """Draw where the map takes the rows and columns of the fixed image: ``displacement`` ``(2, rows, columns)``."""
     rows, columns = np.indices(displacement.shape[1:])
     x, y = columns + displacement[0], rows + displacement[1]
     step = max(1, max(rows.shape) // _LINES)
     axes.plot(x[::step].T, y[::step].T, color="gold", linewidth=0.5)
     axes.plot(x[:, ::step], y[:, ::step], color="gold", linewidth=0.5)
-    axes.set(xlim=(-0.5, columns.max() + 0.5), ylim=(-0.5, rows.max() + 0.5))  # the frame of the image below
+
+
+def _mark(axes: "Axes", sides: str, side: float) -> None:
+    """Say which sides an image shows on the left and on the right, and how long it is; ``side``: of a pixel, mm."""
+    look: dict[str, Any] = {
+        "color": "white",
+        "transform": axes.transAxes,
+        "path_effects": [effects.withStroke(linewidth=2, foreground="black")],
+    }
+    axes.text(0.03, 0.5, sides[0], ha="left", va="center", **look)
+    axes.text(0.97, 0.5, sides[1], ha="right", va="center", **look)
+    width = float(np.ptp(axes.get_xlim())) * side
+    bar = next((mm for mm in (50, 20, 10, 5, 2, 1) if mm < 0.5 * width), 0.5 * width)
+    axes.plot([0.96 - bar / width, 0.96], [0.04, 0.04], linewidth=2, scalex=False, scaley=False, clip_on=False, **look)
+    axes.text(0.96, 0.06, f"{bar:g} mm", ha="right", va="bottom", fontsize=9, **look)
 
 
 def _log2(determinant: Array) -> Array:
@@ -45,21 +63,22 @@ def _log2(determinant: Array) -> Array:
 
 
 def _draw_slices(
-    panels: Sequence[Axes], at: Sequence[Array], displacement: Array, aspect: float, bright: float
+    panels: "Sequence[Axes]", at: Sequence[Array], displacement: Array, aspect: float, bright: float
 ) -> None:
     """Draw one row of the picture: slices ``at`` of moving, fixed, warped and determinant, and the deformed grid."""
     moving, fixed, warped, determinant = at
-    show = partial(Axes.imshow, origin="lower", aspect=aspect)
-    grey = partial(show, cmap="gray", vmin=0, vmax=bright)
-    difference = partial(show, cmap="RdBu_r", vmin=-bright, vmax=bright)
-    grey(panels[0], moving)
-    grey(panels[1], fixed)
-    grey(panels[2], warped)
-    difference(panels[3], moving - fixed)
-    difference(panels[4], warped - fixed)
-    grey(panels[5], moving / 2)
+    show: dict[str, Any] = {"origin": "lower", "aspect": aspect}
+    grey = show | {"cmap": "gray", "vmin": 0, "vmax": bright}
+    difference = show | {"cmap": "RdBu_r", "vmin": -bright, "vmax": bright}
+    volume = matplotlib.colormaps["PuOr"].with_extremes(under="red")
+    panels[0].imshow(moving, **grey)
+    panels[1].imshow(fixed, **grey)
+    panels[2].imshow(warped, **grey)
+    panels[3].imshow(moving - fixed, **difference)
+    panels[4].imshow(warped - fixed, **difference)
+    panels[5].imshow(moving / 2, **grey)
     _draw_grid(panels[5], displacement)
-    show(panels[6], _log2(determinant), cmap=_VOLUME, vmin=-_RANGE, vmax=_RANGE)
+    panels[6].imshow(_log2(determinant), **show, cmap=volume, vmin=-_RANGE, vmax=_RANGE)
 
 
 def _to_ras(affine: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -80,8 +99,9 @@ def save_registration_picture(
     determinant: Array,
     affine: NDArray[np.float64],
     title: str = "",
+    slices: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG of three middle slices: moving, fixed, warped, what they differ by, deformed grid, change of volume.
+    """Write a PNG of three slices: moving, fixed, warped, what they differ by, deformed grid, change of volume.
 
     Of a slice, one of whose axes has length 1, it shows that. The deformed grid lies on the moving image: its lines are
     where the fixed image's rows and columns look.
@@ -95,37 +115,44 @@ def save_registration_picture(
         determinant: ``(X, Y, Z)``, of the Jacobian; 1 keeps the volume, and what folds (<= 0) is drawn red.
         affine: of the fixed grid (RAS, mm), so that right is drawn right whatever the orientation of the arrays.
         title: a line above.
+        slices: numbers of the sagittal, coronal and axial one, from the left, the back and below (default: through the
+            left hemisphere, where a sagittal slice shows more than in the fissure, and through the middle).
     """
     change, source = _to_ras(affine)
     volumes: Sequence[Array] = [apply_orientation(v, change) for v in (moving, fixed, warped, determinant)]
-    field = np.stack([sign * apply_orientation(ddf[old], change) for old, sign in source])
+    field = [apply_orientation(ddf[old], change) for old, _ in source]
     fixed = volumes[1]
     size = spacing(affine)[source[:, 0]]
-    middle = [int(np.round(c)) for c in np.argwhere(fixed > 0.1 * fixed.max()).mean(axis=0)]
+    box = shown_box(fixed, 0.1 * float(fixed.max()))
+    if slices is None:
+        slices = [round(low + part * (high - low)) for part, (low, high) in zip(_PLACES, box, strict=True)]
     bright = float(np.percentile(fixed[fixed > 0], 99.5))  # a few bright vessels would leave the brain in the dark
-    shown = [axis for axis in range(3) if fixed.shape[axis] == 1] or [0, 1, 2]
-    figure = Figure(figsize=(17.5, 2.8 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 7, squeeze=False)
+    margin = np.ceil(0.05 * (box[:, 1] - box[:, 0])) + 0.5  # half a voxel: whole ones are drawn
+    frames = box + margin[:, None] * [-1, 1]
+    sides = (frames[:, 1] - frames[:, 0]) * size
+    shown = [axis for axis in range(3) if fixed.shape[axis] == 1] or [2, 1, 0]
+    heights = [sides[1 if axis == 2 else 2] / sides[1 if axis == 0 else 0] for axis in shown]
+    figure = figures.Figure(figsize=(17.5, 2.35 * sum(heights) + 0.75), layout="constrained")
+    panels = figure.subplots(len(shown), 7, squeeze=False, height_ratios=heights)
     for panel, name in zip(panels[0], _COLUMNS, strict=True):
         panel.set_title(name, fontsize=11)
     for axis, row in zip(shown, panels, strict=True):
         across, up = (a for a in range(3) if a != axis)
-        at = [_slice(v, axis, middle[axis]) for v in volumes]
-        displacement = _slice(field, axis, middle[axis])[[across, up]]
+        at = [_slice(v, axis, slices[axis]) for v in volumes]
+        displacement = np.stack([source[a, 1] * _slice(field[a], axis, slices[axis]) for a in (across, up)])
         _draw_slices(row, at, displacement, size[up] / size[across], bright)
-        if across == 0:
-            for x, side in ((0.04, "L"), (0.9, "R")):
-                row[0].text(x, 0.04, side, color="white", transform=row[0].transAxes)
         for panel in row:
+            panel.set(xlim=frames[across], ylim=frames[up])
             panel.set_axis_off()
+        _mark(row[0], "PA" if across == 1 else "LR", size[across])
     bar = figure.colorbar(panels[0, 6].images[0], ax=panels[:, 6], shrink=0.6, ticks=[-1, 0, 1], extend="min")
-    bar.ax.set_yticklabels(["½", "1", "2"])
+    bar.ax.set_yticklabels(["-50 %", "0", "+100 %"])
     figure.suptitle(title, fontsize=12)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=80)
 
 
-def save_box_plot(path: str | Path, series: Mapping[str, pd.DataFrame], *, label: str, title: str = "") -> None:
+def save_box_plot(path: str | Path, series: "Mapping[str, pd.DataFrame]", *, label: str, title: str = "") -> None:
     """Write a PNG of box plots side by side: a box for each column of each of the ``series``.
 
     A box spans the quartiles, its line is the median, whiskers reach to the last value within 1.5 times the box, what
@@ -138,7 +165,7 @@ def save_box_plot(path: str | Path, series: Mapping[str, pd.DataFrame], *, label
         title: a line above.
     """
     columns = next(iter(series.values())).columns
-    figure = Figure(figsize=(2.5 + 0.25 * len(columns) * (1 + len(series)), 5.5), layout="constrained")
+    figure = figures.Figure(figsize=(2.5 + 0.25 * len(columns) * (1 + len(series)), 5.5), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(columns))
     width = 0.8 / len(series)

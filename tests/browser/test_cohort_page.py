@@ -1,0 +1,165 @@
+"""The index of many registrations, in a real browser, from a file."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser.chromium import Open, serious
+from tests.pages.test_index import add, summary
+from voxelmorph_monai.pages.cohort import save_index
+
+MANY = 2000
+
+
+def icon(folder: Path) -> None:
+    Image.fromarray(np.zeros((30, 60), np.uint8)).save(folder / "report.png")
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        add(tmp_path, f"sub-{i:02}", summary(0.4 if i == 5 else 0.8 + 0.001 * i, sdlogj=rng.normal(0.3, 0.01)))
+        icon(tmp_path / f"sub-{i:02}")
+    add(tmp_path, 'Zoë "<b>&', summary(None))
+    (tmp_path / "cohort.csv").write_text("name,status,reason\nlost,failed,no brain in it\n", encoding="utf-8")
+    for path in tmp_path.glob("*/report.html"):
+        path.write_text(path.read_text(encoding="utf-8").replace("/9j/2Q==", "AAAA"), encoding="utf-8")
+    save_index(tmp_path)
+    return tmp_path / "index.html"
+
+
+def names(page: Any) -> list[str]:
+    found: list[str] = page.eval_on_selector_all("#pairs .name", "all => all.map((each) => each.textContent)")
+    return found
+
+
+def test_search_filter_and_sort(show: Open, cohort: Path) -> None:
+    page = show(cohort)
+    assert names(page)[0] == "lost"  # what failed is on top
+    assert len(names(page)) == 14
+    page.fill("#search", "sub-1")
+    assert names(page) == ["sub-10", "sub-11"]
+    page.fill("#search", "zoë")
+    assert names(page) == ['Zoë "<b>&']
+    page.fill("#search", "")
+    page.click('[data-sort="1"] button')  # Dice after
+    order = names(page)
+    assert order[:2] == ["sub-05", "sub-00"]
+    assert set(order[-2:]) == {"lost", 'Zoë "<b>&'}  # what has none comes last, either way
+    assert page.get_attribute('[data-sort="1"]', "aria-sort") == "ascending"
+    page.click('[data-sort="1"] button')
+    assert names(page)[0] == "sub-11"
+    assert set(names(page)[-2:]) == {"lost", 'Zoë "<b>&'}
+    page.click("text=Filter by measures")
+    page.fill('[data-high="1"]', "0.5")
+    assert names(page) == ["sub-05"]
+    page.fill('[data-high="1"]', "")
+    page.select_option("#which", "failed")
+    assert names(page) == ["lost"]
+    page.select_option("#which", "odd")
+    assert names(page) == ["sub-05"]
+    page.fill("#search", "nobody")
+    assert "No pair" in page.inner_text("#shown")
+
+
+def test_walk_decide_and_keep(show: Open, cohort: Path) -> None:
+    page = show(cohort)
+    page.keyboard.press("j")
+    assert page.inner_text("#detail-title") == "lost"
+    assert "no brain in it" in page.inner_text("#detail-body")
+    for key in "jja":
+        page.keyboard.press(key)
+    chosen = page.inner_text("#detail-title")
+    page.keyboard.press("j")
+    page.keyboard.press("r")
+    page.keyboard.press("n")
+    page.keyboard.type('left, "cut" jar')  # letters that are keys elsewhere
+    page.keyboard.press("Escape")
+    rejected = page.inner_text("#detail-title")
+    page.keyboard.press("k")
+    assert page.inner_text("#detail-title") == chosen
+    assert "1 accepted, 1 rejected, 12 undecided" in page.inner_text("#counts")
+    page.reload()
+    assert "1 accepted, 1 rejected, 12 undecided" in page.inner_text("#counts")
+    with page.expect_download() as download:
+        page.click("#export")
+    saved = cohort.with_name("saved.csv")
+    download.value.save_as(saved)
+    with saved.open(encoding="utf-8", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert rows[chosen]["decision"] == "accept"
+    assert rows[rejected]["decision"] == "reject"
+    assert rows[rejected]["note"] == 'left, "cut" jar'
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    assert "0 accepted, 0 rejected" in page.inner_text("#counts")
+    with saved.open("a", encoding="utf-8") as file:
+        file.write("stranger,accept,\nsub-00,perhaps,\n")
+    page.set_input_files("#import", saved)
+    page.wait_for_function("document.getElementById('message').textContent !== ''")
+    assert (
+        page.inner_text("#message")
+        == "2 decisions read, 1 of pairs that are not here, 1 that are neither accept nor reject."
+    )
+    assert "1 accepted, 1 rejected" in page.inner_text("#counts")
+    page.click(f'#pairs button:text-is("{rejected}")')
+    assert page.input_value("#note") == 'left, "cut" jar'
+    page.keyboard.press("r")  # once more takes it back
+    assert "1 accepted, 0 rejected" in page.inner_text("#counts")
+
+
+def test_plots(show: Open, cohort: Path) -> None:
+    page = show(cohort)
+    assert "12 pairs" in page.inner_text("#plot-text")
+    counted = page.eval_on_selector_all(
+        "#plot rect title", "all => all.map((t) => parseInt(t.textContent.split(': ')[1]))"
+    )
+    assert sum(counted) == 12
+    page.locator("#plot rect").first.click()
+    assert names(page) == ["sub-05"]
+    page.fill('[data-low="1"]', "")
+    page.fill('[data-high="1"]', "")
+    page.select_option("#up", "5")
+    assert page.locator("#plot circle").count() == 12
+    page.locator("#plot circle.odd").first.dispatch_event("click")
+    assert page.inner_text("#detail-title") == "sub-05"
+    assert page.locator("#picture img").get_attribute("src") == "sub-05/report.png"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light")])
+def test_nobody_is_kept_out(show: Open, cohort: Path, width: int, scheme: str) -> None:
+    page = show(cohort, width, color_scheme=scheme)
+    page.keyboard.press("j")
+    page.keyboard.press("a")
+    assert serious(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_thousands_stay_fluid(show: Open, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(MANY):
+        add(tmp_path, f"sub-{i:04}", summary(rng.normal(0.8, 0.02), sdlogj=rng.normal(0.3, 0.02)), page=False)
+    save_index(tmp_path)
+    assert (tmp_path / "index.html").stat().st_size < 2e6
+    page = show(tmp_path / "index.html")
+    assert len(names(page)) == 50
+    timed = """async (key) => {
+        const box = document.getElementById("search"), times = [];
+        for (const text of ["s", "su", "sub", "sub-", "sub-1", "sub-", ""]) {
+            const start = performance.now();
+            if (key) document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+            else { box.value = text; box.dispatchEvent(new Event("input")); }
+            document.body.getBoundingClientRect(); // laid out anew
+            times.push(performance.now() - start);
+        }
+        return Math.min(...times); // what else the machine does only adds
+    }"""
+    assert page.evaluate(timed, None) < 200  # ms
+    for key in ("j", "k", "a"):
+        assert page.evaluate(timed, key) < 200
+    assert "2000" in page.inner_text("#shown")

@@ -1,0 +1,333 @@
+"""What looks wrong about a registration, in plain words: checks that need no truth to compare with.
+
+They look at points on a lattice of a few millimetres over the fixed scan, so that they cost a fraction of a second. A
+registration that passes them may be wrong all the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine, apply_affine, inside
+from voxelmorph_monai.anatomy import STRUCTURES, mirror_pairs
+from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.pages.views import Frame, Registered
+from voxelmorph_monai.space.scan import Scan
+
+__all__ = ["Concern", "concerns"]
+
+ndimage = lazy("scipy.ndimage")
+
+Array = NDArray[Any]
+
+_POINTS = 48  # of the lattice along each axis, at most
+_STEP = 4.0  # mm between them, at least
+_FAR = 8.0  # mm: what is shown does not lie where the other scan shows something
+_LITTLE = 0.85  # of what is shown in common, as Dice
+_OUTSIDE = 0.1  # of what the fixed scan shows that the moving one cannot reach
+_FOLDS = 0.05  # percent of the voxels
+_UNLIKE = 0.5  # correlation of two scans of one contrast
+_MISS = 2.0  # mm by which the inverse misses, or the longest side of a voxel
+_SCALES = (0.7, 1.4)  # of the linear part; adult heads differ by less
+_TURN = 75.0  # degrees
+_STRETCH = (0.1, 10.0)  # of a volume, beside the linear part
+_STRETCHED = 0.01  # of what is shown
+_LOOSE = 0.1  # of labelled voxels where the scan shows nothing
+_FEW = 20  # points of the lattice in a structure: fewer say nothing of where it is
+
+
+class Concern(NamedTuple):
+    """Something to look at.
+
+    Attributes:
+        check: a word for what was checked, the same in all registrations.
+        text: what it is, and what may be the reason.
+    """
+
+    check: str
+    text: str
+
+
+class _Lattice:
+    """Both scans at points spread over the fixed grid."""
+
+    def __init__(self, result: Registered) -> None:
+        frame = Frame.of(result.fixed.grid)
+        sides = (np.array(frame.shape) - 1) * frame.spacing
+        size = np.clip(np.ceil(sides / _STEP) + 1, 1, np.minimum(frame.shape, _POINTS)).astype(int)
+        axes = [np.linspace(0, n - 1, m) for n, m in zip(frame.shape, size, strict=True)]
+        index = np.stack(np.meshgrid(*axes, indexing="ij"))
+        self.step = np.array([side / max(m - 1, 1) for side, m in zip(sides, size, strict=True)])
+        self.points = apply_affine(frame.affine, index)
+        self.moved = result.forward.apply(self.points.reshape(3, -1).T).T.reshape(self.points.shape)
+        at = apply_affine(np.linalg.inv(result.moving.affine), self.moved)
+        at[np.array(result.moving.shape) == 1] = 0.0
+        self.common = inside(at, result.moving.shape)
+        self.fixed = _at(result.fixed, apply_affine(np.linalg.inv(result.fixed.affine), self.points))
+        self.warped = np.where(self.common, _at(result.moving, at), result.moving.background)
+        self.shown = _shown(self.fixed, result.fixed.background)
+        self.shown_warped = _shown(self.warped, result.moving.background) & self.common
+        self.moving_index = at
+
+
+def _at(scan: Scan, index: Array) -> Array:
+    """Values of a scan at voxel indices ``(3, ...)``, linear."""
+    return ndimage.map_coordinates(scan.array, index, np.float64, order=1, mode="nearest")
+
+
+def _shown(values: Array, background: float) -> NDArray[np.bool_]:
+    """Where an image shows something: more than noise."""
+    above = values[values > background]
+    level = background + 0.12 * (np.percentile(above, 95) - background) if len(above) else background
+    return values > level
+
+
+def _where(vector: Array) -> str:
+    """A vector (RAS, mm) as its longest parts in words: ``20 mm to the right and 5 mm down``."""
+    names = (("to the left", "to the right"), ("to the back", "to the front"), ("down", "up"))
+    size = np.abs(vector)
+    return " and ".join(
+        f"{size[axis]:.0f} mm {names[axis][int(vector[axis] > 0)]}"
+        for axis in np.argsort(-size)
+        if size[axis] >= max(1.0, 0.3 * size.max())
+    )
+
+
+def _of_place(lattice: _Lattice) -> Iterator[Concern]:
+    """Whether both scans show something at the same places."""
+    shown, other = lattice.shown & lattice.common, lattice.shown_warped
+    outside = 1 - shown.sum() / max(lattice.shown.sum(), 1)
+    if outside > _OUTSIDE:
+        yield Concern(
+            "field of view",
+            f"{outside:.0%} of what the fixed scan shows lies outside the moving scan: nothing was measured there, and "
+            "the warped scan is empty.",
+        )
+    if not shown.any() or not other.any():
+        yield Concern("place", "The warped scan shows nothing where the fixed scan does: they do not overlap.")
+        return
+    vector = lattice.points[:, shown].mean(axis=1) - lattice.points[:, other].mean(axis=1)
+    both = 2 * (shown & other).sum() / (shown.sum() + other.sum())
+    if np.linalg.norm(vector) > _FAR or both < _LITTLE:
+        text = f"What the two scans show coincides by {both:.0%} only (Dice)"
+        if np.linalg.norm(vector) > _FAR:
+            text += f": the warped scan would have to move {_where(vector)}"
+        yield Concern("place", f"{text}. The alignment may have failed, or one scan shows more of the body.")
+
+
+def _best_shift(lattice: _Lattice) -> tuple[Array, float, float]:
+    """Shift (mm) of the warped scan at which its edges match best; their correlation there, and where they are."""
+    edges = []
+    for image, there in ((lattice.fixed, lattice.shown), (lattice.warped, lattice.shown_warped)):
+        level = np.percentile(image[there], 95) if there.any() else 1.0
+        parts = np.gradient(np.clip(image / (level or 1.0), 0, 1.2), axis=[a for a in range(3) if image.shape[a] > 1])
+        edge = np.sqrt(sum(part**2 for part in (parts if isinstance(parts, list | tuple) else [parts])))
+        edges.append(edge - edge.mean())
+    size = [2 * n if n > 1 else 1 for n in edges[0].shape]
+    spectrum = np.fft.rfftn(edges[0], size, (0, 1, 2)) * np.conj(np.fft.rfftn(edges[1], size, (0, 1, 2)))
+    match = np.fft.irfftn(spectrum, size, (0, 1, 2)) / max(
+        float(np.linalg.norm(edges[0]) * np.linalg.norm(edges[1])), 1e-12
+    )
+    place = np.array(np.unravel_index(match.argmax(), match.shape))
+    steps = np.where(place > np.array(size) // 2, place - np.array(size), place)
+    return steps * lattice.step, float(match.max()), float(match.flat[0])
+
+
+def _of_shift(lattice: _Lattice, turn: Affine) -> Iterator[Concern]:
+    """Whether the warped scan would match better elsewhere. ``turn``: of the frame's axes to RAS."""
+    if not lattice.shown.any() or not lattice.shown_warped.any():
+        return
+    shift, there, here = _best_shift(lattice)
+    if np.linalg.norm(shift) > _FAR and there > here + 0.1:
+        yield Concern(
+            "shift",
+            f"The edges of the warped scan would match those of the fixed scan better if it lay {_where(turn @ shift)} "
+            f"of where it is (correlation {there:.2f}, here {here:.2f}).",
+        )
+
+
+def _of_linear(linear: NDArray[np.floating[Any]]) -> Iterator[Concern]:
+    """Whether the linear part of the map mirrors, turns or scales as no alignment of bodies does."""
+    matrix = linear[:3, :3]
+    if np.linalg.det(matrix) < 0:
+        yield Concern(
+            "mirrored",
+            "The map mirrors the scan: its determinant is negative, so that left and right, or another pair of sides, "
+            "are exchanged. One of the headers may have an axis inverted.",
+        )
+        return
+    u, scales, vt = np.linalg.svd(matrix)
+    if scales.min() < _SCALES[0] or scales.max() > _SCALES[1]:
+        sizes = ", ".join(f"{1 / scale:.2f}" for scale in scales)
+        yield Concern(
+            "scale",
+            f"The linear part makes the moving scan {sizes} times as large along its axes. Are the spacings in both "
+            "headers right?",
+        )
+    angle = float(np.degrees(np.arccos(np.clip((np.trace(u @ vt) - 1) / 2, -1, 1))))
+    if angle > _TURN:
+        yield Concern(
+            "turn",
+            f"The linear part turns the scan by {angle:.0f} degrees. Do the headers say how the patient lay, and is up "
+            "still up?",
+        )
+
+
+def _of_measures(measures: Mapping[str, Any], options: Mapping[str, Any], side: float) -> Iterator[Concern]:
+    """Whether the numbers are those of a good registration; ``side``: the longest of a fixed voxel, mm."""
+    before, after = measures["correlation_before"], measures["correlation_after"]
+    one_contrast = options.get("similarity", "lncc") == "lncc"
+    if one_contrast and after < before - 0.01:
+        yield Concern(
+            "worse",
+            f"The scans are less alike than before: their correlation went from {before:.2f} to {after:.2f}.",
+        )
+    if one_contrast and after < _UNLIKE:
+        yield Concern(
+            "unlike",
+            f"The scans are still unlike: their correlation is {after:.2f}. If they are of two contrasts, register "
+            "them with --similarity mind.",
+        )
+    folds = measures["folding_percent"]
+    if folds > _FOLDS:
+        yield Concern(
+            "folds",
+            f"The map folds in {folds:.2g} % of the voxels: there, several places go to one, which no tissue can.",
+        )
+    miss = measures["inverse_consistency_mm"]
+    if miss > max(_MISS, side):
+        yield Concern(
+            "inverse",
+            f"There and back, points miss where they started by {miss:.1f} mm on average: the inverse is not one.",
+        )
+    dice = measures.get("dice")
+    if dice and dice["after"]["mean"] < dice["before"]["mean"] - 0.01:
+        yield Concern(
+            "Dice",
+            f"The labels overlap less than before: mean Dice went from {dice['before']['mean']:.2f} to "
+            f"{dice['after']['mean']:.2f}.",
+        )
+    elif dice and one_contrast and after > 0.9 and dice["after"]["mean"] < 0.4:
+        yield Concern(
+            "Dice",
+            f"The images agree (correlation {after:.2f}), but their labels do not (mean Dice "
+            f"{dice['after']['mean']:.2f}): is one of the label files that of another scan?",
+        )
+
+
+def _of_volumes(result: Registered, determinant: Array, lattice: _Lattice) -> Iterator[Concern]:
+    """Whether much of what is shown grows or shrinks beyond what anatomy does."""
+    linear = abs(np.linalg.det(result.forward.linear[:3, :3]))
+    index = apply_affine(np.linalg.inv(result.fixed.affine), lattice.points[:, lattice.shown])
+    change = determinant[tuple(np.rint(index).astype(int))] / linear
+    share = float(np.mean((change < _STRETCH[0]) | (change > _STRETCH[1]))) if change.size else 0.0
+    if share > _STRETCHED:
+        yield Concern(
+            "volumes",
+            f"In {share:.0%} of what is shown, tissue shrinks to less than a tenth or grows more than tenfold.",
+        )
+
+
+def _numbered(labels: Scan, index: Array) -> Array:
+    """Labels at voxel indices ``(3, ...)``, of the nearest voxel; 0 outside."""
+    at = np.rint(index).astype(int)
+    there = np.logical_and.reduce([(i >= 0) & (i < n) for i, n in zip(at, labels.shape, strict=True)])
+    at = np.where(there, at, 0)
+    return np.where(there, labels.array[tuple(at)], 0)
+
+
+def _of_fit(labels: Array, image: Array, background: float, name: str) -> Iterator[Concern]:
+    """Whether labels lie where the scan that they belong to shows something."""
+    labelled = labels != 0
+    if labelled.sum() < _FEW:
+        return
+    empty = float(np.mean(~_shown(image, background)[labelled]))
+    if empty > _LOOSE:
+        yield Concern(
+            "labels",
+            f"{empty:.0%} of the labelled voxels of the {name} scan lie where it shows nothing: the label file may be "
+            "that of another scan.",
+        )
+
+
+def _centres(labels: Array, points: Array) -> dict[int, Array]:
+    """Mean point (RAS, mm) of each structure that is large enough: ``(3,)``."""
+    numbers, counts = np.unique(labels[labels != 0], return_counts=True)
+    return {
+        int(number): points[:, labels == number].mean(axis=1)
+        for number, count in zip(numbers, counts, strict=True)
+        if count >= _FEW
+    }
+
+
+def _of_sides(labels: Array, points: Array, name: str) -> Iterator[Concern]:
+    """Whether FreeSurfer's left structures lie to the left of the right ones."""
+    numbers = {structure.number for structure in STRUCTURES}
+    centres = _centres(labels, points)
+    if len(centres) < 4 or len(numbers & centres.keys()) < 0.6 * len(centres):
+        return  # not FreeSurfer's numbers
+    pairs = [(STRUCTURES[a - 1].number, STRUCTURES[b - 1].number) for a, b in mirror_pairs()]
+    known = [(left, right) for left, right in pairs if left in centres and right in centres]
+    wrong = [left for left, right in known if centres[left][0] > centres[right][0]]
+    if len(wrong) > len(known) / 2:
+        yield Concern(
+            "sides",
+            f"The labels of the {name} scan call left what its header puts on the right, in {len(wrong)} of "
+            f"{len(known)} pairs of structures: the label file, or the header, has left and right exchanged.",
+        )
+
+
+def _of_exchange(moved: Array, fixed: Array) -> Iterator[Concern]:
+    """Whether structures of the one label map lie on others of the other map, and those on them."""
+    both = (moved != 0) & (fixed != 0)
+    if both.sum() < _FEW:
+        return
+    numbers = np.union1d(np.unique(moved[both]), np.unique(fixed[both]))
+    a, b = (np.searchsorted(numbers, each[both]) for each in (moved, fixed))
+    table = np.bincount(a * len(numbers) + b, minlength=len(numbers) ** 2).reshape(len(numbers), -1)
+    best = table.argmax(axis=1)
+    exchanged = [
+        f"{numbers[i]} and {numbers[best[i]]}"
+        for i in range(len(numbers))
+        if i < best[i] and best[best[i]] == i and min(table[i].sum(), table[best[i]].sum()) >= _FEW
+    ]
+    if exchanged:
+        more = f", and {len(exchanged) - 3} more" if len(exchanged) > 3 else ""
+        yield Concern(
+            "sides",
+            f"Labels {', '.join(exchanged[:3])}{more} lie on each other's place: the sides, or the numbers, of one "
+            "label file contradict those of the other.",
+        )
+
+
+def concerns(result: Registered, measures: Mapping[str, Any], determinant: Array) -> list[Concern]:
+    """What looks wrong about a registration; empty if nothing does.
+
+    Args:
+        result: the registration.
+        measures: ``correlation_before`` and ``_after``, ``folding_percent``, ``inverse_consistency_mm``, ``dice``.
+        determinant: of the Jacobian of the whole map, on the fixed grid.
+    """
+    lattice = _Lattice(result)
+    frame = Frame.of(result.fixed.grid)
+    found = [
+        *_of_linear(result.forward.linear),
+        *_of_place(lattice),
+        *_of_shift(lattice, frame.affine[:3, :3] / frame.spacing),
+        *_of_measures(measures, result.options, float(result.fixed.spacing.max())),
+        *_of_volumes(result, determinant, lattice),
+    ]
+    fixed = moved = None
+    if result.fixed_labels is not None:
+        fixed = _numbered(result.fixed_labels, apply_affine(np.linalg.inv(result.fixed.affine), lattice.points))
+        found += _of_fit(fixed, lattice.fixed, result.fixed.background, "fixed")
+        found += _of_sides(fixed, lattice.points, "fixed")
+    if result.moving_labels is not None:
+        moved = _numbered(result.moving_labels, lattice.moving_index)
+        found += _of_fit(moved, lattice.warped, result.moving.background, "moving")
+        found += _of_sides(moved, lattice.moved, "moving")
+    if fixed is not None and moved is not None:
+        found += _of_exchange(moved, fixed)
+    return found

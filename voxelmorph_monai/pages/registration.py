@@ -1,0 +1,332 @@
+"""The page of one registration: one file that needs nothing else, and tells nothing about whose scans they are."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from voxelmorph_monai.anatomy import STRUCTURES
+from voxelmorph_monai.io.atomic import atomic
+from voxelmorph_monai.pages.render import data_uri, encode, render
+from voxelmorph_monai.pages.views import OCTAVES, Plane, Views
+from voxelmorph_monai.space.scan import Scan
+
+__all__ = ["save_page"]
+
+_SHOWN = (0.25, 0.5, 1.0, 2.0)  # octaves of the change of volume at the ends of the scale
+_MILLIMETRES = (
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    20.0,
+    50.0,
+    100.0,
+    200.0,
+)  # at the end of the scale of displacements
+_MOST_LABELS = 255
+_ICON = 140  # pixels
+
+_REFERENCES = {
+    "voxelmorph": "Balakrishnan G, Zhao A, Sabuncu MR, Guttag J, Dalca AV. VoxelMorph: a learning framework for "
+    "deformable medical image registration. IEEE Trans Med Imaging 38(8), 2019. doi:10.1109/TMI.2019.2897538",
+    "monai": "Cardoso MJ, Li W, Brown R, et al. MONAI: an open-source framework for deep learning in healthcare. "
+    "arXiv:2211.02701, 2022",
+    "mni152": "Fonov V, Evans AC, Botteron K, et al. Unbiased average age-appropriate atlases for pediatric studies. "
+    "NeuroImage 54(1), 2011. doi:10.1016/j.neuroimage.2010.07.033",
+    "lncc": "Avants BB, Epstein CL, Grossman M, Gee JC. Symmetric diffeomorphic image registration with "
+    "cross-correlation. Med Image Anal 12(1), 2008. doi:10.1016/j.media.2007.06.004",
+    "mi": "Viola P, Wells WM. Alignment by maximization of mutual information. Int J Comput Vis 24(2), 1997. "
+    "doi:10.1023/A:1007958904918",
+    "mind": "Heinrich MP, Jenkinson M, Bhushan M, et al. MIND: modality independent neighbourhood descriptor for "
+    "multi-modal deformable registration. Med Image Anal 16(7), 2012. doi:10.1016/j.media.2012.05.008",
+    "dice": "Dice LR. Measures of the amount of ecologic association between species. Ecology 26(3), 1945. "
+    "doi:10.2307/1932409",
+}
+_SIMILARITIES = {
+    "lncc": "local normalised cross-correlation",
+    "mi": "mutual information",
+    "mind": "the modality independent neighbourhood descriptor",
+}
+_DEFAULTS = {"space": "mni152", "alignment": "affine", "similarity": "lncc", "budget": 30.0}
+
+
+class _Row(NamedTuple):
+    """A measure: its values by stage, and what it means."""
+
+    name: str
+    stages: dict[str, str]
+    meaning: str
+
+
+def _number(value: float | None, digits: int = 3, unit: str = "") -> str:
+    return "n/a" if value is None or not np.isfinite(value) else f"{value:.{digits}f}{unit}"
+
+
+def _measures(summary: Mapping[str, Any], linear: float) -> list[_Row]:
+    """Rows of the table of numbers; ``linear``: determinant of the linear part."""
+
+    def row(name: str, meaning: str, after: str, before: str = "", aligned: str = "") -> _Row:
+        return _Row(name, {"before": before, "aligned": aligned, "after": after}, meaning)
+
+    stages = [_number(summary[f"correlation_{stage}"]) for stage in ("before", "affine", "after")]
+    rows = [
+        row(
+            "Correlation of the images",
+            "1: alike; 0: not. Between two contrasts it may be low or negative although all is well.",
+            stages[2],
+            *stages[:2],
+        )
+    ]
+    if summary.get("dice"):
+        dice = [_number(summary["dice"][stage]["mean"]) for stage in ("before", "affine", "after")]
+        rows.append(row("Dice, mean", "Overlap of the labels of both scans; 1: they coincide.", dice[2], *dice[:2]))
+    rows += [
+        row(
+            "Folded voxels",
+            "Where the map takes several places to one. Should be 0.",
+            _number(summary["folding_percent"], 4, " %"),
+        ),
+        row(
+            "Smoothness (SDlogJ)",
+            "How much the change of volume varies from place to place; 0: not at all. Of two maps with the same "
+            "overlap, the one with the lower value is the better one.",
+            _number(summary["sdlogj"]),
+        ),
+        row(
+            "Inverse consistency",
+            "How far points end from where they started after they went there and back, on average. Below the side of "
+            "a voxel is good.",
+            _number(summary["inverse_consistency_mm"], 2, " mm"),
+        ),
+        row(
+            "Volume, linear part",
+            "By how much the alignment changes all volumes of the moving scan, before the deformation.",
+            f"{100 * (1 / linear - 1):+.1f} %" if linear > 0 else "n/a",
+        ),
+    ]
+    seconds = summary["seconds"]
+    stages = [f"{name} {_number(each, 1, ' s')}" for name, each in seconds.items()]
+    rows.append(row("Time", ", ".join(stages), _number(sum(seconds.values()), 1, " s")))
+    return rows
+
+
+def _label_names(numbers: Sequence[int]) -> list[str]:
+    """What to call labels: as FreeSurfer does, if they are its."""
+    known = {structure.number: structure.name.replace("-", " ") for structure in STRUCTURES}
+    freesurfer = len(numbers) > 3 and sum(number in known for number in numbers) > 0.6 * len(numbers)
+    return [f"{known[n]} ({n})" if freesurfer and n in known else f"label {n}" for n in numbers]
+
+
+def _dice(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of bars: structures with the overlap before and after, the best first."""
+    table = summary.get("dice")
+    if not table:
+        return []
+    labels = [int(label) for label in table["after"] if label != "mean"]
+    names = dict(zip(labels, _label_names(labels), strict=True))
+    rows = [
+        {"name": names[n], "before": table["before"].get(str(n), 0.0), "after": table["after"][str(n)]} for n in labels
+    ]
+    return sorted(rows, key=lambda row: -row["after"])
+
+
+def _grid(scan: Scan) -> str:
+    size, sides = (" x ".join(f"{n:.4g}" for n in values) for values in (scan.shape, scan.spacing))
+    return f"{size} voxels of {sides} mm, axes {scan.orientation}, {scan.array.dtype.name}"
+
+
+def _command(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """The command that makes such a result, with roles in place of paths."""
+    words = ["vxm register MOVING FIXED --output DIR"]
+    for role in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask"):
+        if role in inputs:
+            words.append(f"--{role.replace('_', '-')} {role.upper()}")
+    words += [f"--{name} {options[name]}" for name in ("space", "alignment") if options.get(name) != _DEFAULTS[name]]
+    if options.get("steps") is None and options.get("budget") == 0:
+        words.append("--no-refine")
+    else:
+        if options.get("similarity") != _DEFAULTS["similarity"]:
+            words.append(f"--similarity {options['similarity']}")
+        if options.get("steps") is not None:
+            words.append(f"--steps {options['steps']}")
+        elif options.get("budget") != _DEFAULTS["budget"]:
+            words.append(f"--budget {options['budget']}")
+    return " ".join(words)
+
+
+def _provenance(views: Views, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    result, options, inputs = views.result, summary["options"], summary.get("inputs", {})
+    rows = [
+        ("command", _command(options, inputs)),
+        ("fixed grid", _grid(result.fixed)),
+        ("moving grid", _grid(result.moving)),
+    ]
+    if options.get("grid"):
+        grid = options["grid"]
+        size = " x ".join(map(str, grid["size"]))
+        rows.append(("working grid", f"{size} voxels of {grid['spacing']:g} mm"))
+    rows.append(("network", options.get("preset") or "none"))
+    if summary.get("versions"):
+        rows.append(("versions", ", ".join(f"{name} {number}" for name, number in summary["versions"].items())))
+    rows += [(f"SHA-256, {role.replace('_', ' ')}", each["sha256"]) for role, each in inputs.items()]
+    return rows
+
+
+def _methods(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A paragraph for a paper, with numbers of references."""
+    options, used = summary["options"], []
+
+    def cite(name: str) -> str:
+        if name not in used:
+            used.append(name)
+        return f"[{used.index(name) + 1}]"
+
+    version = summary.get("versions", {}).get("voxelmorph_monai", "")
+    parts = [
+        f"Scans were registered with voxelmorph_monai{' ' + version if version else ''}, an implementation of "
+        f"VoxelMorph {cite('voxelmorph')} on MONAI {cite('monai')}."
+    ]
+    alignment = {"affine": "an affine", "rigid": "a rigid"}.get(options["alignment"])
+    if options["space"] == "mni152" and alignment:
+        parts.append(f"Both scans were aligned to the MNI152 template {cite('mni152')} by {alignment} transform.")
+    elif alignment:
+        parts.append(f"The moving scan was aligned to the fixed scan by {alignment} transform.")
+    else:
+        parts.append("The scans were taken as aligned by their headers.")
+    refines = options.get("steps") is not None or options.get("budget") not in (0, 0.0)
+    if options.get("preset"):
+        parts.append(f"A convolutional network (preset “{options['preset']}”) predicted the deformation.")
+    if refines:
+        how = (
+            f"{options['steps']} steps at each resolution"
+            if options.get("steps") is not None
+            else ("until convergence" if options["budget"] == "inf" else f"at most {options['budget']:g} s")
+        )
+        name = options["similarity"]
+        verb = "It was then refined" if options.get("preset") else "The deformation was found"
+        parts.append(
+            f"{verb} on the two scans by optimising {_SIMILARITIES[name]} {cite(name)} and the smoothness of the "
+            f"displacement ({how})."
+        )
+    elif not options.get("preset"):
+        parts.append("No deformation was sought.")
+    parts.append(
+        f"The map folds in {summary['folding_percent']:.2g} % of the voxels, and the mean inverse consistency error is "
+        f"{summary['inverse_consistency_mm']:.2f} mm."
+    )
+    if summary.get("dice"):
+        before, after = (summary["dice"][stage]["mean"] for stage in ("before", "after"))
+        parts.append(f"The mean Dice coefficient {cite('dice')} of the labels rose from {before:.3f} to {after:.3f}.")
+        if after < before:
+            parts[-1] = parts[-1].replace("rose", "fell")
+    return {"text": " ".join(parts), "references": [_REFERENCES[name] for name in used]}
+
+
+def _numbers(*scans: Scan | None) -> NDArray[Any]:
+    """Labels that are drawn; of very many the most frequent ones."""
+    counts: dict[int, int] = {}
+    for scan in scans:
+        if scan is not None:
+            for number, count in zip(*np.unique(scan.array, return_counts=True), strict=True):
+                counts[int(number)] = counts.get(int(number), 0) + int(count)
+    counts.pop(0, None)
+    return np.array(sorted(sorted(counts, key=lambda n: -counts[n])[:_MOST_LABELS]), dtype=np.int64)
+
+
+def _plane(views: Views, plane: Plane, determinant: NDArray[Any], labels: Mapping[str, Scan], numbers: Any) -> Any:
+    """A plane and its pictures, for the script."""
+    gaps = np.diff(plane.positions) if len(plane.positions) > 1 else np.ones(1)
+    return {
+        "axis": plane.axis,
+        "across": plane.across,
+        "up": plane.up,
+        "positions": plane.positions,
+        "gap": float(gaps.max() * views.frame.spacing[plane.axis] / 2),
+        "start": plane.start,
+        "rows": len(plane.rows),
+        "columns": len(plane.columns),
+        "images": {name: data_uri(slices) for name, slices in views.images(plane).items()},
+        "volume": data_uri(views.volume_change(plane, determinant), exact=True),
+        "labels": {name: data_uri(views.labels(plane, scan, numbers), exact=True) for name, scan in labels.items()},
+    }
+
+
+def _icon(views: Views) -> NDArray[np.uint8]:
+    """The fixed and the warped scan side by side: the page's icon, and its thumbnail in an index: ``(1, R, C)``."""
+    plane = views.planes[0]
+    shown = views.images(plane._replace(positions=[plane.positions[plane.start]]))
+    picture = Image.fromarray(np.concatenate([shown["fixed"][0], shown["warped"][0]], axis=1))
+    high, wide = (n * s for n, s in zip(picture.size[::-1], views.frame.spacing[[plane.up, plane.across]], strict=True))
+    rows = min(_ICON, round(_ICON * 2 * high / wide))
+    return np.asarray(picture.resize((max(1, round(rows * wide / high)), max(rows, 1))))[None]
+
+
+def _at_least(choices: Sequence[float], value: float) -> float:
+    return next((choice for choice in choices if choice >= value), choices[-1])
+
+
+def _data(views: Views, determinant: NDArray[Any]) -> dict[str, Any]:
+    """All that the script needs: grids, map, pictures."""
+    result = views.result
+    pairs = (("fixed", result.fixed_labels), ("warped", result.warped_labels))
+    labels = {name: scan for name, scan in pairs if scan is not None}
+    numbers = _numbers(*labels.values())
+    labels = labels if len(numbers) else {}
+    size, vectors, unit = views.vectors()
+    lengths = np.linalg.norm(np.tensordot(views.frame.affine[:3, :3], vectors * unit, 1), axis=0)
+    positive = determinant[determinant > 0][::17]
+    linear = abs(np.linalg.det(result.forward.linear[:3, :3]))
+    octaves = float(np.percentile(np.abs(np.log2(positive / linear)), 99)) if positive.size else OCTAVES
+    return {
+        "affine": views.frame.affine.tolist(),
+        "linear": result.forward.linear.tolist(),
+        "spacing": views.frame.spacing.tolist(),
+        "box": views.box.tolist(),
+        "octaves": OCTAVES,
+        "shownOctaves": _at_least(_SHOWN, octaves),
+        "shownMm": _at_least(_MILLIMETRES, float(np.percentile(lengths, 99.5))),
+        "field": {"size": size, "unit": unit, "vectors": encode(vectors)},
+        "labels": _label_names(numbers.tolist()),
+        "planes": [_plane(views, plane, determinant, labels, numbers) for plane in views.planes],
+    }
+
+
+def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary: Mapping[str, Any]) -> None:
+    """Write the page of a registration; whole or not at all.
+
+    Args:
+        path: of the file, ``.html``.
+        views: what is shown of it.
+        determinant: of the Jacobian of the whole map, on the fixed grid.
+        summary: its measures, ``warnings``, ``options``, and maybe ``versions`` and ``inputs`` (of which the hashes are
+            shown, and no path).
+    """
+    data = _data(views, determinant)
+    heads = [face is not None for face in views.faces]
+    face = "Nothing of the scans is hidden."
+    if views.hides:
+        face = "Faces are hidden: what lies before and below the plane that touches the brain is black."
+    page = render(
+        "report",
+        concerns=[{"check": each["check"], "text": each["text"]} for each in summary["warnings"]],
+        planes=[plane.name for plane in views.planes],
+        icon=data_uri(_icon(views)),
+        has_fixed_labels="fixed" in data["planes"][0]["labels"],
+        has_warped_labels="warped" in data["planes"][0]["labels"],
+        face=face,
+        window="the brain" if all(heads) else "what the scans show",
+        dice=_dice(summary),
+        measures=_measures(summary, float(np.linalg.det(views.result.forward.linear[:3, :3]))),
+        provenance=_provenance(views, summary),
+        methods=_methods(summary),
+        data=data,
+    )
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

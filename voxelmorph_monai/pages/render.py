@@ -1,0 +1,69 @@
+"""Pages as one file each: template, style and script in one, and a policy that lets nothing else run or load."""
+
+import base64
+import hashlib
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["data_uri", "encode", "render"]
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(_ASSETS),
+        autoescape=True,  # names of pairs come from elsewhere
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def encode(array: NDArray[Any]) -> str:
+    """The bytes of an array in base64."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+
+
+def data_uri(slices: NDArray[np.uint8], *, exact: bool = False) -> str:
+    """Slices ``(n, R, C)`` below each other as a picture in an address: JPEG, or PNG if values must stay exact."""
+    stream = io.BytesIO()
+    picture = Image.fromarray(slices.reshape(-1, slices.shape[-1]))
+    if exact:
+        picture.save(stream, "PNG", compress_level=6)
+    else:
+        picture.save(stream, "JPEG", quality=80)
+    kind = "png" if exact else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+    return f"'sha256-{digest}'"
+
+
+def render(name: str, pictures: str = "data:", **context: Any) -> str:
+    """Fill the template ``name.html``, with ``common.css``, ``name.css`` and ``name.js`` in it.
+
+    Args:
+        name: of the template.
+        pictures: where the page may load pictures from, as a Content Security Policy has it.
+        context: what the template shows.
+    """
+    style = "".join((_ASSETS / file).read_text(encoding="utf-8") for file in ("common.css", f"{name}.css"))
+    script = (_ASSETS / f"{name}.js").read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    template = _environment().get_template(f"{name}.html")
+    return template.render(policy=policy, style=Markup(style), script=Markup(script), **context)

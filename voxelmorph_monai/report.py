@@ -1,0 +1,177 @@
+"""What every registration leaves, whoever ran it: how good it is, in numbers and a picture, and its displacement."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from voxelmorph_monai.affines import Affine
+from voxelmorph_monai.blocks import jacobian_determinant
+from voxelmorph_monai.io.atomic import write_json
+from voxelmorph_monai.io.images import save_image
+from voxelmorph_monai.maps.displacements import save_displacement
+from voxelmorph_monai.metrics import dice
+from voxelmorph_monai.pictures import save_registration_picture
+from voxelmorph_monai.switch import compiled_module
+
+__all__ = ["NAMES", "Images", "correlation", "overlap", "regularity", "save_results", "volume_change"]
+
+NAMES = {
+    "displacement": "displacement.nii.gz",
+    "jacobian": "jacobian.nii.gz",
+    "report": "report.png",
+    "page": "report.html",
+    "summary": "summary.json",
+}
+Array = NDArray[np.floating[Any]]
+
+
+class Images(NamedTuple):
+    """What a registration is seen by: images ``(X, Y, Z)`` on the fixed grid, intensities in [0, 1].
+
+    Attributes:
+        moving: the moving image before it was bent.
+        fixed: the fixed image.
+        warped: the moving image after.
+    """
+
+    moving: Array
+    fixed: Array
+    warped: Array
+
+
+def correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Pearson's correlation of two images over the whole grid: -1 to 1, and 0 where one of them shows nothing."""
+    a, b = (image.astype(np.float64) - image.mean(dtype=np.float64) for image in (first, second))
+    scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum()) / scale if scale > 0 else 0.0
+
+
+def overlap(stages: Mapping[str, NDArray[Any]], fixed: NDArray[Any]) -> dict[str, dict[str, float]]:
+    """Dice of each structure, and their mean, with the fixed label map at every stage of a registration.
+
+    Args:
+        stages: the moving label map on the fixed grid, by the name of the stage; the last one is the result.
+        fixed: label map of the same shape.
+
+    Returns:
+        For each stage the overlap by label, 0 to 1, of the labels that the result or the fixed map has, and ``mean``.
+
+    >>> overlap({"before": np.array([[7, 0, 0]]), "after": np.array([[7, 7, 0]])}, np.array([[7, 7, 0]]))
+    {'before': {'7': 0.6666666666666666, 'mean': 0.6666666666666666}, 'after': {'7': 1.0, 'mean': 1.0}}
+    """
+    *_, result = stages.values()
+    structures = np.union1d(result, fixed)
+    structures = structures[structures > 0]
+    reference = _number(fixed, structures)
+    table = {}
+    for stage, labels in stages.items():
+        # Before the end a stage may lack what the fixed map lacks too: NaN, which counts as no overlap.
+        values = dice(_number(labels, structures), reference, max(len(structures), 1))[0].nan_to_num(0.0).tolist()
+        row = {str(label): value for label, value in zip(structures.tolist(), values, strict=False)}
+        table[stage] = row | {"mean": float(np.mean(values))}
+    return table
+
+
+def _number(labels: NDArray[Any], structures: NDArray[Any]) -> torch.Tensor:
+    """Number the ``structures`` 1, 2, ... and everything else 0: ``(1, 1, *spatial)``. Few labels take few counts."""
+    place = np.searchsorted(structures, labels)
+    known = structures[np.minimum(place, len(structures) - 1)] == labels if len(structures) else np.zeros_like(labels)
+    return torch.from_numpy(np.where(known, place + 1, 0).astype(np.int32))[None, None]
+
+
+def _field(ddf: Array) -> torch.Tensor:
+    """A displacement ``(3, X, Y, Z)`` as ``(1, 3, X, Y, Z)``; of a slice, whose one axis has length 1, in 2-D."""
+    along = [axis for axis in range(3) if ddf.shape[axis + 1] > 1]
+    return torch.from_numpy(ddf[along].reshape(len(along), *(ddf.shape[axis + 1] for axis in along)))[None]
+
+
+def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
+    """Jacobian determinant of a displacement ``(3, X, Y, Z)`` in voxels of a grid with this affine (RAS, mm).
+
+    Of a slice it is the change of area, from its own plane to the one that it is mapped to: ``(X, Y, 1)``.
+    """
+    if 1 not in ddf.shape[1:]:
+        loops = compiled_module("scan_loops")
+        if loops is not None:
+            return loops.volume_change(ddf)
+        determinant: Array = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
+        return determinant
+    columns, along = affine[:3, :3], [axis for axis in range(3) if ddf.shape[axis + 1] > 1]
+    sides = [columns[:, axis] for axis in along]  # of a pixel, and below of what becomes of it, in mm
+    bent = [
+        np.moveaxis(np.tensordot(columns, np.gradient(ddf, axis=axis + 1), axes=1), 0, -1) + side
+        for axis, side in zip(along, sides, strict=True)
+    ]
+    before, after = np.cross(sides[0], sides[1]), np.cross(bent[0], bent[1])
+    area = np.linalg.norm(after, axis=-1) / np.linalg.norm(before)
+    return (area * np.sign(after @ before)).astype(np.float32)
+
+
+def regularity(ddf: Array, determinant: Array | None = None) -> dict[str, float | None]:
+    """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and by how much its volumes vary (None: all fold).
+
+    ``determinant`` is its :func:`volume_change`, where that is known already.
+    """
+    if 1 in ddf.shape[1:]:  # within the plane, wherever that is taken to
+        determinant = jacobian_determinant(_field(ddf)).numpy()
+    elif determinant is None:
+        determinant = volume_change(ddf, np.eye(4))
+    kept = determinant[determinant > 0]
+    deviation = float(np.log(kept).std(dtype=np.float64)) if kept.size else None
+    return {"folding_percent": 100 * (1 - kept.size / determinant.size), "sdlogj": deviation}
+
+
+def save_results(
+    folder: Path,
+    images: Images | None,
+    ddf: Array,
+    affine: Affine,
+    summary: Mapping[str, Any],
+    *,
+    bend: Array | None = None,
+    determinant: Array | None = None,
+    names: Mapping[str, str] = NAMES,
+    spatial_dims: int = 3,
+    slices: Sequence[int] | None = None,
+) -> None:
+    """Write ``displacement.nii.gz``, ``jacobian.nii.gz``, ``report.png`` and, last, ``summary.json``.
+
+    Args:
+        folder: where to.
+        images: for the picture; None: without it.
+        ddf: ``(3, X, Y, Z)`` in voxels of the fixed grid, from its points to those of the moving image.
+        affine: of the fixed grid (RAS, mm).
+        summary: what to write; with ``correlation_before``, ``correlation_after`` and ``folding_percent``. Numbers that
+            are not finite become null.
+        bend: the part of ``ddf`` that leads from ``images.fixed`` to ``images.moving`` (default: all of it).
+        determinant: :func:`volume_change` of ``ddf``, where that is known already.
+        names: of the files.
+        spatial_dims: 2 writes the files of a 2-D image.
+        slices: of the picture, see :func:`~voxelmorph_monai.pictures.save_registration_picture`.
+    """
+    if determinant is None:
+        determinant = volume_change(ddf, affine)
+    with ThreadPoolExecutor(1) as pool:  # while the picture is drawn, by one thread
+        saving = [
+            pool.submit(save_displacement, folder / names["displacement"], ddf, affine, spatial_dims=spatial_dims),
+            pool.submit(save_image, folder / names["jacobian"], determinant, affine, spatial_dims),
+        ]
+        if images is not None:
+            save_registration_picture(
+                folder / names["report"],
+                *images,
+                ddf if bend is None else bend,
+                determinant,
+                affine,
+                title=f"correlation {summary['correlation_before']:.3f} -> {summary['correlation_after']:.3f}, "
+                f"folding {summary['folding_percent']:.4f} %",
+                slices=slices,
+            )
+        for each in saving:
+            each.result()
+    write_json(folder / names["summary"], summary)
