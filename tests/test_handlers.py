@@ -12,14 +12,24 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
+from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
 from voxelmorph_monai.data import PairDataset, PairSampler
 from voxelmorph_monai.engines import prepare_pair
-from voxelmorph_monai.handlers import EpochSeed, KeepBest, Ramp, Resume, SaveEvaluation
+from voxelmorph_monai.handlers import (
+    EpochSeed,
+    KeepBest,
+    Ramp,
+    Resume,
+    SaveEvaluation,
+    SaveSubmission,
+    load_submission,
+)
 from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
+from voxelmorph_monai.model_card import ModelCard, read_card
 from voxelmorph_monai.networks import Registration, VoxelMorph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +83,12 @@ def test_seeds_and_processes_draw_apart(monkeypatch):
         assert len({run[0][generator] for run in (first, other, second)}) == 3
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, None])
+def test_a_wrong_seed_is_met_before_the_training(seed):
+    with pytest.raises(ValueError, match=rf"seed is {seed}\."):
+        EpochSeed(seed)
+
+
 # Ramp
 
 
@@ -89,7 +105,7 @@ def test_a_weight_grows_with_the_epoch_and_nothing_else(num_epochs, shares, star
 
 
 def test_a_ramp_is_not_negative():
-    with pytest.raises(ValueError, match=r"num_epochs of the ramp of smoothness_weight must be 0 or more, got -1\."):
+    with pytest.raises(ValueError, match=r"^num_epochs is -1 .*smoothness_weight"):
         Ramp(RegistrationLoss(nn.MSELoss()), "smoothness_weight", -1)
 
 
@@ -120,23 +136,30 @@ def test_keep_best_keeps_the_best(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["model.pt"]
 
 
+def test_keep_best_says_what_it_keeps(tmp_path):
+    network = VoxelMorph("vm1", spatial_dims=2, input_level=1)
+    evaluate([0.5], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network.flow)
+    assert read_card(tmp_path / "model.pt") == ModelCard.of(network)
+    assert read_card(tmp_path / "model.pt").changes == {"input_level": 1}
+
+
 def test_keep_best_wants_a_number(tmp_path):
     network = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"^dice must be a number to keep the best weights, got NaN"):
+    with pytest.raises(ValueError, match=r"^dice is NaN"):
         evaluate([float("nan")], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
 
 
 def test_keep_best_wants_finite_weights(tmp_path):
     network = nn.Linear(1, 1)
     network.bias.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"^weights must be finite to be kept, but 1 parameters are not, first bias: "):
+    with pytest.raises(ValueError, match=r"^1 parameters .* first bias: "):
         evaluate([0.0], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_the_best_of_what_cannot_be_measured(tmp_path):
     network = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"dice must be a number to keep the best weights, got NaN"):
+    with pytest.raises(ValueError, match=r"^dice is NaN"):
         evaluate([float("nan")], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
     assert list(tmp_path.iterdir()) == []
 
@@ -303,21 +326,21 @@ def test_epochs_may_become_longer_or_shorter(tmp_path):
 
 def test_checkpoint_that_does_not_fit(tmp_path):
     Training(tmp_path, 1).run()
-    message = rf"checkpoint {tmp_path / 'checkpoint.pt'} must fit this training .* name another output_dir\), got: "
+    message = rf"checkpoint {tmp_path / 'checkpoint.pt'}: "
     with pytest.raises(ValueError, match=message + r"[\s\S]*size mismatch"):
         Training(tmp_path, 2, width=3).run()
-    with pytest.raises(ValueError, match=message + r"settings \{\}, now \{'preset': 'vm2'\}"):
+    with pytest.raises(ValueError, match=message + r"different settings \{\}, now \{'preset': 'vm2'\}"):
         Training(tmp_path, 2, settings={"preset": "vm2"}).run()
     training = Training(tmp_path, 2)
     training.objects["other"] = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=message + r"a dict without \['other'\]"):
+    with pytest.raises(ValueError, match=message + r"it has no \['other'\]"):
         training.run()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     for content, reason in (
         ([1, 2], "it holds a list, not a dict"),
-        ({name: value for name, value in state.items() if name != "epoch"}, r"a dict without \['epoch'\]"),
-        (state["network"], r"a dict without \['early_stop', 'epoch', 'network', "),
+        ({name: value for name, value in state.items() if name != "epoch"}, r"it has no \['epoch'\]"),
+        (state["network"], r"it has no \['early_stop', 'epoch', 'network', "),
         ({**state, "settings": [1, 2]}, ""),
         ({**state, "optimizer": 3}, ""),
         ({**state, "scheduler": [3]}, ""),
@@ -348,4 +371,69 @@ def test_an_alignment_that_is_not_the_published_one_is_told(tmp_path, caplog, be
         engine.run([[scan]])
     noted = json.loads((tmp_path / "e" / "summary.json").read_text())["settings"]["affine_dice"]
     assert noted["structures"] == {"published": 0.386, "measured": None if isnan(before) else pytest.approx(before)}
-    assert ("mean Dice over structures before the registration must be 0.386" in caplog.text) == warns
+    assert ("mean Dice over structures before the registration is" in caplog.text) == warns
+    assert ("but 0.386 was published" in caplog.text) == warns
+
+
+# Learn2Reg
+
+
+def submit(folder, ddf, fixed, moving, **options):
+    """Save a batch of one pair as an evaluator of MONAI would."""
+
+    def step(engine, item):
+        images = zip(("fixed", "moving"), (fixed, moving), strict=True)
+        engine.state.batch = [{k: MetaTensor(torch.zeros(1), meta={"filename_or_obj": str(p)}) for k, p in images}]
+        return [{"ddf": torch.from_numpy(ddf)}]
+
+    engine = Engine(step)
+    SaveSubmission(str(folder), **options).attach(engine)
+    engine.run([0])
+
+
+def smooth_field(size=(32, 24, 40), seed=0):
+    noise = np.random.default_rng(seed).standard_normal((3, *size))
+    field = np.stack([gaussian_filter(component, 6) for component in noise])
+    return (4 * field / np.abs(field).max()).astype(np.float32)
+
+
+def test_submitted_fields_come_back(tmp_path):
+    ddf = smooth_field()
+    images = [f"data/imagesTr/OASIS_{n:04d}_0000.nii.gz" for n in (395, 396)]
+    submit(tmp_path / "task_03", ddf, *images)
+    (path,) = (tmp_path / "task_03").iterdir()
+    assert path.name == "disp_0395_0396.npz"
+    half = np.load(path)["arr_0"]
+    assert (half.shape, half.dtype) == ((3, 16, 12, 20), np.float16)
+    np.testing.assert_allclose(half[:, 0, 0, 0], ddf[:, 0, 0, 0], rtol=1e-3)  # corners coincide; units are not halved
+    back = load_submission(path)
+    assert back.shape == ddf.shape
+    # quadratic splines on every other voxel of a field that changes over 6 voxels; float16 of up to 4 voxels
+    assert np.abs(back - ddf).max() < 0.03
+    assert np.abs(ddf).max() == 4
+
+
+def test_submitted_fields_are_not_replaced_silently(tmp_path):
+    images = [f"OASIS_{n:04d}_0000.nii.gz" for n in (395, 396)]
+    submit(tmp_path, smooth_field((8, 6, 10)), *images)
+    with pytest.raises(FileExistsError, match=r"disp_0395_0396.* exists.*overwrite"):
+        submit(tmp_path, smooth_field((8, 6, 10), seed=1), *images[::-1])
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    submit(tmp_path, smooth_field((8, 6, 10), seed=1), *images, overwrite=True)
+    assert path.read_bytes() != before
+
+
+def test_submitted_fields_of_neurite_oasis_are_named_by_their_folders(tmp_path):
+    images = [f"data/OASIS_OAS1_{n:04d}_MR1/aligned_norm.nii.gz" for n in (438, 439)]
+    submit(tmp_path, smooth_field((8, 6, 10)), *images)
+    assert [path.name for path in tmp_path.iterdir()] == ["disp_0438_0439.npz"]
+
+
+def test_fields_that_cannot_be_submitted(tmp_path):
+    images = [f"OASIS_{n:04d}_0000.nii.gz" for n in (395, 396)]
+    with pytest.raises(ValueError, match=r"field of \[8, 7, 10\] voxels"):
+        submit(tmp_path, np.zeros((3, 8, 7, 10), np.float32), *images)
+    with pytest.raises(ValueError, match=r"mine\.nii\.gz .*OASIS_0438_0000"):
+        submit(tmp_path, np.zeros((3, 8, 6, 10), np.float32), "mine.nii.gz", images[0])
+    assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
 """Who is registered to whom: pairs made from a plain list of scans, or listed one by one.
 
-A scan is a dict ``{"image": path, "label": path}`` (the label optional), as MONAI's datalists hold them, so that every
-tool that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dict with ``moving`` and ``fixed``, and
-``moving_label`` and ``fixed_label`` where scans have labels. A list holds one or the other.
+A scan is a dict ``{"image": path, "label": path}`` (label optional), the form of MONAI's datalists, so that every tool
+that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dict with ``moving`` and ``fixed``, and with
+``moving_label`` and ``fixed_label`` where scans have labels. A list holds only scans or only pairs.
 """
 
 import hashlib
@@ -18,18 +18,20 @@ from monai.data import CacheDataset, load_decathlon_datalist
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
-from voxelmorph_monai.spaces import open_volume, require_same_grid
+from voxelmorph_monai.affines import ImageGrid, check_same_grid
+from voxelmorph_monai.io.images import open_volume
 
 __all__ = [
     "PairDataset",
     "PairSampler",
     "check_labels",
     "check_scans",
+    "check_seed",
     "fingerprint",
     "load_scans",
     "pair",
     "process",
-    "take_apart",
+    "split_pairs",
 ]
 
 Scan = Mapping[str, object]
@@ -39,17 +41,37 @@ def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
     """Scans (or pairs) of one section (``"training"``, ``"validation"``, ``"test"``) of ``dataset_dir/datalist.json``.
 
     ``vxm prepare`` and ``vxm datalist`` write such a folder. Paths in it are relative to the folder.
+
+    Raises:
+        FileNotFoundError: the folder has no datalist.
+        ValueError: the datalist is no JSON, or has no such section.
     """
     datalist = Path(dataset_dir) / "datalist.json"
     if not datalist.is_file():
-        raise FileNotFoundError(f"dataset_dir must hold a datalist.json (vxm prepare makes one), got {dataset_dir}.")
+        raise FileNotFoundError(
+            f"dataset_dir {dataset_dir} has no datalist.json. Make one with 'vxm prepare' or 'vxm datalist'."
+        )
+    try:
+        content = json.loads(datalist.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{datalist} is not JSON: {error}. Correct it, or make it again.") from error
+    rows = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise ValueError(
+            f"{datalist} has no list of scans '{section}'. Each of them is an object with the paths of its files, such "
+            'as {"image": "a.nii.gz"}.'
+        )
     return load_decathlon_datalist(str(datalist), is_segmentation=True, data_list_key=section)
 
 
-def fingerprint(scans: Sequence[Scan], dataset_dir: str) -> str:
-    """How many ``scans`` (or pairs) there are, and a checksum of their files' names, in order.
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict) and len(row) > 0 and all(isinstance(file, str) and file for file in row.values())
 
-    Files in ``dataset_dir`` are named relative to it, so that the folder may move; others in full.
+
+def fingerprint(scans: Sequence[Scan], dataset_dir: str) -> str:
+    """Number of ``scans`` (or pairs), and a checksum of their file names in order.
+
+    Files inside ``dataset_dir`` count with their relative path, so that the folder may move; others with the full one.
 
     >>> fingerprint([{"image": "a/1.nii.gz"}], "a") == fingerprint([{"image": "/b/1.nii.gz"}], "/b/")
     True
@@ -67,35 +89,36 @@ def fingerprint(scans: Sequence[Scan], dataset_dir: str) -> str:
 
 
 def process() -> tuple[int, int]:
-    """Rank of this process, and how many processes work together."""
+    """Rank of this process, and the number of processes that work together."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
-def take_apart(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] | None]:
-    """Scans of ``data``, each once; and, if it holds pairs, the indices of moving and fixed scan of each.
+def split_pairs(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] | None]:
+    """Scans in ``data``, each once, and the pairs as indices ``(moving, fixed)`` into them; None if it lists scans.
 
-    >>> take_apart([{"moving": "b", "fixed": "a"}, {"moving": "c", "fixed": "a", "fixed_label": "l"}])[1]
+    >>> split_pairs([{"moving": "b", "fixed": "a"}, {"moving": "c", "fixed": "a", "fixed_label": "l"}])[1]
     [(0, 1), (2, 3)]
-    >>> take_apart([{"image": "a"}, {"image": "b"}])
+    >>> split_pairs([{"image": "a"}, {"image": "b"}])
     ([{'image': 'a'}, {'image': 'b'}], None)
     """
     if all("image" in item for item in data):
         return list(data), None
-    places: dict[tuple[object, object], int] = {}  # of scans that are known by now
+    indices: dict[tuple[object, object], int] = {}  # by image and label of the scans so far
     pairs = []
     for item in data:
         if "image" in item or not {"moving", "fixed"} <= set(item):
             raise ValueError(
-                f"data must hold scans with 'image', or pairs with 'moving' and 'fixed', got {dict(item)}."
+                f"{dict(item)} is neither a scan ('image') nor a pair ('moving', 'fixed'), or a mixture. Use one form "
+                "for the whole list."
             )
         moving, fixed = (
-            places.setdefault((item[role], item.get(f"{role}_label")), len(places)) for role in ("moving", "fixed")
+            indices.setdefault((item[role], item.get(f"{role}_label")), len(indices)) for role in ("moving", "fixed")
         )
         pairs.append((moving, fixed))
     scans: list[Scan] = [
-        {"image": image} if label is None else {"image": image, "label": label} for image, label in places
+        {"image": image} if label is None else {"image": image, "label": label} for image, label in indices
     ]
     return scans, pairs
 
@@ -103,51 +126,60 @@ def take_apart(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] 
 def check_scans(
     scans: Sequence[Scan], atlas: Scan | None = None, *, keys: Sequence[str] = ("image",), purpose: str = "training"
 ) -> None:
-    """Check the headers of ``scans`` before any long work: enough for a pair, complete, all files there, on one grid.
+    """Check the headers of ``scans`` before any long work: enough scans, complete, all files there, on one grid.
 
     Args:
-        scans: what pairs are made of, or pairs.
-        atlas: the scan that takes part in every pair, if there is one.
-        keys: what each of them must have.
-        purpose: what they are for, to be named in errors.
+        scans: scans to make pairs from, or pairs.
+        atlas: scan that takes part in every pair, if there is one.
+        keys: entries that each scan needs, such as ``"label"``.
+        purpose: purpose of the scans, to name in errors.
 
     Raises:
-        ValueError: no pair can be made; a scan without one of ``keys``; a scan or pair given twice; grids that differ.
-        FileNotFoundError: an image or label that is not there.
+        ValueError: too few scans for a pair, a scan that lacks one of ``keys``, a scan or pair listed twice, or grids
+            that differ.
+        FileNotFoundError: an image or label file does not exist.
     """
-    scans, pairs = take_apart(scans)
+    scans, pairs = split_pairs(scans)
     num_scans = 1 if atlas else 2
     if len(scans) < num_scans:
-        raise ValueError(f"the scans for {purpose} must be at least {num_scans}, got {len(scans)}.")
+        raise ValueError(f"too few scans for {purpose}: {len(scans)}, but at least {num_scans} are needed.")
     files = [str(_file(scan)) for scan in scans]
     listed = files if pairs is None else [f"{files[moving]} to {files[fixed]}" for moving, fixed in pairs]
     if len(set(listed)) < len(listed):
         twice, _ = Counter(listed).most_common(1)[0]
         what = "scans" if pairs is None else "pairs"
-        raise ValueError(f"the {what} for {purpose} must all be different, got {twice} more than once.")
+        raise ValueError(f"the {what} for {purpose} list {twice} more than once. List it once.")
     first = None
     for scan in [*scans, *([atlas] if atlas else [])]:
         for key in keys:
             if key not in scan:
-                raise ValueError(f"each scan must have {list(keys)}, got one with {dict(scan)}.")
+                raise ValueError(f"{dict(scan)} has no '{key}'. Each scan for {purpose} needs {', '.join(keys)}.")
             path = str(scan[key])
-            volume = open_volume(path)
-            if first is None:
-                first = (volume, path)
-            require_same_grid(first[0], volume, (first[1], path))
+            volume, affine = open_volume(path)
+            grid = ImageGrid(volume.shape, affine)
+            first = first or (grid, path)
+            check_same_grid(first[0], grid, (first[1], path))
 
 
 def check_labels(structures: Mapping[str, object] | None, num_labels: int) -> None:
-    """Check before any long work that ``num_labels`` is the number of ``structures``, if there is such a table."""
+    """Check before any long work that ``num_labels`` agrees with the table of ``structures``, if there is one."""
+    if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+        raise ValueError(f"num_labels is {num_labels}. Give a whole number from 1.")
     if structures and num_labels != len(structures):
         raise ValueError(
-            f"structures or num_labels must be given, not both, got {len(structures)} structures and num_labels = "
-            f"{num_labels}."
+            f"num_labels is {num_labels}, but structures lists {len(structures)}. Give only one of the two."
         )
 
 
+def check_seed(seed: object) -> int:
+    """Return ``seed`` if NumPy accepts it as a random seed: a whole number from 0 to 2^32 - 1."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}. Give a whole number from 0 to {2**32 - 1}.")
+    return seed
+
+
 def pair(moving: str, fixed: str, moving_label: str | None = None, fixed_label: str | None = None) -> dict[str, str]:
-    """One pair of files, its labels left out where they are None."""
+    """One pair of files; labels that are None are left out."""
     items = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
     return {key: path for key, path in items.items() if path is not None}
 
@@ -156,18 +188,25 @@ def _file(scan: Scan) -> Path:
     return Path(str(scan["image"])).resolve()
 
 
+class _Turn(int):
+    """Index of a pair, with the random seed for its augmentation this time."""
+
+    seed: int
+
+
 class PairDataset(Dataset[dict[str, object]]):
-    """Ordered pairs of different scans; with an atlas, the atlas with every scan; or the pairs that are listed.
+    """All ordered pairs of different scans; with an atlas, the atlas with every scan; or the listed pairs.
 
     Args:
-        data: the scans, ``[{"image": ..., "label": ...}, ...]``, or pairs, ``[{"moving": ..., "fixed": ...}, ...]``.
-        transform: what loads and prepares one scan; its result must keep the key ``image``. MONAI's transforms alone
-            are cached, up to the first random one.
-        augmentation: a random transform of MONAI for loaded pairs. It draws from a seed that it is given anew for each
-            pair, from torch's generator, so that what an epoch shows depends on its number alone.
-        atlas: the scan that takes part in every pair.
-        atlas_role: ``"moving"`` or ``"fixed"``.
-        cache_rate: share of the scans that stay in memory (they are transformed before the first pair is asked for).
+        data: scans, ``[{"image": ..., "label": ...}, ...]``, or pairs, ``[{"moving": ..., "fixed": ...}, ...]``.
+        transform: loads and prepares one scan; its result must keep the key ``image``. Only MONAI's transforms are
+            cached, up to the first random one.
+        augmentation: random MONAI transform of loaded pairs. It and the random transforms in ``transform`` use the
+            seed that :class:`PairSampler` attaches to each index. An epoch then depends only on its number, whichever
+            process loads it. With another sampler, the seeds come from torch's generator.
+        atlas: scan that takes part in every pair.
+        atlas_role: role of the atlas, ``"moving"`` or ``"fixed"``.
+        cache_rate: fraction of the scans to keep in memory (they are transformed before the first pair is needed).
 
     >>> scans = [{"image": 1, "label": 10}, {"image": 2, "label": 20}, {"image": 3, "label": 30}]
     >>> pairs = PairDataset(scans, cache_rate=0)
@@ -188,15 +227,18 @@ class PairDataset(Dataset[dict[str, object]]):
         cache_rate: float = 1.0,
     ) -> None:
         if atlas_role not in ("moving", "fixed"):
-            raise ValueError(f"atlas_role must be 'moving' or 'fixed', got '{atlas_role}'.")
-        data, pairs = take_apart(data)
-        if atlas is not None:  # it may be one of the scans, but is no pair with itself
+            raise ValueError(f"atlas_role is '{atlas_role}'. Use 'moving' or 'fixed'.")
+        if atlas is None and atlas_role != "moving":
+            raise ValueError(f"atlas_role is '{atlas_role}', but there is no atlas. Give one, or leave the role out.")
+        data, pairs = split_pairs(data)
+        if atlas is not None:  # it may be one of the scans, but makes no pair with itself
             if pairs is not None:
-                raise ValueError(f"pairs that are listed leave no place for an atlas, got {atlas}.")
+                raise ValueError(f"atlas {atlas} has no place among listed pairs. Remove it, or list scans.")
             data = [scan for scan in data if _file(scan) != _file(atlas)]
         n = len(data)
         if n < (1 if atlas else 2):
-            raise ValueError(f"pairs need at least 2 scans, or an atlas and 1 other, got {n} and atlas {atlas}.")
+            besides = f" besides the atlas {atlas}" if atlas else ""
+            raise ValueError(f"too few scans for a pair{besides}: {n}. Give 2 scans, or an atlas and 1 other scan.")
         if pairs is not None:
             self.pairs = pairs
         elif atlas is None:
@@ -212,59 +254,69 @@ class PairDataset(Dataset[dict[str, object]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, object]:
+        seed = index.seed if isinstance(index, _Turn) else int(torch.randint(2**32, ()))
+        for random in (self.scans.transform, self.augmentation):
+            if isinstance(random, Randomizable):
+                random.set_random_state(seed)
         moving, fixed = (self.scans[i] for i in self.pairs[index])
         pair = {"moving": moving["image"], "fixed": fixed["image"]}
         if "label" in moving and "label" in fixed:
             pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
         if self.augmentation is not None:
-            self.augmentation.set_random_state(int(torch.randint(2**32, ())))
             pair = self.augmentation(pair)  # type: ignore[operator] # MONAI's random transforms are callable
         return pair
 
 
 class PairSampler(Sampler[int]):
-    """Which pairs an epoch takes, decided by ``(seed, epoch)`` alone, so that a resumed training sees the same ones.
+    """Choose the pairs of an epoch, and the seed of each pair's augmentation.
 
-    In several processes each takes its share; the shares of a shuffled epoch are equally long.
+    Both depend only on ``(seed, epoch)``, so that a resumed training sees the same pairs in the same way.
+
+    The processes of a distributed run divide the pairs among them; in a shuffled epoch each gets equally many.
 
     Args:
         dataset: the pairs.
-        num_samples: pairs an epoch, over all processes; None: every pair once.
-        shuffle: draw them in random order; else in order, each once, whoever takes it.
-        seed: with the epoch set by :meth:`set_epoch`, determines the draw.
+        num_samples: pairs per epoch, over all processes; None: every pair once.
+        shuffle: draw pairs in random order; otherwise every pair is used once, in order.
+        seed: random seed; together with the epoch from :meth:`set_epoch` it determines the draw.
     """
 
     def __init__(
         self, dataset: PairDataset, num_samples: int | None = None, *, shuffle: bool = True, seed: int = 0
     ) -> None:
         if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+            raise ValueError(f"num_samples is {num_samples}. An epoch needs at least 1 pair.")
         self.num_pairs = len(dataset)
         self.num_samples = num_samples or self.num_pairs
         _, world = process()
         if self.num_samples < world:
-            raise ValueError(f"each of {world} processes needs a pair, got {self.num_samples} altogether.")
+            raise ValueError(f"{self.num_samples} pairs are too few for {world} processes: each needs at least 1.")
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of ``epoch``."""
+        """Set the number of the epoch to draw next."""
         self.epoch = epoch
 
-    def _indices(self) -> list[int]:
+    def _indices(self, generator: torch.Generator) -> list[int]:
         rank, world = process()
         wanted = -(-self.num_samples // world) * world if self.shuffle else self.num_samples
         if not self.shuffle:
             return [i % self.num_pairs for i in range(rank, wanted, world)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         drawn: list[int] = []
         while len(drawn) < wanted:
             drawn += torch.randperm(self.num_pairs, generator=generator).tolist()
         return drawn[rank:wanted:world]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._indices())
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        turns = [_Turn(index) for index in self._indices(generator)]
+        rank, world = process()
+        seeds = torch.randint(2**32, (self.num_samples + world,), generator=generator).tolist()[rank::world]
+        for turn, seed in zip(turns, seeds, strict=False):
+            turn.seed = seed
+        return iter(turns)
 
     def __len__(self) -> int:
         rank, world = process()

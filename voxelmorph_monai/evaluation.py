@@ -1,8 +1,8 @@
-"""Tables of an evaluation: what was measured of each pair and each structure, written, read and summarised.
+"""Tables of an evaluation: write, read and summarise the measures of each pair and structure.
 
-A measure is a column. Measures of structures (Dice) make one table with a row for each pair and structure, measures of
-pairs (folding) another with a row for each pair. A structure that a pair has no value for is NaN, an empty cell. A
-measure with the suffix ``_before`` is the one of that name before the registration.
+A measure is a column. Measures of structures (Dice) are in one table with a row for each pair and structure; measures
+of pairs (folding) are in another with a row for each pair. A missing value is NaN, an empty cell. A measure with the
+suffix ``_before`` was taken before the registration.
 """
 
 import json
@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from voxelmorph_monai.files import atomic_folder, require_replaceable, write_json
-from voxelmorph_monai.formats import scan_name
+from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable, write_json
+from voxelmorph_monai.io.formats import scan_name
 from voxelmorph_monai.pictures import save_box_plot
 
 __all__ = [
@@ -37,13 +37,13 @@ _FILES = ("structures.csv", "pairs.csv", "summary.json")
 
 
 class Evaluation(NamedTuple):
-    """What was measured.
+    """Measures of a set of registered pairs.
 
     Attributes:
         structures: measures of structures, a row for each ``(moving, fixed, structure)``.
         pairs: measures of pairs, a row for each ``(moving, fixed)``.
-        groups: names of the structures that each group merges, by its name; empty if there are none.
-        settings: what was written down of how it was measured, such as ``label_mode``.
+        groups: names of the merged structures by name of the group; empty if there are no groups.
+        settings: recorded settings of the evaluation, such as ``label_mode``.
     """
 
     structures: pd.DataFrame
@@ -52,9 +52,9 @@ class Evaluation(NamedTuple):
     settings: dict[str, Any]
 
     def over(self, measure: str, kind: str = "structures") -> pd.DataFrame:
-        """One measure of structures: a row for each pair, a column for each structure (or ``"groups"``: group).
+        """Table of one measure: a row for each pair, a column for each structure (``kind="groups"``: for each group).
 
-        The value of a group is the mean of those of its structures that have one.
+        The value of a group is the mean over its structures that have a value.
         """
         table: pd.DataFrame = self.structures[measure].unstack(sort=False)
         if kind == "structures":
@@ -63,7 +63,7 @@ class Evaluation(NamedTuple):
 
 
 def scan_names(paths: Sequence[str | Path]) -> list[str]:
-    """Short and unambiguous names for files: without folders and ending, unless they are needed.
+    """Short, unambiguous names for files: without folders and extension, unless names would repeat.
 
     >>> scan_names(["/data/images/1005.nii.gz", "/data/atlas.mgz", "/data/images/1005.nii.gz"])
     ['1005', 'atlas', '1005']
@@ -83,7 +83,7 @@ def scan_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def merge_sides(structures: Iterable[str]) -> dict[str, list[str]]:
-    """Groups of the structures whose names are alike but for a first word "left" or "right".
+    """Group structures whose names differ only in a first word "left" or "right".
 
     >>> merge_sides(["left thalamus", "brain stem", "right thalamus"])
     {'thalamus': ['left thalamus', 'right thalamus'], 'brain stem': ['brain stem']}
@@ -98,9 +98,8 @@ def _check_groups(groups: Mapping[str, Sequence[str]], structures: Sequence[str]
     for name, members in groups.items():
         unknown = [member for member in members if member not in structures]
         if unknown or not members:
-            raise ValueError(
-                f"group '{name}' must hold one structure or more, of those that are measured, got {members}."
-            )
+            reason = f"{unknown} are not measured" if unknown else "it is empty"
+            raise ValueError(f"group '{name}' cannot be used: {reason}. The structures are {list(structures)}.")
 
 
 def tabulate(
@@ -109,16 +108,16 @@ def tabulate(
     structures: Sequence[str],
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Evaluation:
-    """Arrange what was measured of each pair in tables, sorted by the names of the pairs.
+    """Arrange the measures of all pairs in tables, sorted by the names of the pairs.
 
     Args:
         paths: moving and fixed scan of each pair.
-        measures: by name, ``(pairs, structures)`` or ``(pairs,)``.
-        structures: names of the columns of the measures of structures.
-        groups: names of the structures to merge, by the name of the group.
+        measures: values by name, ``(pairs, structures)`` or ``(pairs,)``.
+        structures: names of the structures, in the order of the columns of ``measures``.
+        groups: structures to merge, by name of the group.
 
     Raises:
-        ValueError: a measure of another shape, a group of structures that are not there.
+        ValueError: a measure has another shape, or a group names unknown structures.
     """
     _check_groups(groups or {}, structures)
     by_shape: dict[tuple[int, ...], dict[str, NDArray[np.floating[Any]]]] = {
@@ -128,8 +127,8 @@ def tabulate(
     for measure, values in measures.items():
         if values.shape not in by_shape:
             raise ValueError(
-                f"measure '{measure}' of {len(paths)} pairs and {len(structures)} structures must be of one of the "
-                f"shapes {list(by_shape)}, got {values.shape}."
+                f"measure '{measure}' has shape {values.shape}, which does not fit {len(paths)} pairs and "
+                f"{len(structures)} structures. Give one of {list(by_shape)}."
             )
         by_shape[values.shape][measure] = values.ravel()
     names = scan_names([path for pair in paths for path in pair])
@@ -151,10 +150,10 @@ def _statistics(means: pd.Series) -> dict[str, float]:
 def summarise(evaluation: Evaluation) -> pd.DataFrame:
     """Mean, spread and number of values of each measure, a row for each ``(measure, over)``.
 
-    ``mean``, ``sd_over_pairs`` and ``median`` are of the pairs' own values, which for measures of structures are the
-    means over the structures (``over`` is then ``structures``), or over the groups of structures (``groups``), that
-    have one. ``sd_over_all`` is the spread of the single values, of all pairs and structures (groups) together: the
-    "±" of many tables in the literature, and about four times as wide. Deviations divide by n - 1.
+    ``mean``, ``sd_over_pairs`` and ``median`` describe one value per pair. For measures of structures this value is the
+    mean over the structures (``over`` is ``structures``) or groups (``groups``) of the pair that have a value.
+    ``sd_over_all`` is the spread of all single values over pairs and structures (or groups): the "±" of many tables in
+    the literature, and about four times as wide. Deviations divide by n - 1.
     """
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for measure in evaluation.structures.columns:
@@ -174,32 +173,32 @@ def summarise(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def check_folder(folder: str | Path, overwrite: bool) -> None:
-    """Raise FileExistsError or ValueError where :func:`save_evaluation` would replace what it should not."""
+    """Raise FileExistsError or ValueError if :func:`save_evaluation` must not write to ``folder``."""
     require_replaceable(folder, overwrite, "an evaluation", [*_FILES, "*.png"])
 
 
 def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Mean Dice before the registration, ``measured``, beside the ``published`` one of the affine alignment.
+    """Compare the ``measured`` mean Dice before the registration with the ``published`` Dice of the affine alignment.
 
-    Where they differ, scans, labels or alignment are not those of the publication. ``published`` holds means over
+    If they differ, the scans, labels or alignment are not those of the publication. ``published`` holds means over
     ``structures``, over ``groups``, or both.
     """
-    found = summarise(evaluation)["mean"]
+    means = summarise(evaluation)["mean"]
     return {
-        over: {"published": value, "measured": float(found["dice" + BEFORE, over])} for over, value in published.items()
+        over: {"published": value, "measured": float(means["dice" + BEFORE, over])} for over, value in published.items()
     }
 
 
 def save_evaluation(
     folder: str | Path, evaluation: Evaluation, settings: Mapping[str, object], overwrite: bool = False
 ) -> None:
-    """Write ``structures.csv``, ``pairs.csv``, ``summary.json`` and a box plot ``MEASURE.png``; all or nothing.
+    """Write ``structures.csv``, ``pairs.csv``, ``summary.json`` and box plots ``MEASURE.png``; all or nothing.
 
     Args:
-        folder: new, or of an earlier evaluation, which is replaced as a whole if ``overwrite``.
-        evaluation: what was measured.
-        settings: what is to be remembered of how, for ``summary.json``.
-        overwrite: replace the folder.
+        folder: new folder, or one of an earlier evaluation, which ``overwrite`` replaces completely.
+        evaluation: the measures.
+        settings: settings to record in ``summary.json``.
+        overwrite: replace an existing folder.
     """
     check_folder(folder, overwrite)
     summary = {
@@ -221,27 +220,29 @@ def save_evaluation(
 
 
 def load_evaluation(folder: str | Path) -> Evaluation:
-    """Read the tables that :func:`save_evaluation` wrote; ``folder`` may be that of the training, too.
+    """Read the tables that :func:`save_evaluation` wrote; ``folder`` may also be the folder of the training.
 
     Raises:
-        FileNotFoundError: no evaluation there.
-        ValueError: tables that cannot be read.
+        FileNotFoundError: the folder holds no evaluation.
+        ValueError: the tables cannot be read.
     """
-    found = [path for path in (Path(folder), Path(folder) / "evaluation") if (path / _FILES[-1]).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} must hold an evaluation ({', '.join(_FILES)}), but it does not.")
+    source = next((path for path in (Path(folder), Path(folder) / "evaluation") if (path / _FILES[-1]).is_file()), None)
+    if source is None:
+        raise FileNotFoundError(
+            f"{folder} holds no evaluation ({', '.join(_FILES)}). Run the evaluation first, or name its folder."
+        )
     try:
-        names = dict.fromkeys([*_PAIR, "structure"], str)  # 0012 is a name, no number, and so is NA
+        names = dict.fromkeys([*_PAIR, "structure"], str)  # 0012 and NA are names, not values
         options: dict[str, Any] = {"dtype": names, "keep_default_na": False, "na_values": [""]}
-        structures, pairs = (pd.read_csv(found[0] / name, **options) for name in _FILES[:2])
-        summary = json.loads((found[0] / _FILES[-1]).read_text(encoding="utf-8"))
+        structures, pairs = (pd.read_csv(source / name, **options) for name in _FILES[:2])
+        summary = json.loads((source / _FILES[-1]).read_text(encoding="utf-8"))
         tables = structures.set_index([*_PAIR, "structure"]), pairs.set_index(_PAIR)
         for name, table in zip(_FILES, tables, strict=False):
             for column in table.select_dtypes(exclude="number"):
-                raise ValueError(f"{name} must hold numbers in the column {column}, but holds text.")
+                raise ValueError(f"the column {column} of {name} holds text instead of numbers")
         groups = summary["groups"]
         if not isinstance(groups, dict) or not all(isinstance(members, list) for members in groups.values()):
-            raise ValueError(f"{_FILES[-1]} must hold groups, each a list of structures, got {groups}.")
+            raise ValueError(f"the groups in {_FILES[-1]} are {groups} instead of lists of structures by name")
         return Evaluation(*tables, groups, dict(summary.get("settings", {})))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{found[0]} must hold an evaluation's tables, but they cannot be read: {error}") from error
+        raise ValueError(f"the evaluation in {source} cannot be read: {error}. Run it again.") from error

@@ -1,40 +1,45 @@
-"""Ignite handlers: training can be stopped at any moment and goes on as if nothing had happened; results are kept."""
+"""Ignite handlers: resume a stopped training exactly where it was, keep the best weights, save evaluations."""
 
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
+from numpy.typing import NDArray
+from scipy import ndimage
 from torch import nn
 
-from voxelmorph_monai.data import PairSampler, process
+from voxelmorph_monai.data import PairSampler, check_seed, process
 from voxelmorph_monai.engines import pair_paths
 from voxelmorph_monai.evaluation import check_folder, compare_affine, save_evaluation, summarise, tabulate
-from voxelmorph_monai.files import atomic, sweep
-from voxelmorph_monai.networks import read_state
+from voxelmorph_monai.io.atomic import atomic, sweep
+from voxelmorph_monai.model_card import ModelCard, write_card
+from voxelmorph_monai.networks import VoxelMorph, read_state
 
-__all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation"]
+__all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation", "SaveSubmission", "load_submission"]
 
-_SAME_DICE = 0.01  # two means are within it if they are of the same scans and labels, or of half of those scans
+_SAME_DICE = 0.01  # the mean Dice of the same scans and labels, or of half of the scans, differs by less
 
 
 class Stateful(Protocol):
-    """Whatever has a state to save: modules, optimisers, schedulers, handlers."""
+    """Any object with a state to save: modules, optimisers, schedulers, handlers."""
 
     def state_dict(self) -> Mapping[str, object]:
-        """Give the state."""
+        """Return the state."""
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> object:
-        """Take the state."""
+        """Restore the state."""
 
 
 def _gather(values: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Lists of all processes, one after the other as MONAI's metrics put them, in each of the processes."""
+    """Join the lists of all processes on each process, in the order in which MONAI's metrics gather values."""
     _, world = process()
     if world == 1:
         return values
@@ -44,7 +49,7 @@ def _gather(values: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _save(state: object, path: Path) -> None:
-    """Write ``path`` whole or not at all (MONAI's CheckpointSaver leaves half a file when it is killed)."""
+    """Write ``path`` completely or not at all (MONAI's CheckpointSaver leaves half a file when it is killed)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         torch.save(state, temporary)
@@ -53,12 +58,12 @@ def _save(state: object, path: Path) -> None:
 class EpochSeed:
     """Seed every random generator from ``(seed, epoch, process)`` when an epoch starts.
 
-    What an epoch draws then depends on no earlier epoch, and a resumed training repeats it bit by bit without the
-    states of generators, which live in many places (transforms, samplers, workers), having to be saved.
+    The random numbers of an epoch then do not depend on earlier epochs. A resumed training repeats them exactly,
+    without saving the states of the many generators in transforms, samplers and workers.
     """
 
     def __init__(self, seed: int = 0, sampler: PairSampler | None = None) -> None:
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.sampler = sampler
 
     def attach(self, engine: Engine) -> None:
@@ -77,17 +82,17 @@ class EpochSeed:
 
 
 class Ramp:
-    """Let a weight of the loss grow from 0 in the first epoch, by equal steps, to its value after ``num_epochs``.
+    """Increase a weight of the loss linearly, from 0 in the first epoch to its full value after ``num_epochs``.
 
     Args:
-        module: what has the weight, such as ``RegistrationLoss``.
-        name: of the attribute, a number.
-        num_epochs: epochs with less than the full weight; 0: none.
+        module: module with the weight, such as ``RegistrationLoss``.
+        name: name of the attribute that holds the weight.
+        num_epochs: number of epochs with less than the full weight (0: none).
     """
 
     def __init__(self, module: nn.Module, name: str, num_epochs: int) -> None:
         if num_epochs < 0:
-            raise ValueError(f"num_epochs of the ramp of {name} must be 0 or more, got {num_epochs}.")
+            raise ValueError(f"num_epochs is {num_epochs} for the ramp of {name}. Give 0 or more.")
         self.module = module
         self.name = name
         self.num_epochs = num_epochs
@@ -98,17 +103,17 @@ class Ramp:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Set the weight for the epoch that ``engine`` starts; it depends on no earlier one."""
-        share = min(1.0, (engine.state.epoch - 1) / self.num_epochs) if self.num_epochs else 1.0
-        setattr(self.module, self.name, self.full * share)
+        """Set the weight for the epoch that ``engine`` starts; it does not depend on earlier epochs."""
+        fraction = min(1.0, (engine.state.epoch - 1) / self.num_epochs) if self.num_epochs else 1.0
+        setattr(self.module, self.name, self.full * fraction)
 
 
 class KeepBest:
-    """Keep the network's weights of the best validation, as a plain state dict.
+    """Keep the weights of the best validation as a plain state dict, with their model card next to it.
 
     Args:
-        network: whose weights.
-        path: file to write, replaced at each improvement.
+        network: the network.
+        path: file to write; replaced at each improvement.
         metric: name of the evaluator's metric; higher is better.
     """
 
@@ -126,34 +131,39 @@ class KeepBest:
         """Save the weights if the evaluation that ``engine`` completed is the best so far."""
         value = float(engine.state.metrics[self.metric])
         if math.isnan(value):
-            raise ValueError(f"{self.metric} must be a number to keep the best weights, got NaN: nothing to measure.")
+            raise ValueError(
+                f"{self.metric} is NaN: there was nothing to measure, so no weights can be called the best. Check the "
+                "validation labels."
+            )
         if value > self.best:
             state = self.network.state_dict()
             if broken := [name for name, weights in state.items() if not bool(weights.isfinite().all())]:
                 raise ValueError(
-                    f"weights must be finite to be kept, but {len(broken)} parameters are not, first {broken[0]}: the "
-                    "training diverged, a lower learning rate may help."
+                    f"{len(broken)} parameters hold NaN or infinity, first {broken[0]}: the training diverged. Try a "
+                    "lower learning rate."
                 )
             self.best = value
             if process()[0] == 0:
                 _save(state, self.path)
+                if isinstance(self.network, VoxelMorph):
+                    write_card(self.path, ModelCard.of(self.network))
 
     def state_dict(self) -> dict[str, float]:
-        """Give the best value so far."""
+        """Return the best value so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Take the best value so far."""
+        """Restore the best value so far."""
         self.best = state_dict["best"]
 
 
 class Resume:
-    """Save all that a training needs after each epoch, and go on from there when it is started again.
+    """Save a checkpoint after each epoch, and continue from it when the training is started again.
 
     Args:
-        path: the checkpoint; if it exists when the training starts, it is loaded.
-        objects: what has a state, by name: network, optimiser, scheduler, :class:`KeepBest`, early stop.
-        settings: plain values that must be what they were when the checkpoint was written.
+        path: checkpoint file; it is loaded if it exists when the training starts.
+        objects: objects with a state, by name: network, optimiser, scheduler, :class:`KeepBest`, early stopping.
+        settings: plain values that must not change between the calls of one training.
     """
 
     def __init__(
@@ -164,39 +174,39 @@ class Resume:
         self.settings = dict(settings or {})
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a trainer, after everything that changes what is saved (so: last)."""
+        """Attach to a trainer, after all handlers that change the saved objects (so: last)."""
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def load(self, engine: Engine) -> None:
-        """Set all objects, and the epoch of ``engine``, to what the checkpoint holds, if there is one."""
+        """Restore all objects and the epoch of ``engine`` from the checkpoint, if there is one."""
         if self.path.parent.is_dir() and process()[0] == 0:
-            sweep(self.path.parent)  # what a training left that was killed while it saved
+            sweep(self.path.parent)  # leftovers of a training that was killed while it saved
         if not self.path.exists():
             return
         try:
             state = read_state(self.path)
             if missing := {"epoch", "settings", *self.objects} - set(state):
-                raise ValueError(f"a dict without {sorted(missing)}")
+                raise ValueError(f"it has no {sorted(missing)}")
             saved, ours = state["settings"], self.settings
             was, now = (
                 {key: value for key, value in one.items() if (key, value) not in other.items()}
                 for one, other in ((saved, ours), (ours, saved))
             )
             if was or now:
-                raise ValueError(f"settings {was}, now {now}")
+                raise ValueError(f"different settings {was}, now {now}")
             for name, stateful in self.objects.items():
                 stateful.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # as load_state_dict may raise
             raise ValueError(
-                f"checkpoint {self.path} must fit this training to be resumed (else name another output_dir), "
-                f"got: {error}"
+                f"this training cannot be resumed from the checkpoint {self.path}: {error}. Restore the options of "
+                "that training, or start a new one in another output_dir."
             ) from error
         engine.state.epoch = state["epoch"]
-        # Of whole epochs as long as they are now: Ignite would take a remainder for the place to start within one.
+        # Whole epochs of their present length: Ignite would take a remainder as the place to start within an epoch.
         engine.state.iteration = engine.state.epoch * engine.state.epoch_length  # type: ignore[operator] # it is set
         if any(isinstance(o, EarlyStopping) and o.counter >= o.patience for o in self.objects.values()):
-            engine.terminate()  # it had stopped before
+            engine.terminate()  # it stopped before
         engine.logger.info(f"Resumed from {self.path} after epoch {engine.state.epoch}.")
 
     def save(self, engine: Engine) -> None:
@@ -209,18 +219,17 @@ class Resume:
 class SaveEvaluation:
     """Write the tables, the summary and the pictures of an evaluation (``evaluation.save_evaluation``).
 
-    In place of MONAI's ``MetricsSaver``, which calls the structures class0, class1, ..., knows no groups of them,
-    writes a file for each measure and replaces those of an earlier run without a word.
+    It replaces MONAI's ``MetricsSaver``, which calls the structures class0, class1, ..., has no groups, writes one file
+    per measure, and silently replaces the files of an earlier run.
 
     Args:
-        folder: to write, new. It is looked at here, before any work is done.
-        structures: names of what measures of structures measure, label 1 first; or how many there are.
-        groups: names of the structures to merge, by the name of the group; the value of a group is the mean of its
-            structures' values.
-        settings: what is to be remembered of the evaluation.
-        overwrite: replace the folder if it holds an earlier evaluation.
-        affine_dice: mean Dice before the registration as it was published, over ``structures``, over ``groups`` or
-            both. It is noted beside what is found here, with a warning where the two differ.
+        folder: new folder to write. It is checked here, before any work is done.
+        structures: names of the structures, label 1 first, or their number.
+        groups: structures to merge, by name of the group; the value of a group is the mean over its structures.
+        settings: settings of the evaluation to record in the summary.
+        overwrite: replace the folder of an earlier evaluation.
+        affine_dice: published mean Dice before the registration, over ``structures``, over ``groups`` or both. The
+            summary records it next to the measured value; a difference causes a warning.
     """
 
     def __init__(
@@ -252,11 +261,11 @@ class SaveEvaluation:
         self.paths = []
 
     def note(self, engine: Engine) -> None:
-        """Note whose turn it was."""
+        """Record the paths of the batch."""
         self.paths += pair_paths(engine.state.batch)  # type: ignore[arg-type] # decollated, so a list
 
     def save(self, engine: Engine) -> None:
-        """Write what all processes have measured, from one of them."""
+        """Write the measures of all processes, from one of them."""
         paths = _gather(self.paths)
         if process()[0] == 0:
             details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined] # MONAI's
@@ -267,7 +276,65 @@ class SaveEvaluation:
             for over, dice in affine.get("affine_dice", {}).items():
                 if not abs((dice["measured"] or 0) - dice["published"]) <= _SAME_DICE:
                     engine.logger.warning(
-                        f"mean Dice over {over} before the registration must be {dice['published']}, as published, to "
-                        f"compare with the literature, got {dice['measured']}: other scans, labels or alignment."
+                        f"mean Dice over {over} before the registration is {dice['measured']}, but {dice['published']} "
+                        "was published: the scans, labels or alignment differ, so do not compare with the literature."
                     )
             engine.logger.info(f"{self.folder}, {len(paths)} pairs:\n{summarise(evaluation).to_string()}")
+
+
+def _subject(path: str) -> int:
+    """Number of the OASIS subject of a scan, from its path in the folder of neurite-OASIS or Learn2Reg."""
+    numbers = re.findall(r"OASIS_(?:OAS1_)?(\d{4})", path)
+    if not numbers:
+        raise ValueError(f"the name of {path} has no OASIS subject number. Name it like OASIS_0438_0000.nii.gz.")
+    return int(numbers[-1])
+
+
+class SaveSubmission:
+    """Write the displacements of an evaluation in the format of Learn2Reg: half resolution, float16.
+
+    One file ``disp_FIXED_MOVING.npz`` per pair, with the array ``arr_0`` ``(3, *spatial / 2)``: displacements in voxels
+    of the full grid, resampled with splines of order 2 (Hering et al., IEEE TMI 2023). The challenge enlarges them like
+    :func:`load_submission`.
+
+    Args:
+        output_dir: folder to write to.
+        overwrite: replace the fields of an earlier evaluation; without it they are an error.
+    """
+
+    def __init__(self, output_dir: str, overwrite: bool = False) -> None:
+        self.output_dir = Path(output_dir)
+        self.overwrite = overwrite
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def start(self, engine: Engine) -> None:
+        """Check the folder before any work is done."""
+        existing = next(self.output_dir.glob("disp_*.npz"), None)
+        if existing is not None and not self.overwrite:
+            raise FileExistsError(f"{existing} exists already. Choose another output_dir, or set overwrite.")
+        idist.barrier()  # no process writes before all have checked
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the pairs of the batch that ``engine`` has registered."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        for item, prediction in zip(engine.state.batch, engine.state.output, strict=True):  # type: ignore[call-overload]
+            fixed, moving = (_subject(item[role].meta["filename_or_obj"]) for role in ("fixed", "moving"))
+            ddf = prediction["ddf"].cpu().numpy()
+            if any(n % 2 for n in ddf.shape[1:]):
+                raise ValueError(
+                    f"a field of {list(ddf.shape[1:])} voxels cannot be halved for the submission: each length must be "
+                    "even."
+                )
+            half = np.stack([ndimage.zoom(component, 0.5, order=2, mode="nearest") for component in ddf])
+            with atomic(self.output_dir / f"disp_{fixed:04d}_{moving:04d}.npz") as temporary:
+                np.savez_compressed(temporary, half.astype(np.float16))
+
+
+def load_submission(path: str | Path) -> NDArray[np.float32]:
+    """Displacement ``(3, *spatial)`` in voxels, enlarged from a submitted file like in Learn2Reg's evaluation."""
+    half = np.load(path)["arr_0"].astype(np.float32)
+    return np.stack([ndimage.zoom(component, 2, order=2) for component in half])

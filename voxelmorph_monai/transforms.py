@@ -1,4 +1,4 @@
-"""Transforms of MONAI dictionaries: load scans, merge labels, warp labels, save a registration."""
+"""MONAI dictionary transforms: load scans, merge labels, warp labels, save a registration."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +11,15 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
-from voxelmorph_monai.blocks import invert, signed, warp, warp_labels
+from voxelmorph_monai.affines import spacing
+from voxelmorph_monai.blocks import as_signed, invert, warp, warp_labels
+from voxelmorph_monai.engines import pair_paths
+from voxelmorph_monai.evaluation import scan_names
+from voxelmorph_monai.io.images import save_image
+from voxelmorph_monai.maps.displacements import save_displacement
 from voxelmorph_monai.metrics import inverse_consistency
-from voxelmorph_monai.results import Images, correlation, overlap, regularity, save_results
-from voxelmorph_monai.spaces import (
-    read_image,
-    read_labels,
-    require_same_grid,
-    save_displacement,
-    save_image,
-    spacing,
-)
+from voxelmorph_monai.report import Images, correlation, overlap, regularity, save_results
+from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["LoadScand", "MergeLabelsd", "SaveRegistrationd", "WarpLabelsd"]
 
@@ -29,38 +27,38 @@ Data = dict[Hashable, object]
 
 
 class LoadScand(MapTransform):
-    """Load images and label maps that lie on one grid, each as a MetaTensor ``(1, X, Y, Z)``.
+    """Load images and label maps on one grid, each as a MetaTensor ``(1, X, Y, Z)``.
 
-    In place of MONAI's ``LoadImaged`` because it refuses, naming the file, what would train or register nonsense: NaN,
-    an image that shows nothing, labels that are no whole numbers, an affine without inverse, grids that differ.
+    Unlike MONAI's ``LoadImaged``, it raises an error that names the file for data that cannot be trained on or
+    registered: NaN, constant images, labels that are not whole numbers, singular affines, grids that differ.
 
     Args:
-        keys: items that hold paths; those whose key ends in ``label`` are label maps (int32), the others images
-            (float32, scaled to [0, 1]; their own range is kept in the meta entries ``minimum`` and ``maximum``).
-        allow_missing_keys: load what is there.
+        keys: items that hold paths. Keys that end in ``label`` are label maps (int32); all others are images (float32,
+            scaled to [0, 1]; the meta entries ``minimum`` and ``maximum`` keep the original range).
+        allow_missing_keys: skip missing items.
     """
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
-        """Replace the paths in ``data`` by what they hold."""
+        """Replace the paths in ``data`` by the loaded scans."""
         loaded = dict(data)
         first = None
         for key in self.key_iterator(loaded):
             path = str(loaded[key])
             is_label = str(key).endswith("label")
-            array, affine = read_labels(path) if is_label else read_image(path)
-            if first is None:
-                first = ((array, affine), path)
-            require_same_grid(first[0], (array, affine), (first[1], path))
+            scan = Scan.read_labels(path) if is_label else Scan.read(path)
+            first = first or scan
+            first.check_same_grid(scan)
+            array = scan.array
             meta: dict[str, object] = {"filename_or_obj": path}
             if is_label:
                 if array.max() > np.iinfo(np.int32).max:
-                    raise ValueError(f"{path} must hold labels of at most 2^31 - 1, got {array.max()}.")
+                    raise ValueError(f"{path} holds the label {array.max()}; labels up to 2^31 - 1 are supported.")
                 array = array.astype(np.int32)
             else:
                 meta |= {"minimum": float(array.min()), "maximum": float(array.max())}
                 array = (array - array.min()) / (array.max() - array.min())
             loaded[key] = MetaTensor(
-                torch.from_numpy(np.ascontiguousarray(array))[None], affine=torch.as_tensor(affine), meta=meta
+                torch.from_numpy(np.ascontiguousarray(array))[None], affine=torch.as_tensor(scan.affine), meta=meta
             )
         return loaded
 
@@ -70,11 +68,11 @@ class MergeLabelsd(MapTransform):
 
     Args:
         keys: label maps, integers.
-        structures: name to the labels that make up the structure; None leaves the map as it is.
-        num_labels: largest label allowed in the result; what is measured later counts to it.
-        kept: names of the structures (labels, where there is no table) that stay, with the numbers they have; the
-            others become 0. None keeps all.
-        allow_missing_keys: merge what is there.
+        structures: labels of each structure by name; None leaves the map unchanged.
+        num_labels: largest label allowed in the result.
+        kept: names of the structures to keep (labels, if there is no table), without renumbering; the others become
+            0. None keeps all.
+        allow_missing_keys: skip missing items.
 
     >>> merge = MergeLabelsd("label", {"left thalamus": [10], "cortex": [1000, 1001]})
     >>> merge({"label": torch.tensor([0, 10, 7, 1001])})["label"]
@@ -95,7 +93,7 @@ class MergeLabelsd(MapTransform):
         names = list(structures or range(1, (num_labels or 0) + 1))
         unknown = [name for name in kept or [] if name not in names]
         if unknown or kept == []:
-            raise ValueError(f"kept must name one or more of the structures {names}, got {kept}.")
+            raise ValueError(f"kept is {kept}, but the structures are {names}. Name at least one of them.")
         self.kept = None if kept is None else torch.tensor([0, *(names.index(name) + 1 for name in kept)])
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
@@ -104,27 +102,31 @@ class MergeLabelsd(MapTransform):
         for key in self.key_iterator(merged):
             labels = merged[key]
             assert isinstance(labels, Tensor)
-            merged[key] = labels = signed(labels)
+            merged[key] = labels = as_signed(labels)
             if self.table is not None:
                 known = labels.long().clamp(0, len(self.table) - 1)  # the last entry of the table is 0
                 merged[key] = self.table.to(labels.device)[known]
             elif self.num_labels is not None and int(labels.max()) > self.num_labels:
                 name = labels.meta["filename_or_obj"] if isinstance(labels, MetaTensor) else key
-                raise ValueError(f"{name} must hold labels up to num_labels = {self.num_labels}, got {labels.max()}.")
+                raise ValueError(
+                    f"{name} holds the label {int(labels.max())}, but num_labels is {self.num_labels}. Raise it, or "
+                    "name the labels to measure in a table of structures (name: [labels]), which may leave gaps."
+                )
             if self.kept is not None:
-                found = merged[key]
-                assert isinstance(found, Tensor)
-                merged[key] = torch.where(torch.isin(found, self.kept.to(found)), found, 0)
+                numbers = merged[key]
+                assert isinstance(numbers, Tensor)
+                merged[key] = torch.where(torch.isin(numbers, self.kept.to(numbers)), numbers, 0)
         return merged
 
 
 def _merging_table(structures: Mapping[str, Sequence[int]]) -> Tensor:
-    """Give the number (1, 2, ... in order; 0 for none) of each label's structure: ``(largest label + 2,)`` int32."""
+    """Number of each label's structure (1, 2, ... in order; 0 for none): ``(largest label + 2,)``, int32."""
     table = torch.zeros(max((max(labels) for labels in structures.values()), default=0) + 2, dtype=torch.int32)
     for number, (name, labels) in enumerate(structures.items(), start=1):
         for label in labels:
             if label < 1 or table[label] != 0:
-                raise ValueError(f"labels of structure '{name}' must be > 0 and in no other, got {label}.")
+                reason = "labels start at 1" if label < 1 else "it is listed before"
+                raise ValueError(f"structure '{name}' lists the label {label}, but {reason}. Remove it.")
             table[label] = number
     return table
 
@@ -138,12 +140,12 @@ class WarpLabelsd(Transform):
     """Add ``warped_label``: the item ``moving_label`` ``(1, *spatial)`` warped along ``ddf`` ``(D, *spatial)``.
 
     Args:
-        mode: ``"nearest"``, or ``"linear"``: the label with the largest linearly interpolated share.
+        mode: ``"nearest"`` voxel, or ``"linear"``: the label with the largest linear interpolation weight.
     """
 
     def __init__(self, mode: str = "nearest") -> None:
         if mode not in ("nearest", "linear"):
-            raise ValueError(f"mode must be 'nearest' or 'linear', got '{mode}'.")
+            raise ValueError(f"mode is '{mode}'. Use 'nearest' or 'linear'.")
         self.mode = mode
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> Data:
@@ -158,42 +160,91 @@ _FILES = (
     "inverse_displacement.nii.gz",
     "jacobian.nii.gz",
     "report.png",
-    "summary.json",  # last: where it is, the others are
+    "summary.json",  # last: if it exists, so do the others
 )
 
 
-class SaveRegistrationd(Transform):
-    """Write what a registration found, into one folder.
+def _pair_folders(output_dir: Path, pairs: Sequence[Mapping[str, object]]) -> dict[tuple[str, str], Path]:
+    """Output folder of each pair of files."""
+    files = [(str(pair["moving"]), str(pair["fixed"])) for pair in pairs]
+    names = [name.replace("/", "_") for name in scan_names([path for pair in files for path in pair])]
+    folders = [output_dir / f"{moving}_to_{fixed}" for moving, fixed in zip(names[::2], names[1::2], strict=True)]
+    for (moving, fixed), folder in zip(files, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(
+                f"two pairs would be written to {folder}: {moving} to {fixed} is listed twice, or another pair has the "
+                "same names. List it once, or rename the files."
+            )
+    return dict(zip(files, folders, strict=True))
 
-    ``warped.nii.gz`` (the moving image's own intensities, on the fixed image's grid), ``displacement.nii.gz`` and
-    ``inverse_displacement.nii.gz`` (for ITK, ANTs and 3D Slicer: vectors in LPS mm), ``jacobian.nii.gz``,
-    ``report.png``, ``summary.json`` and, given labels, ``warped_labels.nii.gz``. Needs the items ``moving``, ``fixed``
-    (from :class:`LoadScand`) and ``ddf``, ``warped`` (the network's); takes ``inverse_ddf``, else inverts ``ddf``;
-    takes ``moving_label`` and ``fixed_label`` for the Dice of each label.
+
+class SaveRegistrationd(Transform):
+    """Write the result of a registration to a folder.
+
+    The files are ``warped.nii.gz`` (original intensities of the moving image, on the fixed grid),
+    ``displacement.nii.gz`` and ``inverse_displacement.nii.gz`` (for ITK, ANTs and 3D Slicer: vectors in LPS mm),
+    ``jacobian.nii.gz``, ``report.png``, ``summary.json`` and, if there are labels, ``warped_labels.nii.gz``.
+
+    It needs the items ``moving`` and ``fixed`` from :class:`LoadScand`, and ``ddf`` and ``warped`` from the network. It
+    uses ``inverse_ddf`` if there is one and inverts ``ddf`` otherwise. With ``moving_label`` and ``fixed_label`` the
+    summary includes the Dice of each label.
 
     Args:
-        output_dir: the folder, made if need be.
-        overwrite: replace the files of an earlier registration; else they are an error.
+        output_dir: folder, created if necessary.
+        overwrite: replace the files of an earlier registration; without it they are an error.
+        pairs: all pairs of the run, dicts with the paths ``moving`` and ``fixed``. If there are several, each gets a
+            folder ``MOVING_to_FIXED`` in ``output_dir``.
+
+    Raises:
+        FileExistsError, NotADirectoryError: a folder cannot be used; checked when the transform is created.
+        ValueError: a pair is listed twice, or two pairs would share a folder.
     """
 
-    def __init__(self, output_dir: str, overwrite: bool = False) -> None:
+    def __init__(
+        self, output_dir: str, overwrite: bool = False, pairs: Sequence[Mapping[str, object]] | None = None
+    ) -> None:
         self.output_dir = Path(output_dir)
-        there = [name for name in _FILES if (self.output_dir / name).exists()]
-        if there and not overwrite:
-            raise FileExistsError(f"output_dir must be new, or overwrite be true, but {output_dir} holds {there}.")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise NotADirectoryError(f"output_dir must be a folder, got the file {output_dir}.")
+        self.overwrite = overwrite
+        self.folders = _pair_folders(self.output_dir, pairs) if pairs and len(pairs) > 1 else {}
+        self.written: dict[Path, tuple[str, str]] = {}
+        for folder in self.folders.values() or [self.output_dir]:
+            self._check(folder)
+
+    def _check(self, folder: Path) -> None:
+        existing = [name for name in _FILES if (folder / name).exists()]
+        if existing and not self.overwrite:
+            raise FileExistsError(
+                f"{folder} already holds {existing}. Choose another output_dir, or set overwrite to replace them."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"output_dir {folder} is a file. Name a folder.")
+
+    def _folder(self, pair: tuple[str, str]) -> Path:
+        """Folder of a pair of files; an error if another pair of this run was written there."""
+        if self.folders and pair not in self.folders:
+            raise ValueError(f"{pair[0]} to {pair[1]} is missing from 'pairs', so it has no folder. Add it.")
+        folder = self.folders.get(pair, self.output_dir)
+        previous = self.written.setdefault(folder, pair)
+        if previous != pair:
+            raise FileExistsError(
+                f"{folder} holds the registration of {previous[0]} to {previous[1]}. List all pairs of the run in "
+                f"'pairs', so that {pair[0]} to {pair[1]} gets its own folder."
+            )
+        self._check(folder)
+        return folder
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> Data:
-        """Write the files, all or none of them, and add the content of ``summary.json`` to ``data`` as ``summary``."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.output_dir, prefix=".") as temporary:
+        """Write all files or none, and add the content of ``summary.json`` to ``data`` as ``summary``."""
+        ((moving, fixed),) = pair_paths([data])  # type: ignore[list-item] # both are MetaTensors
+        folder = self._folder((moving, fixed))
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".") as temporary:
             summary = self._write(Path(temporary), data)
-            for name in _FILES:  # what is not written anew would pass for a part of this registration
-                (self.output_dir / name).unlink(missing_ok=True)
+            for name in _FILES:  # a leftover would pass for a part of this registration
+                (folder / name).unlink(missing_ok=True)
             for name in _FILES:
                 if (Path(temporary) / name).exists():
-                    (Path(temporary) / name).replace(self.output_dir / name)
+                    (Path(temporary) / name).replace(folder / name)
         return {**data, "summary": summary}
 
     def _write(self, folder: Path, data: Mapping[Hashable, Tensor]) -> dict[str, object]:
@@ -220,8 +271,8 @@ class SaveRegistrationd(Transform):
         )
         summary: dict[str, object] = {
             "dice": None,
-            "similarity_before": correlation(moving.numpy(), fixed.numpy()),
-            "similarity_after": correlation(data["warped"].cpu().numpy(), fixed.numpy()),
+            "correlation_before": correlation(moving.numpy(), fixed.numpy()),
+            "correlation_after": correlation(data["warped"].cpu().numpy(), fixed.numpy()),
             **regularity(ddf.numpy()),
             "inverse_consistency_mm": float(consistency),
             "seconds": float(data["seconds"]) if "seconds" in data else None,
