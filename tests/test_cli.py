@@ -12,10 +12,17 @@ import pandas as pd
 import pytest
 import torch
 
-from voxelmorph_monai import cli, comparison, preparation, registration, uncertainty
+from voxelmorph_monai import cli
+from voxelmorph_monai.apps import compare as comparison
+from voxelmorph_monai.apps import prepare as preparation
+from voxelmorph_monai.apps import register_files as registration
+from voxelmorph_monai.apps import uncertainty
+from voxelmorph_monai.apps.options import Options
+from voxelmorph_monai.apps.prepare import Prepared
+from voxelmorph_monai.apps.shipped import shipped_weights, weights_file
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.preparation import Grid, Prepared, sample_scan
 from voxelmorph_monai.refinement import SIMILARITIES
+from voxelmorph_monai.space.template import WorkingGrid, sample_scan
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +67,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert shown.returncode == 2
     assert shown.stdout == ""
     (line,) = shown.stderr.splitlines()
-    assert line == f"vxm prepare: inputs must be folders or scans, but these do not exist: {tmp_path / 'nothing'}."
+    assert line == f"vxm prepare: these inputs do not exist: {tmp_path / 'nothing'}."
 
 
 def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -75,7 +82,7 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
     assert main(["prepare", "a", "b.nii.gz", "out"]) == 0
     defaults = {"images": "*.nii.gz", "labels": None, "maps": False, "split": None, "seed": 0}
     defaults |= {"validation": 0.1, "test": 0.1}
-    assert calls == [(([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": Grid(), "jobs": None, **defaults})]
+    assert calls == [(([Path("a"), Path("b.nii.gz")], Path("out")), {"grid": WorkingGrid(), "jobs": None, **defaults})]
     errors["x7"] = "no space left"
     words = "prepare a out --images *.mgz --labels *_l.mgz --size 80 96 112 --spacing 2 --split s.json "
     words += "--validation 0.2 --test 0.3 --seed 4 --jobs 3 --maps"
@@ -88,7 +95,7 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
         "validation": 0.2,
         "test": 0.3,
     }
-    assert calls[1][1] == {"grid": Grid((80, 96, 112), 2.0), "seed": 4, "jobs": 3, **options}
+    assert calls[1][1] == {"grid": WorkingGrid((80, 96, 112), 2.0), "seed": 4, "jobs": 3, **options}
     shown = capsys.readouterr()
     assert shown.err == "vxm prepare: x7 failed: no space left\n"
     assert "qc.png" in shown.out
@@ -96,7 +103,8 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     calls: list[Any] = []
-    summary: dict[str, Any] = {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
+    summary: dict[str, Any] = {"correlation_before": 0.5, "correlation_after": 0.75, "dice": None}
+    summary["options"] = {"preset": "wide"}
 
     def noted(*args: Any, **options: Any) -> dict[str, Any]:
         calls.append((args, options))
@@ -105,32 +113,37 @@ def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(registration, "register_files", noted)
     register = "register m.mgz f.nii --output out "
     assert main(register.split()) == 0
-    assert capsys.readouterr().out.splitlines() == ["correlation 0.500 -> 0.750", "out: look at report.png"]
+    assert capsys.readouterr().out.splitlines() == ["correlation 0.500 -> 0.750", "out: look at report.html"]
     summary["dice"] = {"before": {"mean": 0.25}, "after": {"mean": 0.625}}
-    words = "--weights w.pt --preset vm1 --space fixed --transform rigid --budget 5 --similarity mi "
+    words = "--weights w.pt --preset vm1 --space fixed --alignment rigid --budget 5 --similarity mi --steps 7 "
+    words += "--smoothness 2.5 "
     words += "--moving-labels a.nii --fixed-labels b.nii --moving-mask c.nii --mask d.nii "
-    words += "--size 80 96 112 --spacing 2 --device cpu --bids --overwrite"
+    words += "--size 80 96 112 --spacing 2 --device cpu --bids --overwrite --no-report --show-face"
     assert main((register + words).split()) == 0
     shown = capsys.readouterr().out
     assert "affine only" not in shown
     assert "mean Dice 0.250 -> 0.625" in shown
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
     defaults: dict[str, Any] = {"moving_labels": None, "fixed_labels": None, "moving_mask": None, "fixed_mask": None}
-    defaults |= {
-        "weights": registration.shipped_weights(),
-        "preset": "wide",
-        "budget": 30.0,
-        "similarity": "lncc",
-        "grid": Grid(),
-    }
-    defaults |= {"space": "mni152", "transform": "affine", "bids": False, "overwrite": False}
-    defaults |= {"device": None, "progress": True}
-    assert calls[0] == (inputs, defaults)
-    options: dict[str, Any] = {"weights": Path("w.pt"), "preset": "vm1", "space": "fixed", "transform": "rigid"}
-    options |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "bids": True, "overwrite": True}
-    options |= {"moving_mask": Path("c.nii"), "fixed_mask": Path("d.nii"), "budget": 5.0, "similarity": "mi"}
-    options |= {"device": "cpu", "progress": True}
-    assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
+    defaults |= {"moving_series": None, "fixed_series": None}
+    defaults |= {"bids": False, "overwrite": False, "report": True, "show_face": False, "progress": True}
+    assert calls[0] == (inputs, {"options": Options(), **defaults})  # the defaults of Python
+    files = {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "moving_mask": Path("c.nii")}
+    given: dict[str, Any] = {**files, "fixed_mask": Path("d.nii"), "bids": True, "overwrite": True, "progress": True}
+    given |= {"moving_series": None, "fixed_series": None, "report": False, "show_face": True}
+    options = Options(
+        weights=Path("w.pt"),
+        preset="vm1",
+        device="cpu",
+        budget=5.0,
+        steps=7,
+        similarity="mi",
+        smoothness=2.5,
+        space="fixed",
+        alignment="rigid",
+        grid=WorkingGrid((80, 96, 112), 2.0),
+    )
+    assert calls[1] == (inputs, {"options": options, **given})
 
 
 def test_the_similarities_to_choose_from_are_those_there_are(capsys: Any) -> None:
@@ -140,15 +153,16 @@ def test_the_similarities_to_choose_from_are_those_there_are(capsys: Any) -> Non
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Options]:
     """The options with which ``vxm register`` and some words would register two scans."""
-    calls: list[dict[str, Any]] = []
+    calls: list[Options] = []
 
-    def noted(*args: Any, **options: Any) -> dict[str, Any]:
+    def noted(*_: Any, options: Options, **__: Any) -> dict[str, Any]:
         calls.append(options)
-        return {"similarity_before": 0.5, "similarity_after": 0.75, "dice": None}
+        used = {"preset": "wide" if weights_file(options) else None}
+        return {"correlation_before": 0.5, "correlation_after": 0.75, "dice": None, "options": used}
 
-    def ask(words: str) -> dict[str, Any]:
+    def ask(words: str) -> Options:
         assert main(f"register m.mgz f.nii --output out {words}".split()) == 0
         return calls[-1]
 
@@ -159,29 +173,61 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("words", "weights", "budget"),
     [
-        ("--space fixed", None, 30.0),
+        ("", shipped_weights(), 8.0),
+        ("--space fixed", None, 8.0),
         ("--weights none --no-refine", None, 0.0),
-        ("--weights none", None, 30.0),
+        ("--weights none", None, 8.0),
+        ("--same-person", None, 8.0),
         ("--weights none --budget 0", None, 0.0),
-        ("--weights none --budget inf", None, float("inf")),
+        ("--weights none --budget inf", None, "inf"),
     ],
 )
 def test_brains_alone_get_the_shipped_weights(
-    words: str, weights: Path | None, budget: float, asked: Callable[[str], dict[str, Any]], capsys: Any
+    words: str, weights: Path | None, budget: float | str, asked: Callable[[str], Options], capsys: Any
 ) -> None:
     options = asked(words)
-    assert (options["weights"], options["budget"]) == (weights, budget)
+    assert (weights_file(options), options.record()["budget"]) == (weights, budget)
     assert ("the registration is affine only" in capsys.readouterr().out) == (budget == 0)
+
+
+def test_the_former_name_of_the_alignment_is_known_but_not_shown(
+    asked: Callable[[str], Options], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert asked("--transform rigid") == asked("--alignment rigid") == Options(alignment="rigid")
+    assert asked("--transform none --space fixed").alignment == "none"
+    calls: list[str] = []
+    summary = {"sd_mm": {"mean": 0.25}, "meaning": "no error bar", "calibration": None}
+    monkeypatch.setattr(
+        uncertainty, "uncertainty_files", lambda *_, alignment, **__: calls.append(alignment) or summary
+    )
+    assert main(["uncertainty", "m.mgz", "f.nii", "--weights", "w.pt", "--output", "out", "--transform", "none"]) == 0
+    assert calls == ["none"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["register", "m.mgz", "f.nii", "--output", "out", "--transform", "bent"])
+    capsys.readouterr()
+    for command in ("register", "uncertainty"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert "--alignment {affine,rigid,none}" in shown
+        assert "--transform" not in shown
 
 
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        ("--no-refine --budget 5", "--budget and --similarity are of the refinement"),
-        ("--no-refine --similarity mi", "--budget and --similarity are of the refinement"),
-        ("--space fixed --spacing 2", "--spacing with --space fixed must come with --size"),
-        ("--budget nan", "budget must be seconds, 0 or more, got nan"),
-        ("--budget -1", "budget must be seconds, 0 or more, got -1.0"),
+        ("--no-refine --budget 5", "--budget, --steps, --similarity and --smoothness configure the refinement"),
+        ("--no-refine --similarity mi", "--budget, --steps, --similarity and --smoothness configure the refinement"),
+        ("--no-refine --smoothness high", "--budget, --steps, --similarity and --smoothness configure the refinement"),
+        ("--smoothness soft", "smoothness is 'soft'"),
+        ("--smoothness -1", "smoothness is -1.0"),
+        ("--symmetric --space fixed", "symmetric needs space mni152"),
+        ("--same-person --alignment none", "same_person aligns the scans rigidly"),
+        ("--no-refine --steps 2", "--budget, --steps, --similarity and --smoothness configure the refinement"),
+        ("--space fixed --spacing 2", "--spacing needs --size with --space fixed"),
+        ("--budget nan", "budget is nan"),
+        ("--budget -1", "budget is -1.0"),
+        ("--steps 0", "steps is 0"),
     ],
 )
 def test_options_that_would_change_nothing_are_refused(words: str, match: str, capsys: Any) -> None:
@@ -194,16 +240,16 @@ def test_options_that_would_change_nothing_are_refused(words: str, match: str, c
 @pytest.mark.parametrize(
     ("words", "grid"),
     [
-        ("", Grid()),
-        ("--spacing 2", Grid(spacing=2.0)),
+        ("", None),  # that of the literature
+        ("--spacing 2", WorkingGrid(spacing=2.0)),
         ("--space fixed", None),  # the one that fits
-        ("--space fixed --size 80 90", Grid((80, 90))),
+        ("--space fixed --size 80 90", WorkingGrid((80, 90))),
     ],
 )
 def test_scans_that_are_no_brains_get_a_grid_that_fits(
-    words: str, grid: Grid | None, asked: Callable[[str], dict[str, Any]]
+    words: str, grid: WorkingGrid | None, asked: Callable[[str], Options]
 ) -> None:
-    assert asked(words)["grid"] == grid
+    assert asked(words).grid == grid
 
 
 def test_what_is_asked_of_compare_is_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -247,17 +293,17 @@ def test_what_is_asked_of_uncertainty_is_what_is_done(monkeypatch: pytest.Monkey
     ]
     summary["calibration"] = {"expected_calibration_error": 0.125}
     words = "uncertainty m.mgz f.nii --weights w.pt --output out --preset p --samples 7 --seed 3 --space fixed "
-    words += "--transform none --moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2 --device cpu"
+    words += "--alignment none --moving-labels a.nii --fixed-labels b.nii --size 80 96 112 --spacing 2 --device cpu"
     assert main(words.split()) == 0
     assert "expected calibration error of the labels 0.125" in capsys.readouterr().out
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
     defaults = {"weights": Path("w.pt"), "preset": "diffeomorphic", "moving_labels": None, "fixed_labels": None}
-    defaults |= {"num_samples": 50, "seed": 0, "space": "mni152", "transform": "affine"}  # type: ignore[dict-item]
+    defaults |= {"num_samples": 50, "seed": 0, "space": "mni152", "alignment": "affine"}  # type: ignore[dict-item]
     defaults["device"] = None
-    assert calls[0] == (inputs, {"grid": Grid(), **defaults})
-    options = {"device": "cpu", "preset": "p", "num_samples": 7, "seed": 3, "space": "fixed", "transform": "none"}
+    assert calls[0] == (inputs, {"grid": None, **defaults})
+    options = {"device": "cpu", "preset": "p", "num_samples": 7, "seed": 3, "space": "fixed", "alignment": "none"}
     options |= {"weights": Path("w.pt"), "moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
-    assert calls[1] == (inputs, {"grid": Grid((80, 96, 112), 2.0), **options})
+    assert calls[1] == (inputs, {"grid": WorkingGrid((80, 96, 112), 2.0), **options})
 
 
 def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,7 +329,7 @@ def test_termination_unwinds_as_an_interrupt_does(
 
     monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=terminated))
     monkeypatch.setattr(sys, "argv", ["vxm", "prepare", "a", "b"])
-    monkeypatch.setattr("voxelmorph_monai.processes.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("voxelmorph_monai.memory.keep_freed_memory", lambda: True)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert main() == 143

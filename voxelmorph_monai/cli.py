@@ -9,9 +9,22 @@ import atexit
 import os
 import signal
 import sys
+import textwrap
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from voxelmorph_monai.apps.options import (
+    ALIGNMENTS,
+    BRAIN_EXTRACTIONS,
+    DEFAULTS,
+    SAME_PERSON,
+    SIMILARITIES,
+    SMOOTHNESS,
+    SPACES,
+    Options,
+)
 
 __all__ = ["main"]
 
@@ -28,42 +41,82 @@ class _Command(NamedTuple):
 
 
 def _add_grid_arguments(parser: argparse.ArgumentParser, *, fits: bool = False, planar: bool = False) -> None:
-    fixed = "; with --space fixed what fits the fixed scan, which --size changes" if fits else ""
-    slices = "; two for 2-D" if planar else ""
-    parser.add_argument("--size", nargs="+", type=int, help=f"voxels along L-R, I-S, A-P{slices} (160 192 224{fixed})")
-    parser.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (1.0)")
+    group = parser.add_argument_group("working grid")
+    fixed = "; with --space fixed: a grid that fits the fixed scan" if fits else ""
+    slices = " (two numbers for slices)" if planar else ""
+    group.add_argument(
+        "--size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help=f"voxels along left-right, superior-inferior, posterior-anterior{slices} (default: 160 192 224{fixed})",
+    )
+    group.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (default: 1.0)")
 
 
 def _grid_of(args: argparse.Namespace) -> Any:
-    """The grid that is asked for; None for the one that fits."""
-    from voxelmorph_monai.preparation import Grid
+    """The grid that is asked for; None for the one that a registration takes by default."""
+    from voxelmorph_monai.space.template import WorkingGrid
 
     given = {"size": args.size and tuple(args.size), "spacing": args.spacing}
-    if args.size is None and getattr(args, "space", None) == "fixed":
-        if args.spacing is not None:
-            raise ValueError("--spacing with --space fixed must come with --size.")
-        return None
-    return Grid(**{key: value for key, value in given.items() if value is not None})
+    if args.size is None and hasattr(args, "space"):
+        if args.spacing is None:
+            return None
+        if args.space == "fixed":
+            raise ValueError("--spacing needs --size with --space fixed.")
+    return WorkingGrid(**{key: value for key, value in given.items() if value is not None})
 
 
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", type=Path, help="folders of scans, or scans (NIfTI, MGZ)")
-    parser.add_argument("output", type=Path, help="folder to write, new or of an earlier run")
-    parser.add_argument(
-        "--images", default="*.nii.gz", metavar="PATTERN", help="scans in a folder; * is the name (%(default)s)"
+    group = parser.add_argument_group("input and output")
+    group.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folder of scans, or a scan (NIfTI, MGZ)")
+    group.add_argument("output", type=Path, metavar="OUTPUT", help="new folder, or that of an earlier run to continue")
+    group.add_argument(
+        "--images",
+        default="*.nii.gz",
+        metavar="PATTERN",
+        help="file names of the scans in a folder; * stands for the name of the scan (default: %(default)s)",
     )
-    parser.add_argument("--labels", metavar="PATTERN", help="labels of the scan with that name (default: none)")
-    parser.add_argument("--maps", action="store_true", help="the inputs are label maps (FreeSurfer's): paint images")
+    group.add_argument(
+        "--labels",
+        metavar="PATTERN",
+        help="file name of the label map of each scan, with its name for * (default: none)",
+    )
+    group.add_argument(
+        "--maps",
+        action="store_true",
+        help="paint images from label maps (with FreeSurfer's numbers) instead of reading scans",
+    )
     _add_grid_arguments(parser)
-    parser.add_argument("--split", type=Path, metavar="JSON", help="names of scans by section (default: drawn)")
-    parser.add_argument("--validation", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
-    parser.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="drawn (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (%(default)s)")
-    parser.add_argument("--jobs", type=int, help="processes (default: by processors and memory)")
+    group = parser.add_argument_group("split")
+    group.add_argument(
+        "--split", type=Path, metavar="JSON", help="names of the scans by section (default: random split)"
+    )
+    group.add_argument(
+        "--validation",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the scans for validation (default: %(default)s)",
+    )
+    group.add_argument(
+        "--test",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the scans for the test (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the split (default: %(default)s)"
+    )
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+    )
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.preparation import prepare
+    from voxelmorph_monai.apps.prepare import prepare
 
     options = {
         key: getattr(args, key) for key in ("images", "labels", "maps", "split", "validation", "test", "seed", "jobs")
@@ -76,102 +129,210 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("alignment")
+    group.add_argument(
         "--space",
-        choices=("mni152", "fixed"),
-        default="mni152",
-        help="align both to MNI152 (skull-stripped brains), or moving to fixed (anything) (%(default)s)",
+        choices=SPACES,
+        default=DEFAULTS.space,
+        help="common space: mni152 for brains and whole heads, both aligned to that template; fixed for scans of "
+        "anything, moving aligned to fixed (default: %(default)s)",
     )
-    parser.add_argument(
-        "--transform", choices=("affine", "rigid", "none"), default="affine", help="to align with (%(default)s)"
+    group.add_argument(
+        "--alignment",
+        choices=ALIGNMENTS,
+        default=DEFAULTS.alignment,
+        help="alignment before the deformation; none if the headers align the scans (default: %(default)s)",
     )
+    group.add_argument("--transform", dest="alignment", choices=ALIGNMENTS, default=SUPPRESS, help=SUPPRESS)
+
+
+def _smoothness(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "moving", type=Path, nargs="?", help="scan to warp (NIfTI, MGZ, NRRD, MHA, folder of a DICOM series)"
-    )
-    parser.add_argument("fixed", type=Path, nargs="?", help="scan to warp it to")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
-    parser.add_argument(
-        "--list",
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "moving",
         type=Path,
-        metavar="CSV",
-        help="instead of two scans: pairs, in columns moving, fixed and maybe name, and labels and masks as below; "
-        "each gets a folder in DIR; repeat the command to go on after an interruption",
+        nargs="?",
+        metavar="MOVING",
+        help="scan to warp: NIfTI, MGZ, NRRD, MetaImage, DICOM file or folder",
     )
-    parser.add_argument("--jobs", type=int, help="of a list: processes (default: by processors and memory)")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="of a list: Dask cluster to run on, as tcp://host:8786")
-    parser.add_argument(
+    group.add_argument("fixed", type=Path, nargs="?", metavar="FIXED", help="scan to warp it to")
+    group.add_argument(
+        "--moving-labels", type=Path, metavar="FILE", help="label map of the moving scan, warped with it"
+    )
+    group.add_argument(
+        "--fixed-labels", type=Path, metavar="FILE", help="label map of the fixed scan, for the Dice before and after"
+    )
+    group.add_argument(
+        "--moving-mask",
+        type=Path,
+        metavar="FILE",
+        help="region of the moving scan to register, for example its brain (default: the whole scan)",
+    )
+    group.add_argument(
+        "--fixed-mask",
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="region of the fixed scan to register (default: the whole scan)",
+    )
+    group.add_argument(
+        "--brain-extraction",
+        choices=BRAIN_EXTRACTIONS,
+        default=DEFAULTS.brain_extraction,
+        help="auto finds the brain in whole heads without a mask, with --space mni152; off takes scans as they are "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--moving-series", type=int, metavar="N", help="number of the moving series, in a DICOM folder with several"
+    )
+    group.add_argument(
+        "--fixed-series", type=int, metavar="N", help="number of the fixed series, in a DICOM folder with several"
+    )
+    _add_alignment_arguments(parser)
+    _add_grid_arguments(parser, fits=True, planar=True)
+    group = parser.add_argument_group("network and refinement")
+    group.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
-        help="of a network, or 'none' (default: those of the bundle; with --space fixed none, they know brains alone)",
+        help="weights of a network, or none to do without one (default: the bundled brain weights; none with "
+        "--space fixed)",
     )
-    parser.add_argument("--preset", default="wide", metavar="NAME", help="of the network (%(default)s)")
-    parser.add_argument(
+    group.add_argument("--preset", metavar="NAME", help="preset of the network (default: named beside the weights)")
+    group.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="then optimise the displacement on the two scans (the default)",
+        help="optimise the displacement on these two scans (default: --refine)",
     )
-    parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="of refinement; inf: until nothing improves (30)"
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"time for the refinement; inf until nothing improves (default: {DEFAULTS.budget:g})",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="refinement steps at each resolution, instead of a time, so that every run gives the same result",
+    )
+    group.add_argument(
         "--similarity",
-        choices=("lncc", "mi", "mind"),
-        help="to refine by: lncc for scans of one contrast, mi or mind for two, as T1 and T2 (lncc)",
+        choices=SIMILARITIES,
+        help="similarity that the refinement optimises: lncc for scans of one contrast, mi or mind for two contrasts, "
+        f"for example T1 and T2 (default: {DEFAULTS.similarity})",
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
-    _add_alignment_arguments(parser)
-    parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to warp too")
-    parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: report the Dice")
-    parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="register only what lies in it, as of a brain")
-    parser.add_argument("--fixed-mask", "--mask", type=Path, metavar="FILE", help="the same of the fixed scan")
-    _add_grid_arguments(parser, fits=True, planar=True)
-    parser.add_argument("--bids", action="store_true", help="name the files as BIDS derivatives of the moving scan")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier registration in DIR")
+    group.add_argument(
+        "--smoothness",
+        type=_smoothness,
+        metavar="{low,default,high,MM}",
+        help="smoothness of the refined displacement, by name or in mm; the higher, the less volumes change from one "
+        "place to the next (default: default; "
+        + ", ".join(f"{name} {value:g} mm" for name, value in SMOOTHNESS.items())
+        + f"; with --same-person {SAME_PERSON:g} mm)",
+    )
+    group.add_argument(
+        "--symmetric",
+        action="store_true",
+        help="treat both scans alike, in twice the time; exchanging them gives the inverse map",
+    )
+    group.add_argument(
+        "--same-person",
+        action="store_true",
+        help="two scans of one person: rigid alignment of the one to the other, no network unless --weights is given, "
+        "and a displacement so smooth that only what has changed moves",
+    )
+    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the results")
+    group.add_argument("--bids", action="store_true", help="name the files as BIDS derivatives of the moving scan")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier registration in DIR")
+    group.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write report.html and report.png, to look at (default: --report)",
+    )
+    group.add_argument(
+        "--show-face",
+        action="store_true",
+        help="show the faces of whole heads in the report (default: hidden)",
+    )
+    group = parser.add_argument_group("cohort")
+    group.add_argument(
+        "--list",
+        type=Path,
+        metavar="CSV",
+        help="table of pairs instead of MOVING and FIXED, with columns moving, fixed and, optionally, name, labels and "
+        "masks; each pair gets a folder in DIR; the same command continues after an interruption",
+    )
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+    )
+    group.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to run on, for example tcp://host:8786")
 
 
 def _register(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.registration import register_files, shipped_weights
+    from voxelmorph_monai.apps.register_files import register_files
 
-    if not args.refine and (args.budget is not None or args.similarity is not None):
-        raise ValueError("--budget and --similarity are of the refinement, they must not come with --no-refine.")
-    budget = 0.0 if not args.refine else 30.0 if args.budget is None else args.budget
-    weights = None if args.weights == Path("none") else args.weights
-    if args.weights is None and args.space == "mni152":
-        weights = shipped_weights()
-    names = ("preset", "device", "space", "transform", "bids", "overwrite")
-    options = {name: getattr(args, name) for name in names} | {
-        "weights": weights,
-        "budget": budget,
-        "similarity": args.similarity or "lncc",
-        "grid": _grid_of(args),
-    }
+    refinement = {name: getattr(args, name) for name in ("budget", "steps", "similarity", "smoothness")}
+    refinement = {name: value for name, value in refinement.items() if value is not None}
+    if not args.refine and refinement:
+        raise ValueError(
+            "--budget, --steps, --similarity and --smoothness configure the refinement; they cannot be combined with "
+            "--no-refine."
+        )
+    names = (
+        "weights",
+        "preset",
+        "device",
+        "refine",
+        "space",
+        "alignment",
+        "brain_extraction",
+        "symmetric",
+        "same_person",
+    )
+    options = Options(**{name: getattr(args, name) for name in names}, **refinement, grid=_grid_of(args))
     if args.list is not None:
         return _register_list(args, options)
     if args.fixed is None or args.jobs is not None or args.scheduler is not None:
-        raise ValueError("two scans, without --jobs and --scheduler, or a --list must be given.")
-    files = {name: getattr(args, name) for name in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask")}
-    summary = register_files(args.moving, args.fixed, args.output, **files, **options, progress=True)
-    if weights is None and not budget:
+        raise ValueError("give two scans, or --list; --jobs and --scheduler apply only to --list.")
+    inputs = ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "moving_series", "fixed_series")
+    files = {name: getattr(args, name) for name in inputs}
+    saving = {name: getattr(args, name) for name in ("bids", "overwrite", "report", "show_face")}
+    summary = register_files(args.moving, args.fixed, args.output, options=options, progress=True, **files, **saving)
+    for note in summary.get("notes", []):
+        print(f"note: {note}")
+    if summary["options"]["preset"] is None and not options.refines:
         print("neither weights nor refinement: the registration is affine only")
-    print(f"correlation {summary['similarity_before']:.3f} -> {summary['similarity_after']:.3f}")
+    print(f"correlation {summary['correlation_before']:.3f} -> {summary['correlation_after']:.3f}")
     if summary["dice"]:
         print(f"mean Dice {summary['dice']['before']['mean']:.3f} -> {summary['dice']['after']['mean']:.3f}")
-    print(f"{args.output}: look at report.png")
+    for warning in summary.get("warnings", []):
+        print(f"vxm register: look closely: {warning['text']}", file=sys.stderr)
+    print(f"{args.output}" + (": look at report.html" if args.report else ""))
     return 0
 
 
-def _register_list(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from voxelmorph_monai.cohort import register_cohort
+def _register_list(args: argparse.Namespace, options: Options) -> int:
+    from voxelmorph_monai.apps.cohort import register_cohort
 
-    files = ("moving", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask")
+    files = ("moving", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "moving_series", "fixed_series")
     if any(getattr(args, name) is not None for name in files):
-        raise ValueError("scans, labels and masks must be named in the --list, or be given without one.")
-    cohort = register_cohort(args.list, args.output, jobs=args.jobs, scheduler=args.scheduler, **options)
+        raise ValueError("scans, their series, labels and masks cannot be combined with --list.")
+    how: dict[str, Any] = {
+        name: getattr(args, name) for name in ("jobs", "scheduler", "bids", "overwrite", "report", "show_face")
+    }
+    cohort = register_cohort(args.list, args.output, options=options, **how)
     for name, reason in list(cohort.errors.items())[:_NUM_SHOWN]:
         print(f"vxm register: {name} failed: {reason}", file=sys.stderr)
     done = cohort.num_pairs - len(cohort.errors)
@@ -180,25 +341,54 @@ def _register_list(args: argparse.Namespace, options: dict[str, Any]) -> int:
     return 1 if cohort.errors else 0
 
 
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of registrations, as vxm register --list makes it"
+    )
+
+
+def _index(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.pages.cohort import save_index
+
+    entries = save_index(args.folder)
+    flagged = sum(bool(entry.warnings or entry.odd) for entry in entries)
+    failed = sum(bool(entry.failed) for entry in entries)
+    print(f"{len(entries)} pairs, {failed} of them failed, {flagged} flagged")
+    print(f"{args.folder / 'index.html'}: look at it in a browser")
+    return 0
+
+
 def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("moving", type=Path, help="scan to warp, as of vxm register")
-    parser.add_argument("fixed", type=Path, help="scan to warp it to")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="of a probabilistic network")
-    parser.add_argument("--preset", default="diffeomorphic", metavar="NAME", help="of the network (%(default)s)")
-    parser.add_argument("--samples", type=int, default=50, metavar="N", help="of the velocity (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    group = parser.add_argument_group("input and output")
+    group.add_argument("moving", type=Path, metavar="MOVING", help="scan to warp, as for vxm register")
+    group.add_argument("fixed", type=Path, metavar="FIXED", help="scan to warp it to")
+    group.add_argument(
+        "--moving-labels", type=Path, metavar="FILE", help="label map of the moving scan, warped with it"
+    )
+    group.add_argument(
+        "--fixed-labels", type=Path, metavar="FILE", help="label map of the fixed scan, to check the calibration"
+    )
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the results")
     _add_alignment_arguments(parser)
-    parser.add_argument("--moving-labels", type=Path, metavar="FILE", help="label map to carry along")
-    parser.add_argument("--fixed-labels", type=Path, metavar="FILE", help="with moving labels: check the calibration")
     _add_grid_arguments(parser, fits=True)
+    group = parser.add_argument_group("network")
+    group.add_argument("--weights", type=Path, required=True, metavar="FILE", help="weights of a probabilistic network")
+    group.add_argument(
+        "--preset", default="diffeomorphic", metavar="NAME", help="preset of the network (default: %(default)s)"
+    )
+    group.add_argument(
+        "--samples", type=int, default=50, metavar="N", help="samples of the velocity (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the samples (default: %(default)s)"
+    )
+    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
 
 
 def _uncertainty(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.uncertainty import uncertainty_files
+    from voxelmorph_monai.apps.uncertainty import uncertainty_files
 
-    names = ("moving_labels", "fixed_labels", "weights", "preset", "device", "space", "transform", "seed")
+    names = ("moving_labels", "fixed_labels", "weights", "preset", "device", "space", "alignment", "seed")
     options = {name: getattr(args, name) for name in names} | {"num_samples": args.samples, "grid": _grid_of(args)}
     summary = uncertainty_files(args.moving, args.fixed, args.output, **options)
     print(f"{args.output}: sd_mm.nii.gz, in the fixed scan on average {summary['sd_mm']['mean']:.3f} mm")
@@ -209,15 +399,116 @@ def _uncertainty(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_longitudinal_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
+        "visits", nargs="+", type=Path, metavar="VISIT", help="scans of one person, in the order of time"
+    )
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--labels", nargs="+", type=Path, metavar="FILE", help="label map of each visit")
+    what.add_argument("--anatomy", action="store_true", help="label the visits as vxm segment does")
+    group.add_argument(
+        "--exclude", nargs="+", type=Path, metavar="FILE", help="mask of each visit with what is not compared"
+    )
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and maps")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier result in DIR")
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        metavar="N",
+        help="refinement steps at each resolution (default: %(default)s)",
+    )
+    group.add_argument(
+        "--similarity",
+        choices=SIMILARITIES,
+        default="lncc",
+        help="similarity that the refinement optimises (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spacing", type=float, metavar="MM", help="side of a voxel (default: that of the finest visit)"
+    )
+    group.add_argument(
+        "--device", metavar="NAME", help="device for --anatomy, cpu or cuda (default: a GPU if there is one)"
+    )
+
+
+def _longitudinal(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.longitudinal import longitudinal_files
+
+    names = ("labels", "anatomy", "device", "steps", "similarity", "spacing", "overwrite")
+    options = {name: getattr(args, name) for name in names}
+    for row in longitudinal_files(args.visits, args.output, excluded=args.exclude, **options):
+        changes = [f"{value} %" for name, value in row.items() if name.startswith("change")]
+        print(f"{row['structure']}: {row['ml_1']} ml, then {', '.join(changes)}")
+    print(f"{args.output}: structures.csv, and maps of the local change")
+    return 0
+
+
+def _add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
+        "list", type=Path, metavar="CSV", help="table of scans, with columns image and, optionally, labels"
+    )
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="new folder, or that of an earlier call to continue"
+    )
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--start",
+        choices=("scans", "mni152"),
+        default="scans",
+        help="what the scans are first aligned to: one of them, or MNI152 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--rounds", type=int, default=4, metavar="N", help="rounds of registration (default: %(default)s)"
+    )
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        metavar="N",
+        help="refinement steps at each resolution (default: %(default)s)",
+    )
+    group.add_argument(
+        "--similarity",
+        choices=SIMILARITIES,
+        default="lncc",
+        help="similarity that the refinement optimises (default: %(default)s)",
+    )
+    group.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (default: that of the finest scan)")
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+    )
+    group.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to run on, for example tcp://host:8786")
+
+
+def _template(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.template_building import build_template
+
+    names = ("start", "rounds", "steps", "similarity", "spacing", "jobs", "scheduler")
+    print(build_template(args.list, args.output, **{name: getattr(args, name) for name in names}))
+    return 0
+
+
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluations, the reference first")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new")
-    parser.add_argument("--published", metavar="NAME", help="show the literature's tables too: ixi, lpba40 or oasis")
-    parser.add_argument("--common", action="store_true", help="compare what all share of different pairs or structures")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of an evaluation; the first is the reference"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and pictures")
+    parser.add_argument(
+        "--published", metavar="NAME", help="published results to show as well: ixi, lpba40 or oasis (default: none)"
+    )
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="compare only the pairs and structures that all runs share",
+    )
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.comparison import compare_runs, published
+    from voxelmorph_monai.apps.compare import compare_runs, published
 
     tables = published(args.published) if args.published else []
     found = compare_runs(args.runs, args.output, common=args.common)
@@ -232,39 +523,46 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-_ORDER = (
-    "TRANSFORM is an ITK transform (.h5, .tfm, .txt, .mat; ANTs' GenericAffine), a displacement (.nii, .nii.gz of "
-    "intent 1006 or 1007; ANTs' Warp) or FreeSurfer's .lta, or '[FILE,1]' for the inverse of what is in FILE. Several "
-    "are listed as for ANTs: a point of the fixed image goes through the first one first."
-)
+_ORDER = """\
+transform files:
+  .h5 .tfm .txt .mat  ITK, 3D Slicer, ANTs' GenericAffine
+  .nii .nii.gz        displacement fields: ANTs' Warp, SPM's y_, NiftyReg's -def and -disp
+  .lta                FreeSurfer, linear
+  '[FILE,1]'          the inverse of the transform in FILE
+Several transforms are given in ANTs' order: a point of the fixed image goes
+through the first one first."""
 
 
 def _file(text: str) -> Path:
     """A path of a file, or the beginning of its name; the slash of a folder would get lost in it."""
     if text.endswith(("/", os.sep)):
-        raise argparse.ArgumentTypeError(f"'{text}' must be a file, or the beginning of its name, not a folder")
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder. Give a file, or the beginning of its name")
     return Path(text)
 
 
 def _add_transforms(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("transforms", nargs="+", metavar="TRANSFORM", help="in ANTs' order, see below")
-    parser.epilog = f"{_ORDER} {parser.epilog}"
+    parser.add_argument(
+        "transforms", nargs="+", metavar="TRANSFORM", help="transform file; several in ANTs' order, see below"
+    )
+    parser.epilog = f"{_ORDER}\n\n{parser.epilog}"
 
 
 def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=("itk", "1007", "1006", "ants", "lta", "fsl"),
-        help="format (default: by the ending, 1007 for .nii, .nii.gz); lta is FreeSurfer's, linear",
+        help="format to write; lta is FreeSurfer's and linear (default: by the file name, 1007 for .nii and .nii.gz)",
     )
-    parser.add_argument("--reference", type=Path, metavar="FILE", help="fixed image, for the grid of a displacement")
-    parser.add_argument("--moving", type=Path, metavar="FILE", help="moving image, which fsl and lta need too")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="fixed image, which gives a displacement its grid"
+    )
+    parser.add_argument("--moving", type=Path, metavar="FILE", help="moving image, needed for fsl and lta")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _saving(args: argparse.Namespace) -> dict[str, Any]:
     """How to save a transform, known to be possible before it is worked out."""
-    from voxelmorph_monai.transform_files import check_target
+    from voxelmorph_monai.maps.files import check_target
 
     inputs = [*args.transforms, *filter(None, (args.reference, args.moving))]
     check_target(args.output, args.to, args.overwrite, inputs)
@@ -273,7 +571,7 @@ def _saving(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(path: Path | None) -> Any:
-    from voxelmorph_monai.apply import read_grid
+    from voxelmorph_monai.apps.apply import read_grid
 
     return None if path is None else read_grid(path)
 
@@ -283,39 +581,90 @@ def _report(residual: float) -> None:
         print(f"inverted numerically; the inverse misses by {residual:.2g} mm at most")
 
 
+def _interpolation(text: str) -> str:
+    """The name of an interpolation; the former word for that of labels is still understood."""
+    if text != "label":
+        return text
+    print("vxm apply: --interpolation label is now called linear", file=sys.stderr)
+    return "linear"
+
+
 def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transforms(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", type=Path, metavar="FILE", help="moving image to pull onto the reference")
-    what.add_argument("--labels", type=Path, metavar="FILE", help="moving label map to pull onto the reference")
-    what.add_argument("--points", type=Path, metavar="FILE", help="points to take along: .csv, .fcsv, .mrk.json")
-    parser.add_argument("--reference", type=Path, metavar="FILE", help="fixed image, whose grid the output gets")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--interpolation",
-        choices=("linear", "nearest", "bspline", "lanczos", "label"),
-        help="of an image (linear, or the others but label), of labels (label: linear for each; or nearest)",
+    group = parser.add_argument_group("what to warp (one of them)")
+    what = group.add_mutually_exclusive_group(required=True)
+    what.add_argument("--image", type=Path, metavar="FILE", help="moving image, or a series of them (NIfTI)")
+    what.add_argument("--labels", type=Path, metavar="FILE", help="label map of the moving image")
+    what.add_argument(
+        "--vectors", type=Path, metavar="FILE", help="moving image of vectors, three numbers a voxel, which are rotated"
     )
-    parser.add_argument(
+    what.add_argument("--points", type=Path, metavar="FILE", help="points (.csv, .fcsv, .mrk.json)")
+    what.add_argument(
+        "--surface", type=Path, metavar="FILE", help="surface (GIFTI, FreeSurfer, .vtk, .vtp, .stl, .ply)"
+    )
+    what.add_argument("--streamlines", type=Path, metavar="FILE", help="streamlines (.trk, .tck, .trx)")
+    group.add_argument("--series", type=int, metavar="N", help="number of the series, in a DICOM folder with several")
+    group = parser.add_argument_group("images and labels")
+    group.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="fixed image, which gives the output its grid; for a surface or streamlines, the image that they go to",
+    )
+    group.add_argument("--bvec", type=Path, metavar="FILE", help="gradients of a diffusion series, which are rotated")
+    group.add_argument(
+        "--reference-series",
+        type=int,
+        metavar="N",
+        help="number of the reference's series, in a DICOM folder with several",
+    )
+    group.add_argument(
+        "--interpolation",
+        type=_interpolation,
+        choices=("linear", "nearest", "bspline", "lanczos"),
+        help="interpolation of images: any of these (default: linear); of labels: nearest, or linear for the label "
+        "with the largest linearly interpolated weight (default: nearest)",
+    )
+    group = parser.add_argument_group("points, surfaces and streamlines")
+    group.add_argument(
         "--points-of",
         choices=("fixed", "moving"),
-        help="where the points were drawn: those of the fixed image go to the moving one, along the transform; those "
-        "of the moving image go to the fixed one, as the image does, by the inverse",
+        help="image that they were drawn in: points of the fixed image go to the moving one, along the "
+        "transform; points of the moving image go to the fixed one, along its inverse",
     )
-    parser.add_argument("--coordinates", choices=("RAS", "LPS"), help="of points in a CSV file, which does not tell")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    group.add_argument(
+        "--coordinates",
+        choices=("RAS", "LPS", "tkr"),
+        help="coordinate system of a CSV file, surface or vectors that do not say it; tkr is FreeSurfer's",
+    )
+    group.add_argument("--volume", type=Path, metavar="FILE", help="image that a FreeSurfer surface was made from")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _apply(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apply import pull_file, take_points
+    from voxelmorph_monai.apps.apply import apply_to_image, apply_to_points
+    from voxelmorph_monai.apps.apply_series import is_series
 
+    if args.surface is not None or args.streamlines is not None:
+        return _apply_to_shape(args)
+    if args.vectors is not None or (args.image is not None and is_series(args.image)):
+        return _apply_to_series(args)
+    if args.bvec is not None:
+        raise ValueError("--bvec belongs to a series of volumes (--image), NIfTI of four axes.")
+    if args.volume is not None or args.coordinates == "tkr":
+        raise ValueError("--volume and --coordinates tkr are of surfaces.")
     if args.points is None and (args.reference is None or args.points_of or args.coordinates):
-        raise ValueError("an image or label map must come with --reference, and without --points-of or --coordinates.")
+        raise ValueError("an image or label map needs --reference, and takes no --points-of or --coordinates.")
     if args.points is not None and (args.points_of is None or args.reference or args.interpolation):
-        raise ValueError("points must come with --points-of (fixed or moving), without --reference or --interpolation.")
+        raise ValueError("points need --points-of (fixed or moving), and take no --reference or --interpolation.")
+    series = {"series": args.series, "reference_series": args.reference_series}
+    if args.points is not None and any(number is not None for number in series.values()):
+        raise ValueError("--series and --reference-series choose images; they cannot be combined with --points.")
     options: dict[str, Any] = {"overwrite": args.overwrite}
     if args.points is not None:
-        residual = take_points(
+        residual = apply_to_points(
             args.transforms,
             args.points,
             args.output,
@@ -325,21 +674,56 @@ def _apply(args: argparse.Namespace) -> int:
         )
     else:
         kind, path = ("image", args.image) if args.image else ("labels", args.labels)
-        options |= {"kind": kind, "interpolation": args.interpolation}
-        residual = pull_file(args.transforms, path, args.reference, args.output, **options)
+        options |= {"kind": kind, "interpolation": args.interpolation, **series}
+        residual = apply_to_image(args.transforms, path, args.reference, args.output, **options)
+    _report(residual)
+    return 0
+
+
+def _apply_to_series(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.apply_series import apply_to_series, apply_to_vectors
+
+    if args.reference is None or args.points_of or args.volume or args.series is not None:
+        raise ValueError("a series or vectors need --reference, and take no --points-of, --volume or --series.")
+    options = {"interpolation": args.interpolation or "linear", "overwrite": args.overwrite}
+    if args.vectors is not None:
+        if args.bvec is not None or args.reference_series is not None:
+            raise ValueError("vectors take neither --bvec nor --reference-series.")
+        options |= {"coordinates": args.coordinates}
+        residual = apply_to_vectors(args.transforms, args.vectors, args.reference, args.output, **options)
+    else:
+        options |= {"bvec": args.bvec, "reference_series": args.reference_series}
+        residual = apply_to_series(args.transforms, args.image, args.reference, args.output, **options)
+    _report(residual)
+    return 0
+
+
+def _apply_to_shape(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.apply_shapes import apply_to_streamlines, apply_to_surface
+
+    if args.points_of is None or args.interpolation or args.series is not None or args.reference_series is not None:
+        raise ValueError("surfaces and streamlines need --points-of, and take neither --interpolation nor a series.")
+    options = {"made_from": args.points_of, "reference": args.reference, "overwrite": args.overwrite}
+    if args.surface is not None:
+        options |= {"coordinates": args.coordinates, "volume": args.volume}
+        residual = apply_to_surface(args.transforms, args.surface, args.output, **options)
+    else:
+        if args.coordinates or args.volume:
+            raise ValueError("streamlines are in scanner RAS: --coordinates and --volume are of surfaces.")
+        residual = apply_to_streamlines(args.transforms, args.streamlines, args.output, **options)
     _report(residual)
     return 0
 
 
 def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transforms(parser)
-    parser.add_argument("--output", type=_file, required=True, metavar="FILE", help="transform to write")
+    parser.add_argument("--output", type=_file, required=True, metavar="FILE", help="transform file to write")
     _add_saving_arguments(parser)
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apply import open_chain
-    from voxelmorph_monai.transform_files import save_chain
+    from voxelmorph_monai.apps.apply import open_chain
+    from voxelmorph_monai.maps.files import save_chain
 
     saving = _saving(args)
     transform, residual, spatial_dims = open_chain(args.transforms, args.reference, args.moving)
@@ -349,9 +733,9 @@ def _compose(args: argparse.Namespace) -> int:
 
 
 def _invert(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apply import open_chain
-    from voxelmorph_monai.chains import invert_transform
-    from voxelmorph_monai.transform_files import save_chain
+    from voxelmorph_monai.apps.apply import open_chain
+    from voxelmorph_monai.maps.chains import invert_transform
+    from voxelmorph_monai.maps.files import save_chain
 
     saving = _saving(args)
     transform, missed, spatial_dims = open_chain(args.transforms, args.reference, args.moving)
@@ -362,26 +746,28 @@ def _invert(args: argparse.Namespace) -> int:
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="INPUT", help="transform, see below")
-    parser.epilog = f"{_ORDER} {parser.epilog}"
-    parser.add_argument("output", type=_file, metavar="OUTPUT", help="file, or with --to ants the prefix of two")
+    parser.add_argument("input", metavar="INPUT", help="transform file, see below")
+    parser.epilog = f"{_ORDER}\n\n{parser.epilog}"
+    parser.add_argument(
+        "output", type=_file, metavar="OUTPUT", help="file to write; with --to ants, prefix of two files"
+    )
     parser.add_argument(
         "--from",
         dest="origin",
         choices=("fsl",),
-        help="the input is FSL's, for --moving and --reference (its -in, -ref)",
+        help="program that wrote INPUT, if it is FSL; give its -in as --moving and its -ref as --reference",
     )
     _add_saving_arguments(parser)
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.transform_files import read_fsl_transform, save_chain
+    from voxelmorph_monai.maps.files import read_fsl_transform, save_chain
 
     args.transforms = [args.input]
     if args.origin is None:
         return _compose(args)
     if args.reference is None or args.moving is None:
-        raise ValueError("a transform of FSL must come with both images (--reference and --moving).")
+        raise ValueError("a transform of FSL needs both images (--reference and --moving).")
     saving = _saving(args)
     save_chain(args.output, read_fsl_transform(args.input, saving["grid"], saving["moving_grid"]), **saving)
     return 0
@@ -389,25 +775,77 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _add_jacobian_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transforms(parser)
-    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="fixed image")
+    parser.add_argument(
+        "--reference", type=Path, required=True, metavar="FILE", help="fixed image, which gives the grid"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="image to write")
-    parser.add_argument("--log", action="store_true", help="the natural logarithm")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--log", action="store_true", help="write the natural logarithm of the determinant")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _jacobian(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apply import jacobian_file
+    from voxelmorph_monai.apps.apply import jacobian_file
 
     jacobian_file(args.transforms, args.reference, args.output, logarithm=args.log, overwrite=args.overwrite)
     return 0
 
 
+def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "scans",
+        nargs="*",
+        type=Path,
+        metavar="SCAN",
+        help="scan of a head: NIfTI, MGZ, NRRD, MetaImage, DICOM file or folder; or several, or a folder of them",
+    )
+    parser.add_argument(
+        "--list",
+        type=Path,
+        metavar="CSV",
+        help="table of scans instead of SCAN, with the column scan and, optionally, name; several scans get a folder "
+        "each in PATH, and one table of volumes; the same command continues after an interruption",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="new folder for labels, brain mask, brain, volumes and colours; or a NIfTI file for the labels only",
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weights of the network (default: the bundled ones)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _segment(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.segment import by_name, read_list, segment_file, segment_files
+
+    how = {name: getattr(args, name) for name in ("weights", "device", "overwrite")}
+    if bool(args.scans) == (args.list is not None):
+        raise ValueError("give scans, or --list.")
+    scans = by_name(args.scans) if args.list is None else read_list(args.list)
+    if args.list is None and list(scans.values()) == args.scans and len(scans) == 1:
+        segment_file(args.scans[0], args.output, **how)
+        return 0
+    done = segment_files(scans, args.output, **how)
+    for name, reason in list(done.errors.items())[:_NUM_SHOWN]:
+        print(f"vxm segment: {name} failed: {reason}", file=sys.stderr)
+    good = len(scans) - len(done.errors)
+    print(f"{good} of {len(scans)} scans are segmented, {done.num_skipped} of them by an earlier call")
+    print(f"{done.table}: their volumes")
+    return 1 if done.errors else 0
+
+
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart"), metavar="DIR", help="new folder (default: %(default)s)"
+    )
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.quickstart import quickstart
+    from voxelmorph_monai.apps.quickstart import quickstart
 
     quickstart(args.output)
     return 0
@@ -415,17 +853,27 @@ def _quickstart(args: argparse.Namespace) -> int:
 
 def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "layout", help="ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (images/, labels/) or csv"
+        "layout",
+        metavar="LAYOUT",
+        help="ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (with images/ and labels/) or csv",
     )
-    parser.add_argument("source", type=Path, help="its folder; of csv: a table of scans or pairs")
-    parser.add_argument("output", type=Path, help="folder to write, the dataset_dir of the bundle")
-    parser.add_argument("--folds", type=int, metavar="N", help="split scans into N parts (default: as published, or 5)")
-    parser.add_argument("--fold", type=int, default=0, metavar="K", help="the part for the test (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder of the data set; for csv: table of scans or pairs"
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write, the dataset_dir of the bundle")
+    parser.add_argument(
+        "--folds", type=int, metavar="N", help="number of parts to split the scans into (default: as published, else 5)"
+    )
+    parser.add_argument(
+        "--fold", type=int, default=0, metavar="K", help="part that is the test set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the split (default: %(default)s)"
+    )
 
 
 def _datalist(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.datasets import write_datalist
+    from voxelmorph_monai.apps.datalists import write_datalist
 
     options = {"folds": args.folds, "fold": args.fold, "seed": args.seed}
     print(write_datalist(args.layout, args.source, args.output, **options))
@@ -433,11 +881,11 @@ def _datalist(args: argparse.Namespace) -> int:
 
 
 def _add_label_app_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, metavar="DIR", help="folder to write, new")
+    parser.add_argument("output", type=Path, metavar="DIR", help="new folder for the app")
 
 
 def _label_app(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.propagation import copy_label_app
+    from voxelmorph_monai.apps.label_propagation import copy_label_app
 
     copy_label_app(args.output)
     print(f"monailabel start_server --app {args.output} --studies STUDIES --host 127.0.0.1")
@@ -446,14 +894,14 @@ def _label_app(args: argparse.Namespace) -> int:
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=Path, help="Keras file of the authors (.h5), or checkpoint of their VxmDense (.pt)"
+        "source", type=Path, metavar="SOURCE", help="Keras file of the authors (.h5), or checkpoint of VxmDense (.pt)"
     )
-    parser.add_argument("output", type=Path, help="file to write, new (.pt)")
-    parser.add_argument("--xy", action="store_true", help="the file is of models/xy/: axes counted as x, y")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new file (.pt)")
+    parser.add_argument("--xy", action="store_true", help="read a file of the authors' models/xy/, whose axes are x, y")
 
 
 def _import_weights(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.weights import import_weights
+    from voxelmorph_monai.apps.import_weights import import_weights
 
     preset = import_weights(args.source, args.output, xy=args.xy)
     print(f"{args.output}: weights of preset {preset}, for intensities in [0, 1]")
@@ -461,15 +909,17 @@ def _import_weights(args: argparse.Namespace) -> int:
 
 
 def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="folder of the bundle")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder to write, or of other bundles"
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the zip file, new or with other bundles"
     )
-    parser.add_argument("--url", default="", help="address of the folder it will be published in, for model_info.json")
+    parser.add_argument(
+        "--url", default="", help="address that the folder will be published at, for model_info.json (default: none)"
+    )
 
 
 def _pack_bundle(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.distribution import pack_bundle
+    from voxelmorph_monai.apps.pack_bundle import pack_bundle
 
     packed = pack_bundle(args.bundle, args.output, args.url)
     if packed.left_out:
@@ -484,18 +934,20 @@ def _add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE LABELS",
-        help="skull-stripped T1 scan and its label map, one after the other (default: MNI152 and its tissues)",
+        help="skull-stripped T1 scan and its label map, for each atlas (default: MNI152 and its tissues)",
     )
-    parser.add_argument("--names", type=Path, metavar="CSV", help="columns number and name: what the labels are called")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="bundle to write, new")
-    parser.add_argument("--license", type=Path, metavar="FILE", help="terms of the scans and labels, to come along")
+    parser.add_argument("--names", type=Path, metavar="CSV", help="names of the labels, in columns number and name")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the bundle")
+    parser.add_argument(
+        "--license", type=Path, metavar="FILE", help="terms of the scans and labels, copied to the bundle"
+    )
 
 
 def _make_atlas_bundle(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.atlas_bundle import make_atlas_bundle
+    from voxelmorph_monai.apps.atlas_bundle import make_atlas_bundle
 
     if len(args.scans) % 2:
-        raise ValueError(f"scans must come with labels, IMAGE LABELS, but there are {len(args.scans)} files.")
+        raise ValueError(f"{len(args.scans)} files are not pairs of a scan and its labels. Give IMAGE LABELS for each.")
     atlases = list(zip(args.scans[::2], args.scans[1::2], strict=True))
     bundle = make_atlas_bundle(atlases, args.output, names=args.names, licence=args.license)
     print(f"{bundle}: read docs/README.md")
@@ -504,19 +956,25 @@ def _make_atlas_bundle(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "prepare": _Command(
-        "align skull-stripped T1 scans to MNI152 and write them on one grid, with a datalist for training",
+        "align T1 scans to MNI152, for training: one grid, one orientation, intensities from 0 to 1",
         "vxm prepare scans/ prepared/ --images '*_t1.nii.gz' --labels '*_labels.nii.gz'",
         _add_prepare_arguments,
         _prepare,
     ),
     "register": _Command(
-        "register two scans in physical space; write the warped scan, ITK transforms, a picture and a summary",
+        "register two scans: warped scan, transforms in both directions, a picture and a summary",
         "vxm register moving.nii.gz fixed.nii.gz --output registered",
         _add_register_arguments,
         _register,
     ),
+    "report": _Command(
+        "write index.html for a folder of registrations: compare them, find outliers, accept and reject",
+        "vxm report registered",
+        _add_report_arguments,
+        _index,
+    ),
     "apply": _Command(
-        "apply transforms, ours or of ITK, ANTs or 3D Slicer, to an image, labels or points",
+        "apply transforms (ours, or those of ITK, ANTs, 3D Slicer, FreeSurfer) to an image, labels or points",
         "vxm apply registered/forward.h5 --image moving.nii.gz --reference fixed.nii.gz --output warped.nii.gz",
         _add_apply_arguments,
         _apply,
@@ -528,67 +986,85 @@ _COMMANDS = {
         _compose,
     ),
     "invert": _Command(
-        "invert a transform: exactly if it is linear, numerically if it is a displacement",
+        "invert a transform: exactly if it is linear, numerically if it is a displacement field",
         "vxm invert displacement.nii.gz --output inverse.h5",
         _add_compose_arguments,
         _invert,
     ),
     "convert": _Command(
-        "write a transform in another format: ITK, ANTs, FSL, FreeSurfer, displacement of intent 1006 or 1007",
+        "convert a transform to the format of ITK, ANTs, FSL or FreeSurfer, or to a NIfTI displacement field",
         "vxm convert forward.h5 displacement.nii.gz --reference fixed.nii.gz",
         _add_convert_arguments,
         _convert,
     ),
     "jacobian": _Command(
-        "write by how much a transform changes the volume at each voxel of the fixed image",
+        "write the Jacobian determinant of a transform: the change of volume at each voxel of the fixed image",
         "vxm jacobian forward.h5 --reference fixed.nii.gz --output jacobian.nii.gz",
         _add_jacobian_arguments,
         _jacobian,
     ),
     "uncertainty": _Command(
-        "sample the posterior of a probabilistic network: spread of the displacement, probabilities of labels",
+        "sample the posterior of a probabilistic network: spread of the displacement, label probabilities",
         "vxm uncertainty moving.nii.gz fixed.nii.gz --weights model.pt --output uncertainty --samples 50 --seed 0",
         _add_uncertainty_arguments,
         _uncertainty,
     ),
+    "longitudinal": _Command(
+        "measure the change of volume between scans of one person, all visits treated alike",
+        "vxm longitudinal baseline.nii.gz year1.nii.gz --output change --anatomy",
+        _add_longitudinal_arguments,
+        _longitudinal,
+    ),
+    "template": _Command(
+        "build the template of a group of scans: their mean shape and mean intensity",
+        "vxm template scans.csv --output template",
+        _add_template_arguments,
+        _template,
+    ),
+    "segment": _Command(
+        "segment a head scan of any contrast: 29 structures and the brain mask",
+        "vxm segment scan.nii.gz --output segmentation",
+        _add_segment_arguments,
+        _segment,
+    ),
     "compare": _Command(
-        "put evaluations of the same pairs side by side, with paired statistics and published numbers",
+        "compare evaluations of the same pairs, with paired statistics and published results",
         "vxm compare training_a training_b --output comparison --published ixi",
         _add_compare_arguments,
         _compare,
     ),
     "datalist": _Command(
-        "list the scans or pairs of a data set for training: IXI, OASIS, Learn2Reg, LPBA40, a folder, a table",
+        "list a data set for training: IXI, OASIS, Learn2Reg, LPBA40, a folder, a table",
         "vxm datalist oasis neurite-oasis/ oasis/",
         _add_datalist_arguments,
         _datalist,
     ),
     "label-app": _Command(
-        "copy the app for MONAI Label: labels for 3D Slicer and OHIF from labelled scans, registration, training",
+        "copy the app for MONAI Label, which serves registration and labels to 3D Slicer and OHIF",
         "vxm label-app voxelmorph",
         _add_label_app_arguments,
         _label_app,
     ),
     "make-atlas-bundle": _Command(
-        "make a MONAI bundle that segments skull-stripped T1 scans from labelled ones",
+        "make a MONAI bundle that segments skull-stripped T1 scans by labelled atlases",
         "vxm make-atlas-bundle a.nii.gz a_labels.nii.gz --names labels.csv --output bundles/my_atlas_segmentation",
         _add_atlas_arguments,
         _make_atlas_bundle,
     ),
     "import-weights": _Command(
-        "read weights of the authors: Keras files (CVPR 2018, MICCAI 2018), checkpoints of VxmDense in PyTorch",
+        "import weights of the VoxelMorph authors: Keras files (CVPR 2018, MICCAI 2018), PyTorch's VxmDense",
         "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
         _add_import_arguments,
         _import_weights,
     ),
     "pack-bundle": _Command(
-        "write a bundle as the zip file that MONAI downloads, and enter it in model_info.json",
+        "pack a bundle as the zip file that MONAI downloads, and enter it in model_info.json",
         "vxm pack-bundle bundles/brain_t1_registration --output release --url https://host/releases/download/v1",
         _add_pack_arguments,
         _pack_bundle,
     ),
     "quickstart": _Command(
-        "register two brains that come with the project",
+        "register two brains that are included",
         "vxm quickstart --output quickstart",
         _add_quickstart_arguments,
         _quickstart,
@@ -601,7 +1077,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.help, description=command.help, epilog=f"example: {command.example}"
+            name,
+            help=command.help,
+            description=textwrap.fill(f"{command.help[0].upper()}{command.help[1:]}.", 80),
+            epilog=f"example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example in two lines could not be copied
         )
         command.add_arguments(sub)
     return parser
@@ -626,7 +1106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     if argv is None:
-        from voxelmorph_monai.processes import keep_freed_memory
+        from voxelmorph_monai.memory import keep_freed_memory
 
         keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)

@@ -1,0 +1,30 @@
+"""Libraries that take long to import, and that many a call does without: they are imported when they are first used.
+
+Seconds of processor time that an import takes beside torch: MONAI 4 to 8, ITK 0.3 and up to 9 once its classes are
+used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["lazy"]
+
+
+class _Lazy:
+    """Stands for a module until an attribute of it is asked for, by whichever thread."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(self._name), attribute)
+
+
+def lazy(name: str) -> Any:
+    """Give the module with this dotted name, which is not imported yet.
+
+    >>> html = lazy("html.entities")
+    >>> html.name2codepoint["eacute"]
+    233
+    """
+    return _Lazy(name)
