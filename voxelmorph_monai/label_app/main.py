@@ -1,7 +1,7 @@
-"""MONAI Label app: labels of one study for another, registration of two studies, and training, by VoxelMorph.
+"""MONAI Label app for VoxelMorph: label a study from other studies, register two studies, and train.
 
-Start it by ``monailabel start_server --app FOLDER --studies STUDIES``. What needs MONAI Label is here; the rest is in
-the package ``voxelmorph_monai``.
+Start it with ``monailabel start_server --app FOLDER --studies STUDIES``. Only code that needs MONAI Label is here; the
+rest is in the package ``voxelmorph_monai``.
 """
 
 import json
@@ -24,27 +24,23 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.train import TrainTask
 
 from voxelmorph_monai import __version__
-from voxelmorph_monai.files import atomic, write_json
+from voxelmorph_monai.apps.label_propagation import Study, number_structures, propagate, rank, renumbered, structures
+from voxelmorph_monai.apps.options import ALIGNMENTS, DEFAULTS, PRESET, SPACES, Options
+from voxelmorph_monai.apps.prepare import prepare
+from voxelmorph_monai.apps.register_files import register_files
+from voxelmorph_monai.apps.shipped import choose_device, shipped_bundle, shipped_weights
+from voxelmorph_monai.io.atomic import atomic, write_json
+from voxelmorph_monai.io.images import open_volume
 from voxelmorph_monai.networks import PRESETS
-from voxelmorph_monai.preparation import Grid, prepare
-from voxelmorph_monai.propagation import Study, number_structures, propagate, rank, renumbered, structures
-from voxelmorph_monai.registration import (
-    SPACES,
-    TRANSFORMS,
-    choose_device,
-    load_network,
-    register_files,
-    shipped_bundle,
-    shipped_weights,
-)
-from voxelmorph_monai.results import NAMES
-from voxelmorph_monai.spaces import open_volume, read_image, save_image, save_image_like, to_itk
+from voxelmorph_monai.report import NAMES
+from voxelmorph_monai.space.itk_bridge import to_itk
+from voxelmorph_monai.space.scan import Scan
+from voxelmorph_monai.space.template import WorkingGrid
 
 logger = logging.getLogger(__name__)
 
 _SIMILAR = "most similar"
-_PRESET = "wide"  # of the weights that come along
-_LONGEST = 600.0  # seconds to refine: MONAI Label's clients wait no longer
+_LONGEST = 600.0  # seconds of refinement; MONAI Label's clients do not wait longer
 _MOST = 9  # studies to fuse
 _RESULTS = {
     "warped": "warped.nii.gz",
@@ -54,53 +50,53 @@ _RESULTS = {
     "jacobian": "jacobian.nii.gz",
     "report": "report.png",
 }
-_ENDINGS = (".nii", ".nii.gz", ".nrrd")  # of label maps
+_ENDINGS = (".nii", ".nii.gz", ".nrrd")  # file formats of label maps
 
 
 def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
+        raise ValueError(f"{name} is '{value}'. Choose one of {', '.join(known)}.")
     return str(value)
 
 
 def _number(name: str, value: Any, least: float, most: float, kind: Callable[[Any], Any] = float) -> Any:
     try:
-        found = kind(value)
-        cut = isinstance(value, float) and found != value  # 2.7 is no whole number
-        if math.isfinite(found) and least <= found <= most and not cut:
-            return found
+        number = kind(value)
+        cut = isinstance(value, float) and number != value  # 2.7 is not a whole number
+        if math.isfinite(number) and least <= number <= most and not cut:
+            return number
     except (ValueError, TypeError, OverflowError):
         pass
     what = "a whole number" if kind is int else "a number"
-    raise ValueError(f"{name} must be {what} from {least:g} to {most:g}, got '{value}'.")
+    raise ValueError(f"{name} is '{value}'. Give {what} from {least:g} to {most:g}.")
 
 
 def _first(default: str, known: Sequence[str]) -> list[str]:
-    """Choices as 3D Slicer shows them, which sends the first one unless another is chosen."""
+    """Choices with the default first, which 3D Slicer sends unless another one is chosen."""
     return [default, *(each for each in known if each != default)]
 
 
 class Settings(NamedTuple):
-    """How to register: what ``--conf KEY VALUE`` says, and for one request what that one says.
+    """How to register: options from ``--conf KEY VALUE``, which a request can change for itself.
 
     Attributes:
-        weights: file of the network's weights, or ``none``; None: those that fit.
-        preset: of the network.
-        device: to compute on.
-        grid: where displacements are found; None: the literature's for brains, one that fits for anything else.
-        space: where the network works.
-        transform: to align scans with.
-        budget: seconds to refine, 0 not at all.
-        num_studies: how many of the most similar studies give their labels.
+        weights: file of the network's weights, or ``none``; None: suitable weights.
+        preset: preset of the network.
+        device: device to compute on.
+        grid: grid of the displacement; None: the standard grid for brains, a grid that fits for other scans.
+        space: space in which the network works.
+        alignment: alignment of the scans before the deformation.
+        budget: seconds of refinement; 0 for none.
+        num_studies: number of most similar studies whose labels are used.
     """
 
     weights: str | None
     preset: str
     device: str | None
-    grid: Grid | None
-    space: str = SPACES[0]
-    transform: str = TRANSFORMS[0]
-    budget: float = 30.0
+    grid: WorkingGrid | None
+    space: str = DEFAULTS.space
+    alignment: str = DEFAULTS.alignment
+    budget: float = DEFAULTS.budget
     num_studies: int = 1
 
     @classmethod
@@ -110,22 +106,23 @@ class Settings(NamedTuple):
         Raises:
             ValueError: an option is unknown or cannot be used.
         """
-        known = {*cls._fields, "size", "spacing"} - {"grid"}
-        unknown = conf.keys() - known - {"preload", "server_mode"}  # of MONAI Label
+        known = {*cls._fields, "size", "spacing", "transform"} - {"grid"}  # transform: the former name of alignment
+        unknown = conf.keys() - known - {"preload", "server_mode"}  # these two are MONAI Label's
         if unknown:
-            raise ValueError(f"--conf must be of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.")
+            raise ValueError(
+                f"--conf does not know {', '.join(sorted(unknown))}. Its options are {', '.join(sorted(known))}."
+            )
         weights, device = conf.get("weights"), conf.get("device")
         if weights not in (None, "none") and not Path(weights).is_file():
-            raise ValueError(f"weights must be a file, or none, got '{weights}'.")
-        preset = _one_of("preset", conf.get("preset", _PRESET), list(PRESETS))
-        if weights is None and preset != _PRESET:
+            raise ValueError(f"weights '{weights}' do not exist. Name a file, or none.")
+        preset = _one_of("preset", conf.get("preset", PRESET), list(PRESETS))
+        if weights is None and preset != PRESET:
             raise ValueError(
-                f"weights must come with preset {preset}, a file, or none, as those that come along are of preset "
-                f"{_PRESET}."
+                f"the bundled weights do not fit preset {preset}, as they have {PRESET}. Give weights, a file or none."
             )
         choose_device(device)
         size = tuple(_number("size", n, 8, 1024, int) for n in conf.get("size", "160,192,224").split(","))
-        grid = Grid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100))
+        grid = WorkingGrid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100))
         return cls(
             weights=weights,
             preset=preset,
@@ -134,7 +131,7 @@ class Settings(NamedTuple):
         ).asked(conf)
 
     def asked(self, request: Mapping[str, Any]) -> "Settings":
-        """What a request makes of them; a field that is empty in a client's form changes nothing.
+        """Settings of one request; empty fields in a client's form change nothing.
 
         Raises:
             ValueError: an option cannot be used.
@@ -142,42 +139,42 @@ class Settings(NamedTuple):
         given = {key: value for key, value in request.items() if value not in (None, "")}
         return self._replace(
             space=_one_of("space", given.get("space", self.space), SPACES),
-            transform=_one_of("transform", given.get("transform", self.transform), TRANSFORMS),
+            alignment=_one_of("alignment", given.get("alignment", given.get("transform", self.alignment)), ALIGNMENTS),
             budget=_number("budget", given.get("budget", self.budget), 0, _LONGEST),
             num_studies=_number("num_studies", given.get("num_studies", self.num_studies), 1, _MOST, int),
         )
 
     def shown(self) -> dict[str, Any]:
-        """The options of a request, as a client shows them."""
+        """Options of a request for the form of a client."""
         return {
             "space": _first(self.space, SPACES),
-            "transform": _first(self.transform, TRANSFORMS),
+            "alignment": _first(self.alignment, ALIGNMENTS),
             "budget": self.budget,
         }
 
     def weights_in_use(self, trained: Path) -> str | None:
-        """File of the weights in MNI152; ``trained``: where those lie that were trained here, if they were."""
+        """File of the weights for MNI152; ``trained`` is the file of weights trained here, which may not exist."""
         if self.weights is None:
             return str(trained if trained.is_file() else shipped_weights())
         return None if self.weights == "none" else self.weights
 
-    def register_options(self, trained: Path) -> dict[str, Any]:
-        """Options of ``register_files``; ``trained`` as in :meth:`weights_in_use`."""
-        unknown = self.weights is None and self.space != "mni152"  # what comes along knows brains alone
-        return {
-            "weights": None if unknown else self.weights_in_use(trained),
-            "preset": self.preset,
-            "device": self.device,
-            "budget": self.budget,
-            "space": self.space,
-            "transform": self.transform,
-            "grid": self.grid,
-        }
+    def options(self, trained: Path) -> Options:
+        """Options of a registration; for ``trained`` see :meth:`weights_in_use`."""
+        unknown = self.weights is None and self.space != "mni152"  # the bundled weights are only for brains
+        return Options(
+            weights=None if unknown else self.weights_in_use(trained) or "none",
+            preset=self.preset,
+            device=self.device,
+            budget=self.budget,
+            space=self.space,
+            alignment=self.alignment,
+            grid=self.grid,
+        )
 
 
 @contextmanager
 def _answering(names: Mapping[str, str]) -> Iterator[None]:
-    """Answer wrong input with 422 and its reason, files called by their ``names``; anything else is a fault, 500."""
+    """Answer wrong input with status 422 and the reason, with ``names`` instead of paths; other errors stay 500."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -189,7 +186,7 @@ def _answering(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _answer(ending: str) -> Iterator[Path]:
-    """A new file to fill, which MONAI Label removes once it is sent; after an error it is gone."""
+    """New file for an answer, which MONAI Label removes after sending it; it is removed here after an error."""
     handle, name = tempfile.mkstemp(suffix=ending)
     os.close(handle)
     try:
@@ -200,12 +197,12 @@ def _answer(ending: str) -> Iterator[Path]:
 
 
 def _names(info: Mapping[str, Any]) -> dict[int, str]:
-    """Names of structures by value, as clients (``label_info``) or models (``label_names``) leave them, if they do."""
+    """Names of structures by value, from clients (``label_info``) or models (``label_names``); empty if unknown."""
     try:
         named = {int(item["idx"]): str(item["name"]) for item in info.get("label_info") or []}
-        found = (info.get("params") or {}).get("label_names") or {}
-        return named or {int(value): str(name) for name, value in found.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):  # MONAI Label takes whatever is sent
+        predicted = (info.get("params") or {}).get("label_names") or {}
+        return named or {int(value): str(name) for name, value in predicted.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):  # MONAI Label accepts any content
         return {}
 
 
@@ -219,38 +216,38 @@ class _Studies:
     def image(self, study: str) -> Path:
         """File of a study's image; HTTP 404 if there is no such study."""
         if not study:
-            raise HTTPException(404, "a study must be named, or a session that has not ended.")
+            raise HTTPException(404, "the request names no study, or a session that has ended.")
         path = self.datastore.get_image_uri(study) if isinstance(study, str) else ""
         if not path:
-            raise HTTPException(404, f"there is no study '{study}' in the datastore.")
+            raise HTTPException(404, f"the datastore has no study '{study}'.")
         return Path(path)
 
     def labelled(self, tag: str = DefaultLabelTag.FINAL) -> dict[str, Study]:
-        """Studies that somebody has submitted labels for."""
-        found = {}
+        """Studies with submitted labels."""
+        labelled = {}
         for study in sorted(self.datastore.list_images()):
             label = self.datastore.get_label_by_image_id(study, tag)
             if label:
                 info = self.datastore.get_label_info(label, tag) or {}
                 path = Path(self.datastore.get_label_uri(label, tag))
-                found[study] = Study(study, self.image(study), path, _names(info))
-        return found
+                labelled[study] = Study(study, self.image(study), path, _names(info))
+        return labelled
 
     def usable(self) -> dict[str, Study]:
-        """Labelled studies whose label maps can be read; the others are left to the log."""
-        found = {}
+        """Labelled studies whose label maps can be read; the others are only logged."""
+        usable = {}
         for name, study in self.labelled().items():
             try:
                 structures(study)
             except (ValueError, OSError) as error:
                 logger.warning(f"study {name} is left out: {error}")
             else:
-                found[name] = study
-        return found
+                usable[name] = study
+        return usable
 
 
 class LabelPropagation(InferTask):
-    """Labels of labelled studies for the open one."""
+    """Label the open study from labelled studies."""
 
     def __init__(self, studies: _Studies, settings: Settings) -> None:
         super().__init__(
@@ -267,7 +264,7 @@ class LabelPropagation(InferTask):
         return True
 
     def info(self) -> dict[str, Any]:
-        """What clients show of it: it depends on what is labelled by now."""
+        """Description for clients; it depends on the studies labelled so far."""
         studies = self.studies.usable()
         self.labels = number_structures(list(studies.values()))
         self._config = {
@@ -280,26 +277,26 @@ class LabelPropagation(InferTask):
     def _chosen(
         self, labelled: Mapping[str, Study], moving: Any, fixed: Path, settings: Settings
     ) -> tuple[list[Study], dict[str, Any]]:
-        """Studies of ``labelled`` to take labels from, and what to tell of the choice."""
+        """Choose studies from ``labelled``; also returns information about the choice for the answer."""
         if moving != _SIMILAR:
             chosen = [moving] if isinstance(moving, str) else moving
             if not isinstance(chosen, list):
-                raise ValueError(f"moving must be the id of a study, or several, got {moving}.")
+                raise ValueError(f"moving is {moving}. Give the id of a study, or a list of ids.")
             if not 1 <= len(chosen) <= _MOST:
-                raise ValueError(f"moving must name 1 to {_MOST} studies, got {len(chosen)}.")
+                raise ValueError(f"moving names {len(chosen)} studies. Name 1 to {_MOST}.")
             for name in chosen:
                 if self.studies.image(name) and name not in labelled:
-                    raise ValueError(f"study {name} must have labels that can be read, but it has none.")
+                    raise ValueError(f"study {name} has no labels that can be read. Choose another one, or label it.")
             return [labelled[name] for name in chosen], {"studies": chosen}
         others = [study for study in labelled.values() if study.image != fixed]
         if not others:
-            raise ValueError("another study of the datastore must have labels, but none has.")
+            raise ValueError("no other study in the datastore has labels yet. Label one first.")
         if len(others) <= 1:
             return others, {"studies": [study.name for study in others]}
-        ranked, reasons = rank(others, fixed, space=settings.space, transform=settings.transform)
+        ranked, reasons = rank(others, fixed, space=settings.space, alignment=settings.alignment)
         if not ranked:
             name, reason = next(iter(reasons.items()))
-            raise ValueError(f"no labelled study can be compared with this one; {name}: {reason}")
+            raise ValueError(f"no labelled study can be compared with this one, first {name}: {reason}")
         best = ranked[: settings.num_studies]
         similarity = {study.name: round(value, 4) for value, study in best}
         return [study for _, study in best], {
@@ -309,29 +306,26 @@ class LabelPropagation(InferTask):
         }
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Label map on the grid of ``request["image"]``, and the names of the structures in it by their order."""
+        """Write a label map on the grid of ``request["image"]``; returns its path and the names of its structures."""
         fixed, ending = Path(request["image"]), request.get("result_extension") or ".nii.gz"
         settings = self.settings.asked(request)
         _one_of("result_extension", ending, _ENDINGS)
         labelled = self.studies.usable()
-        chosen, told = self._chosen(labelled, request.get("moving") or _SIMILAR, fixed, settings)
+        chosen, choice = self._chosen(labelled, request.get("moving") or _SIMILAR, fixed, settings)
         numbers = number_structures(list(labelled.values()))
-        options = settings.register_options(self.studies.trained)
-        weights, preset = (options.pop(key) for key in ("weights", "preset"))
-        network = None if weights is None else load_network(weights, preset, device=options["device"])
-        labels = propagate(chosen, fixed, numbers, network=network, **options)
-        present = {name: value for name, value in numbers.items() if (labels == value).any()}
+        labels = propagate(chosen, fixed, numbers, settings.options(self.studies.trained))
+        present = {name: value for name, value in numbers.items() if (labels.array == value).any()}
         with _answer(ending) as path:
             if ending == ".nrrd":
-                affine = open_volume(fixed, planar=True)[1]
-                itk.imwrite(to_itk(labels, affine), str(path), compression=bool(request.get("result_compress", True)))
+                image = to_itk(labels.array, labels.affine)
+                itk.imwrite(image, str(path), compression=bool(request.get("result_compress", True)))
             else:
-                save_image_like(path, labels, fixed)
-        return str(path), {"label_names": present, **told}
+                labels.save(path)
+        return str(path), {"label_names": present, **choice}
 
 
 class Register(InferTask):
-    """The registration of two studies."""
+    """Register another study to the open one."""
 
     def __init__(self, studies: _Studies, settings: Settings) -> None:
         super().__init__(
@@ -348,20 +342,20 @@ class Register(InferTask):
         return True
 
     def info(self) -> dict[str, Any]:
-        """What clients show of it."""
+        """Description for clients."""
         studies = sorted(self.studies.datastore.list_images())
         self._config = {"moving": studies, "result": list(_RESULTS), **self.settings.shown()}
         return super().info()
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The file that ``request["result"]`` names of the registration of ``moving`` to the open study."""
+        """Register ``moving`` to the open study; returns the file that ``request["result"]`` names, and the summary."""
         settings, result = self.settings.asked(request), _one_of("result", request.get("result", "warped"), [*_RESULTS])
         if request.get("save_label"):
-            raise ValueError("a registration gives no labels to save: take label_propagation.")
+            raise ValueError("save_label is set, but a registration has no labels to save. Use label_propagation.")
         moving = Path(request["label"]) if request.get("label") else self.studies.image(request.get("moving", ""))
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "registered"
-            register_files(moving, request["image"], output, **settings.register_options(self.studies.trained))
+            register_files(moving, request["image"], output, options=settings.options(self.studies.trained))
             summary = json.loads((output / NAMES["summary"]).read_text(encoding="utf-8"))
             with _answer("".join(Path(_RESULTS[result]).suffixes)) as path:
                 shutil.move(output / _RESULTS[result], path)
@@ -370,15 +364,15 @@ class Register(InferTask):
 
 
 class Training(TrainTask):
-    """The training of the network on the labelled studies, by the bundle's own config."""
+    """Train the network on the labelled studies, with the config of the bundle."""
 
     def __init__(self, studies: _Studies, settings: Settings) -> None:
-        super().__init__("Train the registration of the open datastore's kind of scans on its labelled studies")
+        super().__init__("Train the registration on the labelled studies of this datastore")
         self.studies = studies
         self.settings = settings
 
     def config(self) -> dict[str, Any]:
-        """Options of a training, as a client shows them."""
+        """Options of a training for the form of a client."""
         return {
             "max_epochs": 10,
             "pairs_per_epoch": 100,
@@ -388,27 +382,27 @@ class Training(TrainTask):
         }
 
     def _write_scans(self, studies: Sequence[Study], folder: Path) -> int:
-        """Write all scans and label maps under one numbering; returns the largest number."""
+        """Write all scans and label maps with a common numbering; returns the largest number."""
         numbers = number_structures(studies)
         for study in studies:
-            save_image(folder / f"{study.name}_image.nii.gz", *read_image(study.image))
-            save_image(folder / f"{study.name}_label.nii.gz", *renumbered(study, numbers))
+            Scan.read(study.image).save(folder / f"{study.name}_image.nii.gz")
+            renumbered(study, numbers).save(folder / f"{study.name}_label.nii.gz")
         return len(numbers)
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Align the studies to MNI152, train, and put the weights where the other tasks look for them."""
+        """Align the studies to MNI152, train, and save the weights for the other tasks."""
         with _answering({}):
             given = {**self.config(), **request}
             epochs = _number("max_epochs", given["max_epochs"], 1, 10_000, int)
             pairs = _number("pairs_per_epoch", given["pairs_per_epoch"], 1, 100_000, int)
             rate = _number("learning_rate", given["learning_rate"], 0, 1)
-            share = _number("val_split", given["val_split"], 0, 1)
+            fraction = _number("val_split", given["val_split"], 0, 1)
             studies = list(self.studies.usable().values())
-            held_back = max(2, round(share * len(studies)))
+            held_back = max(2, round(fraction * len(studies)))
             if len(studies) < held_back + 2:
                 raise ValueError(
-                    "studies with labels must be at least 2 for training and 2 for validation, got "
-                    f"{len(studies)}, of which {held_back} are for validation."
+                    f"{len(studies)} studies have labels, of which {held_back} are for validation. At least 2 for "
+                    "training and 2 for validation are needed: label more, or lower val_split."
                 )
             target = self.studies.trained
             start = self.settings.weights_in_use(target) if given["pretrained"] else None
@@ -426,11 +420,11 @@ class Training(TrainTask):
                     folder / "prepared",
                     images="*_image.nii.gz",
                     labels="*_label.nii.gz",
-                    grid=self.settings.grid or Grid(),
+                    grid=self.settings.grid or WorkingGrid(),
                     split=folder / "split.json",
                 )
                 if prepared.errors:
-                    raise ValueError(f"all studies must be aligned to MNI152, but not these: {prepared.errors}.")
+                    raise ValueError(f"some studies cannot be aligned to MNI152: {prepared.errors}.")
                 bundle = shipped_bundle("brain_t1_registration")
                 workflow = ConfigWorkflow(
                     str(bundle / "configs" / "train.json"),
@@ -457,10 +451,10 @@ class Training(TrainTask):
 
 
 def _bundles(folder: Path, conf: Mapping[str, str]) -> dict[str, InferTask]:
-    """Tasks of the segmentation bundles in ``folder``, by the names of their folders."""
+    """Tasks of the segmentation bundles in ``folder``, by name of their folder."""
     tasks = {}
     for bundle in sorted(path.parent.parent for path in folder.glob("*/configs/inference.json")):
-        from monailabel.tasks.infer.bundle import BundleInferTask  # needs torchvision, which nothing else does
+        from monailabel.tasks.infer.bundle import BundleInferTask  # needs torchvision, unlike everything else
 
         task = BundleInferTask(str(bundle), conf)
         if task.is_valid():
@@ -469,7 +463,7 @@ def _bundles(folder: Path, conf: Mapping[str, str]) -> dict[str, InferTask]:
 
 
 class VoxelMorphApp(MONAILabelApp):
-    """The app, as MONAI Label finds it."""
+    """The app that MONAI Label loads."""
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         self.settings = Settings.read(conf)
@@ -479,7 +473,7 @@ class VoxelMorphApp(MONAILabelApp):
             studies=studies,
             conf=dict(conf),
             name=f"VoxelMorph on MONAI ({__version__})",
-            description="Labels and registration of brain scans and others by VoxelMorph",
+            description="Label and register scans, of brains and others, with VoxelMorph",
             version=__version__,
         )
 
@@ -487,7 +481,7 @@ class VoxelMorphApp(MONAILabelApp):
         return _Studies(self.datastore(), self.model_dir / "voxelmorph" / "model.pt")
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Tasks that give an answer at once."""
+        """Tasks that answer at once."""
         return {
             "label_propagation": LabelPropagation(self._studies(), self.settings),
             "register": Register(self._studies(), self.settings),
@@ -495,14 +489,14 @@ class VoxelMorphApp(MONAILabelApp):
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        """Tasks that take their time."""
+        """Tasks that run for a long time."""
         return {"voxelmorph": Training(self._studies(), self.settings)}
 
     def infer(self, request: Mapping[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Do what is asked; wrong input is answered with 4xx and one sentence."""
+        """Run a task; wrong input is answered with status 4xx and the reason."""
         model, image = request.get("model"), request.get("image", "")
         if model not in self._infers:
-            raise HTTPException(404, f"there is no model '{model}', only {', '.join(self._infers)}.")
+            raise HTTPException(404, f"there is no model '{model}'. Choose one of {', '.join(self._infers)}.")
         named = {str(request.get("label")): "the file sent as label"}
         if isinstance(image, str):
             path = image if os.path.exists(image) else str(self._studies().image(image))
