@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 
-from voxelmorph_monai.spaces import save_image
+from voxelmorph_monai.io.images import save_image
 
 SIZE = (8, 6, 10)
 LABELS = (0, 2, 21, 42)  # of them IXI, OASIS and LPBA40 have two each
