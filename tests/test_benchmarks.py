@@ -120,7 +120,7 @@ def test_a_page_without_marks_is_kept(table, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("mine\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"page\.md must hold <!-- benchmark --> and <!-- end of benchmark --> once"):
-        table.put("block", page)
+        table.put("block", page, table.MARKS)
     assert page.read_text(encoding="utf-8") == "mine\n"
 
 
@@ -140,6 +140,30 @@ def test_accuracy_compares_methods_on_the_pairs_that_all_have(monkeypatch):
     # differences .1 .1 .2: SD .05774, and Student's factor of 3 values is 4.303
     assert second.startswith("| b | 0.7333 | +0.1333 ± 0.1434 |")
     assert second.endswith("| 3.0 |  |")
+
+
+def test_curves_are_read_at_the_smoothness_of_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    accuracy = import_module("accuracy")
+    points = {
+        "greedy": (0.5, 0.7),
+        "one pass, 8 s, 1 mm": (0.4, 0.7),
+        "one pass, 8 s, 0.5 mm": (0.6, 0.8),
+        "syn, 3 1": (0.2, 0.6),
+    }
+    rows = [
+        {"method": name, "pair": pair, "sdlogj": at / 2, "sdlogj_brain": at + shift, "dice": dice, "hd95_mm": 3.0}
+        for name, (at, dice) in points.items()
+        for pair, shift in (("p", 0.0), ("q", 0.01))
+    ]
+    lines = accuracy.curves(pd.DataFrame(rows), "greedy").splitlines()
+    assert lines[2].startswith("| Greedy, 100x50x10 | 2 | 0.505 / 0.250 | 0.7000 |")
+    assert lines[2].endswith("| 0.7000 |")
+    assert lines[3].startswith("| one pass, 8 s, 1 mm | 2 | 0.405 / 0.200 |")
+    assert lines[3].endswith("| 0.7500 |")  # half way between .7 and .8
+    assert lines[4].startswith("| one pass, 8 s, 0.5 mm |")
+    assert lines[4].endswith("|  |")
+    assert lines[5].endswith("|  |")  # one point, which is not there
 
 
 def test_another_contrast_is_a_function_of_the_intensity(monkeypatch):

@@ -2,12 +2,14 @@
 
     python tests/benchmarks/accuracy.py prepared/ --methods affine "one pass" "one pass, 30 s" greedy syn
     python tests/benchmarks/accuracy.py prepared/ --report --reference greedy # table and plot of docs/results.md
+    python tests/benchmarks/accuracy.py prepared/ --csv curves.csv --methods "one pass, 8 s, 0.5 mm" "greedy, 2 1" syn
+    python tests/benchmarks/accuracy.py prepared/ --csv curves.csv --curves --reference greedy # at equal smoothness
 
 Every method gives a displacement on the fixed grid, and all are judged by the same code: Dice and HD95 of the
-structures of an overlay (labels warped by the nearest neighbour), folding, SDlogJ, inverse consistency where there is
-an inverse. Each registration is a process of its own, one after the other, so that its peak memory can be read. Rows
-are added to a CSV file as they come; what stands there already is not measured again, so that a run can be stopped, and
-methods measured on different days. Budgets are counted in processor seconds.
+structures of an overlay (labels warped by the nearest neighbour), folding, SDlogJ in the fixed brain and on the whole
+grid, inverse consistency where there is an inverse. Each registration is a process of its own, one after the other, so
+that its peak memory can be read. Rows are added to a CSV file as they come; what stands there already is not measured
+again, so that a run can be stopped, and methods measured on different days. Budgets are counted in processor seconds.
 """
 
 import argparse
@@ -34,11 +36,12 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from voxelmorph_monai import refinement
+from voxelmorph_monai.apps.options import SMOOTHNESS
+from voxelmorph_monai.apps.shipped import load_network
 from voxelmorph_monai.blocks import warp
 from voxelmorph_monai.data import load_scans
+from voxelmorph_monai.memory import keep_freed_memory
 from voxelmorph_monai.metrics import dice, folding, hausdorff95, inverse_consistency, log_jacobian_sd
-from voxelmorph_monai.processes import keep_freed_memory
-from voxelmorph_monai.registration import load_network
 from voxelmorph_monai.transforms import LoadScand, MergeLabelsd
 
 PEERS = Path(__file__).with_name("peers.py")
@@ -48,6 +51,7 @@ NAMES = {
     "syn": "ANTs SyN",
     "syn_cc": "ANTs SyN, CC",
     "greedy": "Greedy, 100x50x10",
+    "greedy_40": "Greedy, 100x100x40",
     "greedy_converged": "Greedy",
     "fireants": "FireANTs",
     "convexadam": "ConvexAdam",
@@ -78,8 +82,14 @@ def affine(pair: Pair, args: argparse.Namespace) -> Found:
     return Found(torch.zeros(1, 3, *pair.fixed.shape[2:]), None, {})
 
 
-def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", similarity: str = "") -> Found:
-    """One pass of the network, or from zero; with a budget (``30 s`` or ``converged``), refined."""
+def ours(pair: Pair, args: argparse.Namespace, start: str, *options: str) -> Found:
+    """One pass of the network, or from zero; with a budget (``30 s`` or ``converged``), refined.
+
+    Further options are the similarity (``mind``) and the smoothness (``0.5 mm``).
+    """
+    budget = next((each for each in options if each == "converged" or each.endswith(" s")), "")
+    similarity = next((each for each in options if each in refinement.SIMILARITIES), "lncc")
+    smoothness = next((float(each.split()[0]) for each in options if each.endswith(" mm")), SMOOTHNESS["default"])
     keep_freed_memory()  # as vxm does
     network = load_network(args.weights, args.preset, device=args.device) if start == "one pass" else None
     moving, fixed = pair.moving.to(args.device), pair.fixed.to(args.device)
@@ -93,10 +103,18 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", sim
             ddf, inverse = found["ddf"], found["inverse_ddf"]
         if budget:
             seconds = math.inf if budget == "converged" else float(budget.split()[0])
-            loss = refinement.SIMILARITIES[similarity or "lncc"]
-            ddf, inverse, _ = refinement.refine(moving, fixed, ddf=ddf, budget=seconds, similarity=loss, clock=clock)
+            found = refinement.refine(
+                *(moving, fixed),
+                ddf=ddf,
+                budget=seconds,
+                similarity=refinement.SIMILARITIES[similarity],
+                smoothness=smoothness,
+                spacing=args.spacing,
+                clock=clock,
+            )
+            ddf, inverse = found.ddf, found.inverse_ddf
         elif ddf is not None and inverse is not None:
-            ddf, inverse = refinement.unfold(ddf), refinement.unfold(inverse)  # as vxm register does
+            ddf, inverse = refinement.remove_folds(ddf), refinement.remove_folds(inverse)  # as vxm register does
         assert ddf is not None
         assert inverse is not None
         return ddf.cpu(), inverse.cpu()  # a GPU has ended when they have come
@@ -113,24 +131,28 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, budget: str = "", sim
     return Found(ddf, inverse, {**cost, "peak_mib": peak})
 
 
-def peer(pair: Pair, args: argparse.Namespace, name: str) -> Found:
-    """Another program, in an environment of its own."""
+def peer(pair: Pair, args: argparse.Namespace, name: str, sigmas: str = "") -> Found:
+    """Another program, in an environment of its own, with its smoothing (``3 0.5``: of each step and of the whole)."""
     with TemporaryDirectory() as folder:
         output = f"{folder}/ddf.npy"
         options = ["--threads", str(args.threads), "--device", args.device]
+        options += ["--sigmas", *sigmas.split()] if sigmas else []
         words = [args.peers_python, str(PEERS), name, *pair.paths, output, *options]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         return Found(torch.from_numpy(np.load(output))[None], None, json.loads(done.stdout.splitlines()[-1]))
 
 
 def method(name: str) -> Callable[[Pair, argparse.Namespace], Found]:
-    """What ``name`` stands for: ``affine``, ``one pass``, ``one pass, 30 s``, ``zero, converged, mind``, or a peer."""
+    """What ``name`` stands for: ``affine``, ``one pass``, ``one pass, 8 s, 1 mm``, ``zero, converged, mind``, a peer.
+
+    A peer has options too, as ``syn, 3 0.5``: its smoothing of each step and of the whole.
+    """
     start, *options = (part.strip() for part in name.split(","))
     if start == "affine":
         return affine
     if start in ("one pass", "zero"):
         return lambda pair, args: ours(pair, args, start, *options)
-    return lambda pair, args: peer(pair, args, start)
+    return lambda pair, args: peer(pair, args, start, *options)
 
 
 def other_contrast(image: Tensor, seed: int) -> Tensor:
@@ -166,6 +188,7 @@ def measure(name: str, scans: Sequence[Mapping[str, str]], args: argparse.Namesp
         "folding_percent": folding(found.ddf),
         "folding_forward_percent": folding(found.ddf, scheme="forward"),
         "sdlogj": log_jacobian_sd(found.ddf),
+        "sdlogj_brain": log_jacobian_sd(found.ddf, pair.fixed > 0),  # padding hides roughness
         "displacement_sd_mm": found.ddf.sub(found.ddf.mean((2, 3, 4), keepdim=True)).square().sum(1).mean().sqrt()
         * args.spacing,
     }
@@ -207,8 +230,8 @@ def table(found: pd.DataFrame, reference: str) -> str:
     found = found[found["pair"].isin(wide.index)]
     lines = [
         f"Over {len(wide)} pairs:\n",
-        f"| method | Dice | difference to {reference} | HD95 (mm) | folded, central / forward (%) | SDlogJ | "
-        "inverse (mm) | processor seconds | peak GiB |",
+        f"| method | Dice | difference to {reference} | HD95 (mm) | folded, central / forward (%) | "
+        "SDlogJ, brain / grid | inverse (mm) | processor seconds | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(found["method"].unique(), key=lambda name: wide[name].mean()):
@@ -223,9 +246,49 @@ def table(found: pd.DataFrame, reference: str) -> str:
 
         lines.append(
             f"| {name} | {mean['dice']:.4f} | {difference.mean():+.4f} ± {half:.4f} | {shown('hd95_mm', 2)} | "
-            f"{shown('folding_percent', 5)} / {shown('folding_forward_percent', 5)} | {shown('sdlogj', 3)} | "
-            f"{shown('inverse_mm', 2)} | {shown('cpu_seconds', 1)} | {shown('peak_mib', 1, 1 / 1024)} |"
+            f"{shown('folding_percent', 5)} / {shown('folding_forward_percent', 5)} | "
+            f"{shown('sdlogj_brain', 3)} / {shown('sdlogj', 3)} | {shown('inverse_mm', 2)} | "
+            f"{shown('cpu_seconds', 1)} | {shown('peak_mib', 1, 1 / 1024)} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def family(name: str) -> str:
+    """A method's name without its smoothness."""
+    parts = [part.strip() for part in name.split(",")]
+    kept = [part for part in parts if not (part.endswith(" mm") or part.replace(".", "").replace(" ", "").isdigit())]
+    return ", ".join(kept)
+
+
+def curves(found: pd.DataFrame, reference: str) -> str:
+    """Dice and HD95 against SDlogJ in the brain over each method's smoothness, and Dice where it is the reference's.
+
+    That is interpolated on each pair between the two neighbours on the method's curve, and missing where the curve does
+    not reach it; then the mean over the pairs that all of its points have.
+    """
+    found = found[found["sdlogj_brain"] > 0].assign(family=found["method"].map(family))
+    target = found[found["method"] == reference].set_index("pair")["sdlogj_brain"]
+    lines = [
+        "| method | pairs | SDlogJ, brain / grid | Dice | HD95 (mm) | "
+        f"Dice at SDlogJ of {NAMES.get(reference, reference)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, group in found.groupby("family", sort=False):
+        wide = group.pivot(index="pair", columns="method", values=["sdlogj_brain", "dice"]).dropna()
+        there = []
+        for pair, row in wide.iterrows():
+            points = np.array(sorted(zip(row["sdlogj_brain"], row["dice"], strict=True)))
+            there.append(np.interp(target.get(pair, np.nan), points[:, 0], points[:, 1], left=np.nan, right=np.nan))
+        means = group[group["pair"].isin(wide.index)].groupby("method").mean(numeric_only=True)
+        at = float(np.mean(there)) if there else float("nan")
+        shown = "" if np.isnan(at) else f"{at:.4f}"
+        for method_name, row in means.sort_values("sdlogj_brain").iterrows():
+            title = NAMES.get(str(method_name), method_name)
+            deviation = f"{row['sdlogj_brain']:.3f} / {row['sdlogj']:.3f}"
+            lines.append(
+                f"| {title} | {len(wide)} | {deviation} | {row['dice']:.4f} | {row['hd95_mm']:.2f} | {shown} |"
+            )
+            shown = ""  # once a method
     return "\n".join(lines) + "\n"
 
 
@@ -273,6 +336,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda: of ours, and of peers that know it (%(default)s)")
     parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "accuracy.csv", help="rows (%(default)s)")
     parser.add_argument("--report", action="store_true", help="do not measure, write the page")
+    parser.add_argument("--curves", action="store_true", help="do not measure, print Dice against SDlogJ")
     parser.add_argument("--reference", default="affine", help="method that differences are taken to (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md", help="page with the marks")
     args = parser.parse_args()
@@ -280,7 +344,10 @@ def main() -> None:
     changed = [f"--{name}" for name in others if getattr(args, name) != parser.get_default(name)]
     if changed and args.csv == parser.get_default("csv"):
         parser.error(f"{', '.join(changed)} must come with a --csv of its own: rows do not tell them.")
-    (report if args.report else run)(args)
+    if args.curves:
+        print(curves(pd.read_csv(args.csv), args.reference))
+    else:
+        (report if args.report else run)(args)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from numpy.typing import NDArray
 
-from voxelmorph_monai.atlas import RestoreLabelsd
-from voxelmorph_monai.atlas_bundle import segmentation_network
+from voxelmorph_monai.apps.atlas_bundle import segmentation_network
+from voxelmorph_monai.apps.shipped import shipped_weights
+from voxelmorph_monai.atlas_transforms import RestoreLabelsd
+from voxelmorph_monai.io.images import read_image, read_labels
 from voxelmorph_monai.metrics import dice
-from voxelmorph_monai.preparation import Grid, grid_affine
-from voxelmorph_monai.registration import shipped_weights
-from voxelmorph_monai.spaces import read_image, read_labels, transform_affine
+from voxelmorph_monai.space.itk_bridge import transform_affine
+from voxelmorph_monai.space.template import STANDARD_GRID
 from voxelmorph_monai.transforms import MergeLabelsd
 
 
@@ -55,7 +56,7 @@ def main() -> None:
         original, affine = read_labels(args.originals / f"{name}_labels.nii.gz")
         truth = torch.from_numpy(merged(args.originals / f"{name}_labels.nii.gz", merge).astype(np.int32))[None, None]
         meta = {"original_affine": affine, "spatial_shape": np.array(original.shape)}
-        scan = MetaTensor(image[0], affine=torch.as_tensor(mapping @ grid_affine(Grid())), meta=meta)
+        scan = MetaTensor(image[0], affine=torch.as_tensor(mapping @ STANDARD_GRID.around().affine), meta=meta)
         for number in (1, 3, 5):
             network, _ = segmentation_network(pairs[:number], len(structures), shipped_weights())
             start = time.process_time()

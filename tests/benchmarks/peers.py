@@ -43,8 +43,15 @@ def _voxels(warp: Path, fixed: str) -> NDArray[np.float32]:
     return np.moveaxis(vectors @ np.linalg.inv(matrix).T, -1, 0).astype(np.float32)
 
 
-def greedy(moving: str, fixed: str, threads: int, device: str, iterations: str = "100x50x10") -> Found:
-    """Greedy (Yushkevich et al., 2016): NCC over 5 voxels a side, its defaults otherwise."""
+def greedy(
+    moving: str,
+    fixed: str,
+    threads: int,
+    device: str,
+    sigmas: Sequence[float] = (),
+    iterations: str = "100x50x10",
+) -> Found:
+    """Greedy (Yushkevich et al., 2016): NCC over 5 voxels a side, its defaults otherwise; ``sigmas`` in voxels."""
     try:
         from picsl_greedy import Greedy3D  # optional: a peer
     except ImportError as error:
@@ -52,13 +59,20 @@ def greedy(moving: str, fixed: str, threads: int, device: str, iterations: str =
     with TemporaryDirectory() as folder:
         warp = Path(folder) / "warp.nii.gz"
         words = f"-d 3 -m NCC 2x2x2 -i {fixed} {moving} -o {warp} -n {iterations} -threads {threads}"
+        if sigmas:
+            words += " -s " + " ".join(f"{sigma}vox" for sigma in sigmas)
         _, cost = _measured(lambda: Greedy3D().execute(words))
         return _voxels(warp, fixed), cost
 
 
-def greedy_converged(moving: str, fixed: str, threads: int, device: str) -> Found:
+def greedy_converged(moving: str, fixed: str, threads: int, device: str, sigmas: Sequence[float] = ()) -> Found:
     """Greedy with five times the steps at full resolution."""
-    return greedy(moving, fixed, threads, device, "100x100x50")
+    return greedy(moving, fixed, threads, device, sigmas, "100x100x50")
+
+
+def greedy_40(moving: str, fixed: str, threads: int, device: str, sigmas: Sequence[float] = ()) -> Found:
+    """Greedy with 40 steps at full resolution."""
+    return greedy(moving, fixed, threads, device, sigmas, "100x100x40")
 
 
 def _ants(moving: str, fixed: str, threads: int, kind: str, **options: Any) -> Found:
@@ -78,9 +92,9 @@ def _ants(moving: str, fixed: str, threads: int, kind: str, **options: Any) -> F
         return _voxels(warp, fixed), cost
 
 
-def syn(moving: str, fixed: str, threads: int, device: str) -> Found:
+def syn(moving: str, fixed: str, threads: int, device: str, sigmas: Sequence[float] = ()) -> Found:
     """ANTsPy's default, affine transform included (Avants et al., Medical Image Analysis 2008)."""
-    return _ants(moving, fixed, threads, "SyN")
+    return _ants(moving, fixed, threads, "SyN", **dict(zip(("flow_sigma", "total_sigma"), sigmas, strict=False)))
 
 
 def syn_cc(moving: str, fixed: str, threads: int, device: str) -> Found:
@@ -143,8 +157,9 @@ def convexadam(moving: str, fixed: str, threads: int, device: str) -> Found:
     return _warm(register, device, (2,), (80,))
 
 
-PEERS: dict[str, Callable[[str, str, int, str], Found]] = {
+PEERS: dict[str, Callable[..., Found]] = {
     "greedy": greedy,
+    "greedy_40": greedy_40,
     "greedy_converged": greedy_converged,
     "syn": syn,
     "syn_cc": syn_cc,
@@ -153,11 +168,13 @@ PEERS: dict[str, Callable[[str, str, int, str], Found]] = {
 }
 
 
-def displacement(peer: str, moving: str, fixed: str, threads: int = 1, device: str = "cpu") -> Found:
+def displacement(
+    peer: str, moving: str, fixed: str, threads: int = 1, device: str = "cpu", sigmas: Sequence[float] = ()
+) -> Found:
     """Displacement ``(3, X, Y, Z)`` in voxels of the fixed grid; wall and processor seconds and peak MiB so far."""
     if peer not in PEERS:
         raise ValueError(f"peer must be one of {', '.join(PEERS)}, got '{peer}'.")
-    return PEERS[peer](moving, fixed, threads, device)
+    return PEERS[peer](moving, fixed, threads, device, *([sigmas] if sigmas else []))
 
 
 def main() -> None:
@@ -169,8 +186,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="NumPy file of the displacement, (3, X, Y, Z) in voxels")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="of fireants and convexadam; the others know the CPU alone")
+    parser.add_argument("--sigmas", type=float, nargs="+", default=(), help="of greedy and syn: of steps, of the whole")
     args = parser.parse_args()
-    ddf, cost = displacement(args.peer, args.moving, args.fixed, args.threads, args.device)
+    ddf, cost = displacement(args.peer, args.moving, args.fixed, args.threads, args.device, args.sigmas)
     np.save(args.output, ddf)
     print(json.dumps({name: round(value, 1) for name, value in cost.items()}))
 

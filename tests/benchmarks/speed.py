@@ -32,10 +32,10 @@ from voxelmorph_monai.blocks import integrate, warp
 from voxelmorph_monai.data import PairDataset
 from voxelmorph_monai.engines import prepare_pair
 from voxelmorph_monai.losses import GradientLoss, LNCCLoss, RegistrationLoss
+from voxelmorph_monai.memory import keep_freed_memory
 from voxelmorph_monai.metrics import dice, hausdorff95
 from voxelmorph_monai.networks import Registration, VoxelMorph
-from voxelmorph_monai.preparation import mni152_tissue
-from voxelmorph_monai.processes import keep_freed_memory
+from voxelmorph_monai.space.template import mni152_tissue
 
 Size = tuple[int, ...]
 Answer = dict[str, Tensor]
@@ -79,7 +79,7 @@ def labels(size: Size, seed: int) -> Tensor:
     cells of a ball in its middle; all bent by a few voxels, differently for each ``seed``.
     """
     box = 160, 192, 224  # mm
-    tissue = torch.from_numpy(mni152_tissue()[0]).permute(0, 2, 1)  # 1 fluid, 2 gray matter, 3 white matter
+    tissue = torch.from_numpy(mni152_tissue().array).permute(0, 2, 1)  # 1 fluid, 2 gray matter, 3 white matter
     points = []  # mm from the middle
     for axis, (n, side) in enumerate(zip(size, box, strict=True)):
         points.append((torch.arange(n) + 0.5) * side / n - side / 2)
