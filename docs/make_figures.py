@@ -1,8 +1,11 @@
-"""Draw the figures of the documentation: ``python docs/make_figures.py``.
+"""Draw the figures of the documentation: ``python docs/make_figures.py``, in the folder where ``vxm quickstart`` ran.
 
 What they show is computed by the package, so that a picture cannot contradict the code.
 """
 
+import doctest
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from scipy import ndimage
 
+from voxelmorph_monai.affines import apply_affine
 from voxelmorph_monai.blocks import identity_grid, integrate, warp
+from voxelmorph_monai.maps.chains import map_points
+from voxelmorph_monai.maps.files import read_chain
+from voxelmorph_monai.space.scan import Scan
 
-__all__ = ["conventions"]
+__all__ = ["animation", "conventions", "gallery"]
 
 SIZE = (14, 18)  # unequal, so that a swapped axis would be seen
 VOXEL = (4, 11)  # whose arrow is drawn
@@ -121,5 +130,75 @@ def conventions(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _slices(brain: NDArray[np.bool_], margin: int = 6) -> list[NDArray[np.intp]]:
+    """Voxels ``(3, rows, columns)`` of a coronal, an axial and a sagittal slice, upright and off the midline."""
+    slices = []
+    for axis, place in ((1, 0.5), (2, 0.5), (0, 0.33)):
+        ranges = [np.arange(each.min() - margin, each.max() + margin + 1) for each in np.nonzero(brain)]
+        ranges[axis] = ranges[axis][[int(place * len(ranges[axis]))]]
+        slices.append(np.squeeze(np.stack(np.meshgrid(*ranges, indexing="ij")), axis + 1).transpose(0, 2, 1)[:, ::-1])
+    return slices
+
+
+def _frame(pictures: list[NDArray[Any]], outlines: list[NDArray[np.bool_]]) -> Image.Image:
+    """Pictures from 0 to 1 beside each other, with outlines drawn over them."""
+    height = max(picture.shape[0] for picture in pictures)
+    panels = []
+    for picture, outline in zip(pictures, outlines, strict=True):
+        panel = np.repeat((255 * np.clip(picture, 0, 1)).astype(np.uint8)[..., None], 3, axis=-1)
+        panel[outline] = 255, 140, 0
+        above = height - picture.shape[0]
+        panels.append(np.pad(panel, ((above // 2, above - above // 2), (2, 2), (0, 0))))
+    return Image.fromarray(np.concatenate(panels, axis=1))
+
+
+def animation(path: Path, quickstart: Path, *, frames: int = 10) -> None:
+    """Bend Colin27 from its affine alignment to the end of its registration, under the outlines of MNI152.
+
+    Args:
+        path: GIF to write.
+        quickstart: what ``vxm quickstart`` wrote.
+        frames: from the beginning to the end.
+    """
+    fixed, moving = (Scan.read(quickstart / "scans" / f"{name}.nii.gz") for name in ("mni152", "colin27"))
+    tissue = Scan.read_labels(quickstart / "scans" / "mni152_tissue.nii.gz").array
+    slices = _slices(tissue > 0)
+    points = [apply_affine(fixed.affine, index.reshape(3, -1).astype(float)) for index in slices]
+    forward = read_chain([str(quickstart / "registered" / "forward.h5")]).transform
+    ends = [map_points(forward, each.T).T for each in points]
+    homogeneous = np.vstack([np.hstack(points), np.ones(sum(each.shape[1] for each in points))])
+    affine = np.linalg.lstsq(homogeneous.T, np.hstack(ends).T, rcond=None)[0].T  # what is linear of the map
+    outlines = []
+    for index in slices:
+        white = tissue[tuple(index)] == 3
+        outlines.append(white & ~ndimage.binary_erosion(white))
+    pictures, brightest = [], 1.2 * np.percentile(moving.array[moving.array > 0], 99)
+    for share in (1 - np.cos(np.pi * np.arange(frames) / (frames - 1))) / 2:
+        panels = []
+        for index, start, end in zip(slices, points, ends, strict=True):
+            begin = affine[:, :3] @ start + affine[:, 3:]
+            where = apply_affine(np.linalg.inv(moving.affine), begin + share * (end - begin))
+            panels.append(ndimage.map_coordinates(moving.array, where, order=1).reshape(index.shape[1:]) / brightest)
+        pictures.append(_frame(panels, outlines).quantize(48))
+    loop = [*pictures, *pictures[-2:0:-1]]
+    durations = [1200 if picture is pictures[0] or picture is pictures[-1] else 70 for picture in loop]
+    loop[0].save(path, save_all=True, append_images=loop[1:], duration=durations, loop=0, optimize=True)
+
+
+def gallery(page: Path, figures: Path) -> None:
+    """Run the code of the page, which saves its pictures, in the folder of figures."""
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), 0)
+    before = os.getcwd()
+    os.chdir(figures)
+    try:
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+    finally:
+        os.chdir(before)
+
+
 if __name__ == "__main__":
-    conventions(Path(__file__).parent / "figures" / "conventions.png")
+    docs = Path(__file__).parent
+    conventions(docs / "figures" / "conventions.png")
+    gallery(docs / "gallery.md", docs / "figures")
+    animation(docs / "figures" / "registration.gif", Path("quickstart"))

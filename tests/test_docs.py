@@ -1,6 +1,7 @@
 """The documentation keeps its word: its code runs, and what it names exists."""
 
 import doctest
+import importlib
 import os
 import re
 import shlex
@@ -22,7 +23,9 @@ from voxelmorph_monai.networks import PRESETS, VoxelMorph
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "brain_t1_registration"
 README, BUNDLE_README = ROOT / "README.md", BUNDLE / "docs" / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), BUNDLE_README]
+TRAINING = ROOT / "docs" / "training.md"
+GUIDES = [ROOT / ".github" / f"{name}.md" for name in ("CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *GUIDES, BUNDLE_README]
 
 
 def of_pages(*pages: Path) -> pytest.MarkDecorator:
@@ -141,15 +144,21 @@ def test_named_configs_exist(page: Path) -> None:
 
 @every_page
 def test_named_modules_exist(page: Path) -> None:
-    for name in re.findall(r"voxelmorph_monai\.(\w+)", page.read_text(encoding="utf-8")):
-        assert (ROOT / "voxelmorph_monai" / f"{name}.py").is_file(), f"{page.name} names voxelmorph_monai.{name}"
+    for name in re.findall(r"voxelmorph_monai\.([a-zA-Z_.]*\w)", page.read_text(encoding="utf-8")):
+        found: object = importlib.import_module("voxelmorph_monai")
+        for part in name.split("."):
+            try:
+                found = importlib.import_module(f"{getattr(found, '__name__', '')}.{part}")
+            except ImportError:
+                assert hasattr(found, part), f"{page.name} names voxelmorph_monai.{name}"
+                break  # a name in the module
 
 
 def options(words: list[str]) -> dict[str, str]:
     return {word[2:]: words[i + 1] for i, word in enumerate(words) if word.startswith("--") and i + 1 < len(words)}
 
 
-@of_pages(README, ROOT / "docs" / "tutorial.md", BUNDLE_README)
+@of_pages(TRAINING, ROOT / "docs" / "tutorial.md", BUNDLE_README)
 def test_bundle_commands_name_what_the_configs_hold(page: Path) -> None:
     """MONAI adds a misspelt option to the config without a word."""
     runs = [words for words in commands(page) if "monai.bundle" in words and "run" in words]
@@ -199,7 +208,7 @@ def test_named_vxm_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]
                     assert re.search(rf"{option}\b", text), f"{page.name}: vxm {name} has no {option}"
 
 
-@of_pages(README, BUNDLE_README)
+@of_pages(TRAINING, BUNDLE_README)
 def test_presets_and_their_sizes_are_right(page: Path) -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert {name for name, _ in rows} == set(PRESETS)
@@ -212,3 +221,11 @@ def test_presets_and_their_sizes_are_right(page: Path) -> None:
 def test_no_number_is_left_to_measure(page: Path) -> None:
     left = [line for line in page.read_text(encoding="utf-8").splitlines() if "TODO" in line]
     assert not left, "\n".join(left)
+
+
+@pytest.mark.parametrize("overlay", sorted((BUNDLE / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_say_what_was_measured(overlay: Path) -> None:
+    """Hardware, time and Dice, or that they were not."""
+    head = re.match(r"(#.*\n)*", overlay.read_text(encoding="utf-8"))
+    assert head
+    assert re.search(r"^# (M|Not m)easured: ", head[0], re.MULTILINE)
