@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,32 @@ import pytest
 import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.ndimage import gaussian_filter
 
 with warnings.catch_warnings():  # Ignite imports optimisers of torch that torch 2.13 itself finds old
     warnings.filterwarnings("ignore", r"`torch\.jit\..* is deprecated", DeprecationWarning)
     import ignite.handlers  # noqa: F401
 
-from voxelmorph_monai.preparation import Grid, grid_affine, mni152, resample_intensities, rescale, sample_scan
-from voxelmorph_monai.processes import attempt
-from voxelmorph_monai.spaces import read_image, save_image
+from tests.browser.chromium import browser, show  # noqa: F401
+from voxelmorph_monai.affines import Affine
+from voxelmorph_monai.apps.processes import attempt
+from voxelmorph_monai.io.images import save_image
+from voxelmorph_monai.space.resampling import resample_intensities, rescale
+from voxelmorph_monai.space.scan import Scan
+from voxelmorph_monai.space.template import WorkingGrid, mni152, mni152_tissue, sample_scan
 
 SIZE = (24, 32, 20)
 SPACING = (8.0, 6.0, 10.0)  # mm, so that the field of view is that of a head
 SECTIONS = {"training": 3, "validation": 2, "test": 2}
+
+
+@cache
+def small_brain() -> tuple[NDArray[Any], NDArray[Any], Affine]:
+    """MNI152 and its tissue at 4 mm."""
+    image, affine, tissue = mni152().array, mni152().affine, mni152_tissue().array
+    step = (slice(None, None, 4),) * 3
+    return ndimage.uniform_filter(image, 4)[step] * (tissue[step] > 0), tissue[step], affine @ np.diag([4, 4, 4, 1])
 
 
 def oblique_lia() -> NDArray[np.float64]:
@@ -157,19 +171,24 @@ def save_dicom() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Colin27 (``moving``) and MNI152 (``fixed``), on one grid of 2 mm where their headers put them."""
-    grid, folder = Grid((80, 96, 112), 2.0), tmp_path_factory.mktemp("real")
+    grid, folder = WorkingGrid((80, 96, 112), 2.0).around(), tmp_path_factory.mktemp("real")
     paths = {role: folder / f"{role}.nii.gz" for role in ("moving", "fixed")}
-    for path, scan in zip(paths.values(), (read_image(sample_scan("colin27")), mni152()), strict=True):
-        affine = grid_affine(grid)
-        save_image(path, rescale(resample_intensities(scan, grid.size, affine, np.eye(4))), affine)
+    for path, scan in zip(paths.values(), (Scan.read(sample_scan("colin27")), mni152()), strict=True):
+        rescale(resample_intensities(scan, grid, np.eye(4))).save(path)
     return paths
+
+
+def real_scans(name: str) -> Path:
+    """Folder ``name`` of real scans; without it the test is skipped, or fails where ``VXM_TEST_NEEDS_DATA`` is set."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("VXM_TEST_DATA", beside)) / name
+    if not folder.is_dir():
+        reason = f"no real scans: {folder} is not a folder; VXM_TEST_DATA names the one that {name}/ is in"
+        (pytest.fail if os.environ.get("VXM_TEST_NEEDS_DATA") else pytest.skip)(reason)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def malf() -> Path:
     """Real scans: 22 T1 brains with their labels."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("VXM_TEST_DATA", beside)) / "malf"
-    if not folder.is_dir():
-        pytest.skip(f"there are no real scans: VXM_TEST_DATA names no folder with {folder.name}/ in it")
-    return folder
+    return real_scans("malf")

@@ -1,10 +1,11 @@
 """Do the tests notice wrong code? Break it by hand, one place at a time, and run its tests.
 
-    python tests/mutants.py           # all, 2 at a time: in minutes
+    python tests/mutants.py           # all whose tests are quick, 2 at a time: in minutes
+    python tests/mutants.py slow      # the others: .ci/long
     python tests/mutants.py blocks    # those of one module
 
-Broken are the geometry, the networks, the losses, the images made from label maps, and what makes a protocol: from who
-is paired with whom to what a mean is over.
+Broken are the geometry, the networks, the losses, the images made from label maps, the maps between scans and their
+files, and what makes a protocol: from who is paired with whom to what a mean is over.
 Each mutant is put into a copy of the package in a temporary folder, where the tests of its module have to fail. They
 run in processes that are forked from one that has imported all libraries, so that a mutant costs little more than its
 tests. Exits with 1 if one survives. A mutant whose text is gone, or stands there twice, stops the run: the table
@@ -36,17 +37,23 @@ TIME_LIMIT = 120  # seconds of CPU time; a mutant may loop for ever, which a tes
 TESTS = {
     "blocks": ["tests/test_blocks.py"],
     "losses": ["tests/test_losses.py"],
+    "kernels": ["tests/test_blocks.py", "-k", "switch"],
+    "loops": [
+        *("tests/test_blocks.py", "tests/test_losses.py", "tests/test_refinement.py", "-k"),
+        "scipys or agree or gradients or rounds or lncc_in_loops or monai_s or both_paths",
+    ],
     "metrics": ["tests/test_metrics.py", "-k", "dice or folding or sd or hausdorff or volume or mean_is"],
     "transforms": ["tests/test_transforms.py", "-k", "merg or kept or tables or warp_by or past_what"],
     "engines": ["tests/test_engines.py", "-k", "prepare_pair or both_orders or shares_the_time"],
     "data": ["tests/test_data.py"],
-    "datasets": [
-        "tests/test_datasets.py",
+    "apps.datalists": [
+        "tests/apps/test_datalists.py",
         "-k",
-        "test_ixi or oasis or learn2reg or lpba40 or fold or anew or submitted",
+        "test_ixi or oasis or learn2reg or lpba40 or fold or anew",
     ],
+    "handlers": ["tests/test_handlers.py", "-k", "submitted"],
     "evaluation": ["tests/test_evaluation.py"],
-    "comparison": ["tests/test_comparison.py"],
+    "apps.compare": ["tests/apps/test_compare.py"],
     "refinement": ["tests/test_refinement.py", "-k", "not budget and not takes_the_place and not other_contrasts"],
     "networks": [
         "tests/test_networks.py",
@@ -55,13 +62,78 @@ TESTS = {
         "or heads_convolve or surrounds or pooled or (one_more and vm1)",
     ],
     "synthesis": ["tests/test_synthesis.py"],
+    "affines": ["tests/space/test_spaces.py"],
+    "space.scan": ["tests/space/test_scan.py"],
+    "space.resampling": [
+        "tests/space/test_resampling.py",
+        "tests/apps/test_prepare.py",
+        "-k",
+        "white or inside or itk",
+    ],
+    "space.template": ["tests/apps/test_prepare.py", "tests/apps/test_register.py", "-k", "grid or bad_options or rim"],
+    "space.itk_bridge": ["tests/space/test_spaces.py", "-k", "itk or matrix or map"],
+    "space.alignment": ["tests/space/test_alignment.py", "-k", "known or millimetre or same"],
+    "space.mutual_information": ["tests/space/test_mutual_information.py"],
+    "maps.spatial_map": ["tests/space/test_spaces.py", "-k", "map or warped"],
+    "model_card": ["tests/test_model_card.py", "-k", "not shipped"],
+    "apps.shipped": ["tests/test_model_card.py", "-k", "not shipped"],
+    "apps.register": [
+        "tests/apps/test_register.py",
+        "tests/apps/test_slices.py",
+        "-k",
+        "three_parts or simpleitk_applies or masks_say or tapers or slabs or beside_mni152 or hounsfield or degrees",
+    ],
+    "apps.result": ["tests/apps/test_register.py", "tests/apps/test_slices.py", "-k", "summary or before"],
+    "apps.prepare": ["tests/apps/test_prepare.py", "-k", "not any_pose and not tissue and not processes"],
+    "maps.chains": ["tests/maps/test_chains.py"],
+    "maps.displacements": [
+        "tests/maps/test_field_headers.py",
+        "tests/apps/test_apply.py",
+        "-k",
+        "field or position or slices or (displacement and read)",
+    ],
+    "maps.field_headers": ["tests/maps/test_field_headers.py"],
+    "maps.files": [
+        "tests/maps/test_files.py",
+        "tests/apps/test_apply.py",
+        "-k",
+        "test_files or order or marked or pair or whole or cut_off or bad_transforms or inverse_says",
+    ],
+    "maps.itk_files": ["tests/maps/test_itk_files.py"],
+    "maps.names": ["tests/apps/test_apply.py", "-k", "marked or order"],
+    "io.gzip_files": ["tests/io/test_gzip_files.py"],
+    "scan_loops": ["tests/test_scan_loops.py"],
+    "maps.points": ["tests/apps/test_apply.py", "-k", "points or hash"],
+    "maps.grids": ["tests/maps/test_grids.py"],
+    "maps.vertices": ["tests/maps/test_vertices.py"],
+    "maps.surfaces": ["tests/maps/test_surfaces.py"],
+    "maps.streamlines": ["tests/maps/test_streamlines.py"],
+    "apps.apply_series": ["tests/apps/test_apply_series.py", "-k", "gradients or axes or follow"],
+    "groupwise": ["tests/test_groupwise.py"],
+    "vxmdense": ["tests/test_vxmdense.py"],
+    "space.middle": ["tests/apps/test_longitudinal.py", "-k", "linear_maps or all_show"],
+    "io.formats": ["tests/io/test_headers.py"],
+    "io.volumes": ["tests/io/test_headers.py", "-k", "text or fourth"],
+    "io.dicom": ["tests/io/test_dicom.py"],
+    "io.images": [
+        "tests/io/test_images.py",
+        "tests/io/test_headers.py",
+        "tests/io/test_dicom.py",
+        "-k",
+        "label or nan or written or chosen",
+    ],
 }
+# Modules whose tests take a minute or more of a processor for each mutant.
+SLOW = {"apps.prepare", "apps.register", "apps.result", "space.alignment", "space.template"}
 # Imported once, before processes are forked: the package, for what it imports (ITK loads its parts when they are first
 # used, which takes seconds), and what its tests import.
 LIBRARIES = [
-    *(f"{PACKAGE}.{module}" for module in ("cli", "comparison", "handlers", "preparation", "transforms")),
+    *(
+        f"{PACKAGE}.{module}"
+        for module in ("cli", "apps.apply", "apps.compare", "apps.prepare", "handlers", "transforms")
+    ),
     *("ignite.handlers", "monai.bundle", "monai.engines", "monai.handlers", "monai.losses", "onnxruntime", "pytest"),
-    *("scipy.interpolate", "scipy.spatial.distance", "SimpleITK", "surface_distance"),
+    *("nitransforms", "scipy.interpolate", "scipy.spatial.distance", "SimpleITK", "surface_distance"),
 ]
 
 
@@ -80,11 +152,15 @@ BLOCKS = [
     ("wide.narrow(axis, end, 1)", "wide.narrow(axis, 0, 1)", "padding: one border gets what is of both"),
     ("for _ in range(passes)", "for _ in range(1)", "count: wide ones stay narrow"),
     ("2.0 / max(ddf.shape[axis + 2] - 1, 1)", "2.0 / ddf.shape[axis + 2]", "unit: voxels counted as without corners"),
-    ('"bilinear", padding_mode: str = "border"', '"bilinear", padding_mode: str = "zeros"', "padding: images end"),
+    (
+        'ddf: Tensor, mode: str = "bilinear", padding_mode: str = "border"',
+        'ddf: Tensor, mode: str = "bilinear", padding_mode: str = "zeros"',
+        "padding: images end",
+    ),
     ('7, padding_mode: str = "border"', '7, padding_mode: str = "zeros"', "padding: fields end at the border"),
     ("compose(ddf, ddf, padding_mode)", "compose(ddf, ddf)", "padding: not what was asked for"),
     ("dtype = torch.float64  # float32", "dtype = torch.float32  # float32", "precision: large labels rounded"),
-    ("mode, padding_mode, align_corners=True)", "mode, padding_mode)", "align_corners"),
+    ("image.dtype), mode, padding_mode, align_corners=True)", "image.dtype), mode, padding_mode)", "align_corners"),
     ("0, padding, True)", "0, padding, False)", "align_corners"),
     ("ctx.padding, True,", "1 - ctx.padding, True,", "padding: gradients of another one"),
     (".transpose(1, 2).flatten(2, 3)", ".flatten(2, 3)", "threads: channels and parts change places"),
@@ -99,7 +175,11 @@ BLOCKS = [
     ("+ warp(_widen(outer), inner", "+ warp(_widen(outer).detach(), inner", "detach: half of the gradient"),
     ("num_steps: int = 7", "num_steps: int = 6", "default: one squaring less"),
     ("in range(num_steps)", "in range(num_steps - 1)", "number of squarings: integrates to time 1/2"),
-    ("0.5**num_steps", "0.5 ** (num_steps + 1)", "scaling: integrates to time 1/2"),
+    ("* (0.5**num_steps)", "* (0.5 ** (num_steps + 1))", "scaling: integrates to time 1/2"),
+    ("[0.5**num_steps]", "[0.5 ** (num_steps + 1)]", "scaling: loops integrate to time 1/2"),
+    ("elif ddf is not dvf:", "else:", "memory: the velocity that came in is overwritten"),
+    ("None if grad is grad_output else grad", "grad", "memory: the gradient that came in is overwritten"),
+    ('padding_mode == "border" and loops', "loops", "padding: loops know one, and take both"),
     ("inverse - step * error", "inverse + step * error", "sign: runs away from the inverse"),
     ("<= tolerance).all()", "<= tolerance).any()", "stops while some voxels are still far off"),
     (".amax(dim=1)", ".mean(dim=1)", "reduction: mean residual for the largest"),
@@ -125,9 +205,9 @@ BLOCKS = [
     ("slab.narrow(2, start - first", "slab.narrow(2, 0", "slabs: one off, all but the first"),
     ("min(stop + 1, n)", "stop", "slabs: the last difference of each is one-sided"),
     (".clamp(0, n - 1)", ".clamp(0, n - 2)", "one off: the last voxel is never reached"),
-    ("share = point - low", "share = (point - low).detach()", "detach: weights without gradient"),
+    ("fraction = point - low", "fraction = (point - low).detach()", "detach: weights without gradient"),
     ("i * n + end", "i + n * end", "axis order of the flat index"),
-    ("(index, 1 - share), (", "(index, share), (", "weights do not sum to 1"),
+    ("(index, 1 - fraction), (", "(index, fraction), (", "weights do not sum to 1"),
     ("(label < best)", "(label > best)", "ties to the larger label"),
 ]
 
@@ -176,7 +256,7 @@ METRICS = [
     ("(one + two))[:, 1:]", "(one + two))[:, :-1]", "one off: the background for label 1"),
     ("2 * both.double() / (one + two)", "both.double() / (one + two - both)", "Jaccard's index for Dice"),
     ("2 * both.double() / (one + two)", "both.double() / two", "target overlap for Dice"),
-    ("100 * _mean_inside(~(jacobian", "_mean_inside(~(jacobian", "unit: a share for per cent"),
+    ("100 * _mean_inside(~(jacobian", "_mean_inside(~(jacobian", "unit: a fraction for per cent"),
     ("(jacobian_determinant(ddf, scheme) > 0)", "(jacobian_determinant(ddf, scheme) >= 0)", "collapsed is no fold"),
     ("(jacobian_determinant(ddf, scheme) > 0)", "(jacobian_determinant(ddf) > 0)", "scheme ignored"),
     ("inside = inside & (jacobian > 0)", "jacobian = jacobian.clamp_min(1e-9)", "a floor for folded voxels decides"),
@@ -189,8 +269,8 @@ METRICS = [
     ("            return max(\n", "            return min(\n", "the nearer of both directions"),
     ("norm(offsets * sides, axis=1)", "norm(offsets * sides[0], axis=1)", "unit: one side for all axes"),
     (
-        "_Surface(there, points, areas[code[points]])",
-        "_Surface(there, points, 0 * areas[code[points]] + 1)",
+        "_Surface(is_surface, points, areas[code[points]])",
+        "_Surface(is_surface, points, 0 * areas[code[points]] + 1)",
         "area ignored",
     ),
 ]
@@ -200,7 +280,7 @@ TRANSFORMS = [
     ("start=1):\n        for label", "start=0):\n        for label", "one off: the first structure is background"),
     ("or table[label] != 0:", "and table[label] != 0:", "a label in two structures"),
     ("names.index(name) + 1 for", "names.index(name) for", "one off: another structure is kept"),
-    ("found, 0)", "0, found)", "what should go is kept"),
+    ("numbers, 0)", "0, numbers)", "what should go is kept"),
     ("> self.num_labels:", "> self.num_labels + 1:", "a label past what is measured"),
     ('if mode == "nearest" else', 'if mode == "linear" else', "ways to warp labels exchanged"),
 ]
@@ -226,13 +306,16 @@ DATA = [
     ('{"moving": moving["image"], "fixed": fixed', '{"moving": fixed["image"], "fixed": moving', "images exchanged"),
     ('"moving_label": moving["label"]', '"moving_label": fixed["label"]', "labels of the other scan"),
     ('if "label" in moving and "label" in fixed', 'if "label" in moving', "half of the labels"),
-    ("set_random_state(int(torch.randint(2**32, ())))", "set_random_state(0)", "the same augmentation for ever"),
+    ("random.set_random_state(seed)", "random.set_random_state(0)", "the same augmentation for ever"),
+    ("(self.scans.transform, self.augmentation)", "(self.augmentation,)", "preprocessing draws as it likes"),
+    ("index.seed if isinstance(index, _Turn) else ", "", "augmentation depends on the process that loads"),
+    (".tolist()[rank::world]", ".tolist()", "all processes augment alike"),
     ("* 1_000_003 + self.epoch", "* 1_000_003", "every epoch the same pairs"),
     ("manual_seed(self.seed * 1_000_003 + ", "manual_seed(", "every seed the same pairs"),
     ("drawn[rank:wanted:world]", "drawn[:wanted:world]", "all processes take the same pairs"),
     ("for i in range(rank, wanted, world)]", "for i in range(0, wanted, world)]", "pairs that no process measures"),
     ("* world if self.shuffle else self.num_samples", "* world", "pairs that two processes measure"),
-    ("require_same_grid(first[0], volume, (first[1], path))", "pass", "grids that differ"),
+    ("check_same_grid(first[0], grid, (first[1], path))", "pass", "grids that differ"),
     ("for scan in [*scans, *([atlas] if atlas else [])]:", "for scan in scans:", "the atlas is not checked"),
 ]
 
@@ -254,6 +337,10 @@ DATASETS = [
     ("if k not in (test, validation) for", "if k != test for", "trained on who is validated"),
     ("(fold + 1) % num_folds", "fold", "validated on the test"),
     (" if image not in kept]", "]", "the atlas is trained on"),
+    ("[[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "[[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "left for right"),
+]
+
+HANDLERS = [
     (
         "ndimage.zoom(component, 0.5, order=2",
         "0.5 * ndimage.zoom(component, 0.5, order=2",
@@ -265,7 +352,6 @@ DATASETS = [
         "not enlarged as the challenge does",
     ),
     ("disp_{fixed:04d}_{moving:04d}", "disp_{moving:04d}_{fixed:04d}", "a field for the other order"),
-    ("[[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "[[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]", "left for right"),
 ]
 
 EVALUATION = [
@@ -305,18 +391,58 @@ COMPARISON = [
     ("reference, *_ = columns.values()", "*_, reference = columns.values()", "the last run is the reference"),
 ]
 
+LOOPS = [
+    ("s[_TZ + x] = p - kind(i)", "s[_TZ + x] = kind(i + 1) - p", "weights of the two planes exchanged"),
+    ("value = f0 + tz * (f1 - f0)", "value = f0 + ty * (f1 - f0)", "axis order: weights of another axis"),
+    ("o[there] = scale * (u[there] + value)", "o[there] = u[there] + value", "scaling: the first field stays long"),
+    ("far = outer * g[of_c + here + x] * tz", "far = g[of_c + here + x] * tz", "scaling: of the image's gradient"),
+    ("outer = scale if add", "outer = kind(1) if add", "scaling: of the gradient that comes in"),
+    ("scale * s[_GZ + x] if zero < p and p < end_z else zero", "scale * s[_GZ + x]", "gradient past the border"),
+    ("d = scale * s[_GX + x] if", "d = s[_GX + x] if", "scaling: of the field's gradient"),
+    ("ov[b + sz + sy] += s[_V6 + x]", "ov[b + sz + sy] = s[_V6 + x]", "of several points the last one counts"),
+    ("max(last, int(highest) + 4)", "last", "threads: two may add to one voxel at a time"),
+    ("min(first, int(lowest) - 2)", "first", "threads: two may add to one voxel at a time"),
+    ("begin >= before.get(item, begin)", "begin >= before.get(0, begin)", "threads: items of a batch are mixed up"),
+    ("- ends[4, x] + outside * blank_a * blank_b", "- ends[4, x]", "padding: what lies outside is forgotten"),
+    ("wz * (above[y, x] + below[y, x])", "wz * (above[y, x] - below[y, x])", "smoothing: one neighbour taken away"),
+    ("o[here] = found if found > least else least", "o[here] = found", "volumes: the logarithm of less than nothing"),
+    ("last_one = here + of_y, here + of_x", "last_one = here + of_x, here + of_y", "order: two components exchanged"),
+    ("squares_a - sum_a * sum_a / n", "squares_a - sum_a * sum_a / (n - 1)", "one off: voxels of a window"),
+    ("q = cc / v_a if variance_a > floor_a else kind(0)", "q = cc / v_a", "gradient of the floor"),
+    ("p * kind(sum_b) - q * kind(sum_a)", "p * kind(sum_b) + q * kind(sum_a)", "sign of the variance's gradient"),
+    ("own = 3 if i and", "own = 1 if i and", "gradient of the other image"),
+    ("out[z, y, x] = factor * (v * p - u * q", "out[z, y, x] = factor * (u * p - v * q", "images exchanged"),
+    ("of[i][k], of[1 - i][k], reaches", "of[1 - i][k], of[i][k], reaches", "scales exchanged"),
+    ("not (central and forward)", "not central", "folds: seen by central differences alone"),
+    ("(half if 0 < z < depth - 1 else one)", "one", "unit: difference over two voxels"),
+    ("(none if x < width - 1 else bx)", "none", "border: no difference is left"),
+]
+
+KERNELS = [
+    ("len(kinds) > 1 or not kinds", "not kinds", "two types at once"),
+    ("or is_in_torch_dispatch_mode()", "", "whoever watches torch's operators sees none"),
+    ("if all(tensor.numel() for tensor in tensors) else None", "", "nothing to loop over"),
+]
+
 REFINEMENT = [
     ("ddf = ddf * 2\n", "ddf = ddf * 1\n", "unit: vectors keep their length on a finer grid"),
     ("slope.narrow(d + 2, 1, n)).sum(1)", "slope.narrow(d + 2, 1, n))[:, 0]", "gradient: of the first channel"),
     ("2 ** (doublings * (1 + force.shape[1]))", "2**doublings", "gradient: of one voxel of the image alone"),
     ("force -= _gradient(", "force += _gradient(", "sign: the fixed image moves along"),
+    ("rows[axis][axis] = slope[axis] + 1.0", "rows[axis][axis] = slope[axis]", "folds: displacements are no maps"),
+    ("torch.where(at > 0, back, ahead)", "back", "folds: no volume is left at the border"),
     ("* jacobian_determinant(ddf).clamp_min_(0)", "", "gradient: volumes change nothing"),
     ("error * (-0.5 / ", "error * (0.5 / ", "sign: away from the inverse"),
     ("inverse = _double(inverse)", "inverse = _double(inverse) / 2", "unit: the inverse of a coarser grid"),
     ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
     (' & (jacobian_determinant(ddf, "forward") > volume)', "", "folds: seen by central differences alone"),
+    ("index = index * (n + 2) + at + 1", "index = index * (n + 2) + at", "one off: where folds lie"),
     ("leaf * mask, fixed * mask", "leaf, fixed", "mask: forgotten"),
-    ("ddf = smooth(compose(ddf, direction(", "ddf = smooth(compose(ddf, -direction(", "sign: uphill"),
+    ("self._scaled(smoothed, -1)), -1) * _STEP", "self._scaled(smoothed, -1)), -1) * -_STEP", "sign: uphill"),
+    ("-2), alpha=self.volume)", "-2), alpha=-self.volume)", "sign: volumes are driven apart"),
+    ("smoothness * _STEP / (width * scale)", "smoothness * _STEP / scale", "unit: smoothness in voxels"),
+    ("[amount**0.5 / each for each in ratios]", "[amount**0.5 for each in ratios]", "unit: slices smoothed in voxels"),
+    ("compose(there, _inverse(back)), compose(back, _inverse(there))", "there, back", "mean: half of the way"),
 ]
 
 NETWORKS = [
@@ -337,11 +463,11 @@ NETWORKS = [
     ("self.block * F.interpolate(", "F.interpolate(", "unit: voxels of the grid of blocks"),
     ("field * 2.0**levels", "field * 2.0", "unit: doubled whatever the level"),
     ("self.num_steps, self.padding_mode)", "self.num_steps)", "padding: not what was asked for"),
-    ("smooth(mean, self.smoothing)", "smooth(mean, self.smoothing**2)", "unit: variance for deviation"),
+    ("smooth(mean, self.velocity_sigma)", "smooth(mean, self.velocity_sigma**2)", "unit: variance for deviation"),
     ("compose(ddf, step)", "compose(step, ddf)", "order: of the passes"),
     ("compose(back, inverse_ddf)", "compose(inverse_ddf, back)", "order: of the passes, in the inverse"),
     ("network.displacement(-field)", "-network.displacement(field)", "sign: a map's negative is not its inverse"),
-    ("and k == passes - 1)", "and k == 0)", "gradient: of the first pass"),
+    ("and k == cascades - 1)", "and k == 0)", "gradient: of the first pass"),
     ("is not None and self.training:", "is not None:", "sampled in use, too"),
     ("torch.exp(0.5 * log_variance)", "torch.exp(log_variance)", "unit: variance for deviation"),
     ("torch.ones_like(weight) * smoothness_weight", "weight", "the weight that was drawn is not shown"),
@@ -361,9 +487,403 @@ SYNTHESIS = [
     ("* mask, clean, label", "* mask, image, label", "judged on the image that is shown"),
     ("means * brain, brain", "drawn * brain, brain", "judged on intensities that were drawn"),
     ("shape = [len(like), *", "shape = [1, *", "one draw for the whole batch"),
-    ("+ self.intensity_sd * torch", "+ self.intensity_sd**2 * torch", "unit: variance for deviation"),
+    (
+        "+ self.intensity_sd * torch.randn_like(means) if t1 else torch.rand_like(means)\n"
+        "        brain = self.brain.to(parts).expand_as(means)\n        solid",
+        "+ self.intensity_sd**2 * torch.randn_like(means) if t1 else torch.rand_like(means)\n"
+        "        brain = self.brain.to(parts).expand_as(means)\n        solid",
+        "unit: variance for deviation",
+    ),
     ("-self.gamma, self.gamma)", "0, self.gamma)", "gamma: darkens alone"),
     ('["fixed"], prediction["inverse_ddf"]', '["fixed"], prediction["ddf"]', "the field of the other way"),
+]
+AFFINES = [
+    ("np.diag([-1.0, -1.0, *", "np.diag([-1.0, 1.0, *", "sign: the second axis of LPS is that of RAS"),
+    ("np.linalg.norm(affine[:-1, :-1], axis=0)", "np.linalg.norm(affine[:-1, :-1], axis=1)", "axis: rows for columns"),
+    ("atol=1e-3)", "atol=1e-9)", "tolerance: the rounding of headers is shear"),
+    ("points * np.array([-1, -1, 1])", "points * np.array([-1, 1, 1])", "sign: points to LPS"),
+    ("np.ix_([0, 1, 3], [0, 1, 3])", "np.ix_([0, 1, 3], [0, 1, 2])", "plane: the shift is left out"),
+    ("index[0] += start", "pass", "slabs: each begins at the border"),
+    ("(0, n - 1) for n in shape", "(0, 0) for n in shape", "distance: only the first voxel is compared"),
+    ("min(0.1, 0.1 *", "min(0.1, 10 *", "tolerance: a grid is one to ten voxels"),
+    ("_SLAB_VOXELS // (size[1] * size[2])", "_SLAB_VOXELS // (size[0] * size[0])", "slabs: planes of another axis"),
+]
+
+SCAN = [
+    ("place, name)\n        self.array", "np.eye(4), name)\n        self.array", "check: shear is not refused"),
+    ("if not np.isfinite(self._range).all():", "if False:", "check: NaN is a number"),
+    ("low if low < -0.1 * high", "low if low < 0", "background: interpolation's undershoot"),
+    ("low if low < -0.1 * high", "0.0 if low < -0.1 * high", "background: air in CT is 0"),
+    ("array[0] if array.ndim == 4", "array[..., 0] if array.ndim == 4", "axis: the channel comes first"),
+    ("as_labels(scan.array, own) if labels else", "scan.array if labels else", "check: labels are taken as they come"),
+    ("header=self.header, spatial_dims", "header=None, spatial_dims", "header: the codes of the scan are lost"),
+    ("np.insert(affine, 2, 0, axis=0), 2,", "np.insert(affine, 1, 0, axis=0), 2,", "axis: a 2-D image on its side"),
+    ("all(n == 1 for n in image.shape[3:])", "True", "check: a series passes as a volume"),
+]
+
+RESAMPLING = [
+    ("@ mapping @ grid.affine\n    to_voxels[:3][", "@ grid.affine @ mapping\n    to_voxels[:3][", "order of matrices"),
+    ("np.linalg.inv(grid.affine) @ mapping @ scan.affine", "np.linalg.inv(grid.affine) @ scan.affine", "map left out"),
+    ("scan.array > scan.background)", "scan.array > 0)", "background: air of a CT counts, or nothing does"),
+    ("large[-1]", "large[0]", "peak: the darkest for the brightest"),
+    ("scan.array * (110 / 255 /", "scan.array * (200 / 255 /", "unit: another mode of white matter"),
+    ("np.percentile(shown, 99.9)", "shown.max() * 4", "bins: most of the histogram is empty"),
+    ("_LARGE_PEAK * counts.max()", "0 * counts.max()", "peak: noise of vessels is one"),
+]
+
+TEMPLATE = [
+    ("[[-1, 0, 0], [0, 0, 1], [0, -1, 0]]", "[[1, 0, 0], [0, 0, 1], [0, -1, 0]]", "sign: the grid runs right"),
+    ("- 1) / 2)\n        return", ") / 2)\n        return", "centre: half a voxel off"),
+    ("(extent < needed).any()", "(extent < needed).all()", "check: one axis may be too short"),
+    ("side *= 1.02", "side *= 0.98", "direction: a grid becomes finer"),
+    ("+ 1 + 2 * _MARGIN", "+ 1", "margin: none"),
+    ("2.5 + 0.2 *", "2.5 + 0.0 *", "rim: of what is resampled is too much"),
+    ("(line[0], line[-1])", "(line[0], line[-1] + 1)", "box: a voxel too many"),
+]
+
+ITK_BRIDGE = [
+    ("image_from_array(np.ascontiguousarray(array.T))", "image_from_array(np.ascontiguousarray(array))", "axis order"),
+    ("lps[:-1, :-1] / spacing(affine)", "lps[:-1, :-1]", "unit: a direction has the length of a voxel"),
+    ("transform.GetOffset()", "transform.GetTranslation()", "centre: the shift about the origin"),
+    ("np.float64 if double", "np.float16 if double", "precision: of the matrix"),
+    ("@ lps\n", "@ np.eye(spatial_dims + 1)\n", "place: what ITK has is lost"),
+]
+
+ALIGNMENT = [
+    ("to - linear @ centre", "to - centre", "centre: rotates about the origin"),
+    ("result, kind, _TOLERANCE * size)", 'result, "rigid", _TOLERANCE * size)', "kind: an affine map stays rigid"),
+    ('"rigid" if kind == "rigid" else "similarity"', '"similarity"', "kind: a rigid map scales"),
+    ("> _SAME *", "> 2 * _SAME *", "check: what is the same is optimised"),
+    ("inside.mean() < 0.5", "inside.mean() < 2", "check: what is the same is optimised"),
+]
+
+MUTUAL_INFORMATION = [
+    ("@ [edge.start for edge in part]", "@ [edge.stop for edge in part]", "position: of what is cut off"),
+    ("@ ((factor - 1) / 2)", "@ (factor / 2)", "position: corners for centres"),
+    ("affine[:-1, :-1] *= factor", "pass", "unit: voxels of the finer copy"),
+    ("wider[:-1, -1] -=", "wider[:-1, -1] +=", "sign: of the margin"),
+    ("1.0 - (goes_on & beyond)", "1.0 - beyond", "background ends with the field of view"),
+    ("known = None if not", "known = None if", "what is cut off counts as its border"),
+    ("np.sign(x)\n", "1\n", "sign: slope of the spline"),
+    ("(turn.T @ gradient / total)", "(gradient / total)", "axes: of the moving image for the fixed"),
+    ("zip(at, shape, steps", "zip(at, shape, steps[::-1]", "axis order: neighbours along another axis"),
+    ("given - np.log(np.maximum(of_fixed", "given + np.log(np.maximum(of_fixed", "sign: entropy of the fixed image"),
+    ("there.value > here.value", "there.value < here.value", "sign: climbs down"),
+]
+
+SPATIAL_MAP = [
+    ("self.post @ self.pre", "self.pre @ self.post", "order of the linear parts"),
+    ("np.linalg.inv(affine), points)", "affine, points)", "direction: voxels for mm"),
+    ("offset *= inside(index, ddf.shape[1:])", "pass", "border: the field goes on for ever"),
+    ("np.tensordot(affine[:3, :3], offset, axes=1)", "offset", "unit: voxels added to mm"),
+    (
+        "self._map(apply_affine(grid.affine, index))) - index",
+        "self._map(apply_affine(grid.affine, index)))",
+        "position",
+    ),
+    ("self._map(given.T).T", "self._map(given.T[::-1]).T", "axis order of points"),
+    ("index + ddf[:, part]", "index - ddf[:, part]", "sign: pushes instead of pulling"),
+    ("np.where(inside(at, scan.shape), values, outside)", "values", "border: goes on for ever"),
+]
+
+MODEL_CARD = [
+    ("if value != usual[name]", "if value == usual[name]", "the preset is written for what differs from it"),
+    (
+        "self.in_channels, self.smoothness_weight, **self.changes",
+        "self.in_channels, self.smoothness_weight",
+        "changes are forgotten",
+    ),
+    ("isinstance(value, list) else value", "isinstance(value, tuple) else value", "lists stay lists"),
+    ("if card.intensities not in INTENSITIES", "if False", "check: any name of intensities"),
+]
+
+SHIPPED = [
+    ("if preset not in (None, card.preset)", "if False", "check: a preset that the card contradicts"),
+    ("if spatial_dims not in (None, card.spatial_dims)", "if False", "check: dimensions that the card contradicts"),
+]
+
+REGISTER = [
+    ("np.where(mask.array > 0, scan.array", "np.where(mask.array == 0, scan.array", "mask: the other way round"),
+    ("scan.check_same_grid(mask)", "pass", "check: a mask of another grid"),
+    ("if cosine < 0.7", "if cosine < -2", "check: planes across each other"),
+    ("common < _LEAST_IN_COMMON", "common < 0", "check: scans that do not overlap"),
+    ("check_in_grid(scan, mapping, grid)", "pass", "check: a brain beside the grid"),
+    ("wider[:3, 3] -=", "wider[:3, 3] +=", "sign: the margin lies behind"),
+    ("*= ramp[::-1]", "*= ramp", "margin: does not taper"),
+    ("np.linalg.inv(to_fixed), to_moving, fields[0]", "to_fixed, to_moving, fields[0]", "direction: of the first part"),
+    ("np.linalg.inv(to_moving), to_fixed, fields[1]", "np.linalg.inv(to_moving), to_fixed, fields[0]", "no inverse"),
+    ("outside=moving.background)", "outside=0.0)", "background: beyond a CT there is water"),
+    ("warp_scan(moving_labels, whole_ddf, fixed, order=0)", "warp_scan(moving_labels, whole_ddf, fixed)", "new labels"),
+]
+
+RESULT = [
+    ("header_map(scan, self.fixed)", "np.eye(4)", "slices: before the alignment they lie in one plane"),
+    ("self.inverse.apply(self.forward.apply(points))", "self.forward.apply(points)", "there, and not back"),
+    ("array > self.fixed.background", "array >= self.fixed.background", "mean: over the background, too"),
+    ('"after": self.warped_labels', '"after": self._aligned(self.moving_labels)', "step: the labels are not bent"),
+    ('"affine": self.aligned', '"affine": self.warped', "stage: what is bent passes for aligned"),
+]
+
+PREPARE = [
+    ("image.check_same_grid(labels)", "pass", "check: labels of another grid"),
+    ("resample(labels, target, mapping, order=0)", "resample(labels, target, mapping)", "labels are mixed"),
+    ("is None:\n        check_brain(image)", "is None:\n        pass", "check: anything is taken for a brain"),
+    ("sorted(shuffled[first + second :])", "sorted(shuffled[first:])", "leak: test scans are trained on"),
+    ('["inputs"] == scan.inputs()', '["inputs"] == scan.inputs() or True', "a scan that changed counts as done"),
+    ("random.Random(seed)", "random.Random(0)", "seed: always the same"),
+]
+
+
+CHAINS = [
+    ("in reversed(range(transform.GetNumber", "in (range(transform.GetNumber", "order: parts of a composite"),
+    ("for part in reversed(parts):  #", "for part in parts:  #", "order: ITK applies the last one first"),
+    ("matrix_of(part) @ matrix_of(parts.pop())", "matrix_of(parts.pop()) @ matrix_of(part)", "order: of matrices"),
+    ("(np.array(ends) - origin).T, origin", "np.array(ends) - origin, origin", "transposed"),
+    ("vectors[:] = points_to_lps(np.tensordot(", "vectors[:] = (np.tensordot(", "sign: RAS for LPS"),
+    ("np.floor(at + 0.5)", "np.rint(at)", "halves go to the even voxel"),
+    ("np.where(inside(at, array.shape), best, 0)", "best", "labels go on beyond the image"),
+    ("_shift(grid.affine, (part.start, 0, 0))", "grid.affine", "every slab is the first one"),
+    ("index[0] -= part.start", "pass", "origin: of the whole for that of a slab"),
+    ('interpolation: str = "nearest"', 'interpolation: str = "linear"', "default: of labels"),
+    ("step=0.5", "step=1.0", "runs away where it stretches by more than 100 %"),
+    ("_require_no_folds(torch", "(torch", "what folds gets an inverse"),
+    ("fit = _border_fit(ddf)", "fit = np.eye(4)", "an affine registration stays in the field"),
+    ("np.linalg.inv(affine @ _border_fit(ddf))", "np.linalg.inv(affine)", "start: without the affine part"),
+    ("axis=0).max()\n    parts", "axis=0).mean()\n    parts", "reduction: mean residual for the largest"),
+    (
+        "in reversed(flatten(transform)):\n        if part.IsLinear():\n            parts",
+        "in flatten(transform):\n        if part.IsLinear():\n            parts",
+        "order: of inverses",
+    ),
+    ("missed.max() <= _MISS", "missed.max() <= 1e9", "a point without a counterpart"),
+]
+
+DISPLACEMENTS = [
+    ("(ras_to_lps(3) @ affine)[:3, :3]", "affine[:3, :3]", "sign: RAS for LPS"),
+    ("np.eye(4) if intent == 1006", "np.eye(4) if intent == 1007", "sign: of the other intent"),
+    ('if meaning.system == "LPS" else', 'if meaning.system == "RAS" else', "sign: of the other system"),
+    ("vectors = vectors - places", "vectors = vectors", "positions for displacements"),
+    ("check_displacements(vectors, places, path)", "pass", "positions without a mark are displacements"),
+    ('"ij,...j->i..."', '"ji,...j->i..."', "transposed"),
+    ("np.indices(size), axes=1), 0, -1) + affine[:-1, -1]", "np.indices(size), axes=1), 0, -1)", "origin: of the grid"),
+    ("if not np.isfinite(vectors).all():\n        count", "if False:\n        count", "NaN is a place"),
+]
+
+FIELD_HEADERS = [
+    (
+        "{0.0: _POSITIONS, 1.0: _ALONG_RAS}",
+        "{1.0: _POSITIONS, 0.0: _ALONG_RAS}",
+        "positions for displacements, and back",
+    ),
+    ('Meaning(True, "RAS")', 'Meaning(True, "LPS")', "sign: of positions"),
+    ("{1006: _ALONG_RAS, 1007: _ALONG_LPS}", "{1006: _ALONG_LPS, 1007: _ALONG_RAS}", "sign: intents exchanged"),
+    ("in (vectors, points_to_lps(vectors)):", "in (vectors,):", "positions along LPS are overlooked"),
+    ("np.linalg.norm(off - off.mean(axes))", "np.linalg.norm(off)", "positions far away are overlooked"),
+    ("_LOOKS_ALIKE = 0.4", "_LOOKS_ALIKE = 0.05", "positions that turn are overlooked"),
+    ("_LOOKS_ALIKE = 0.4", "_LOOKS_ALIKE = 0.6", "a scan that grows by half is refused"),
+    ("    if name and not (code", "    if False and not (code", "any mark is a displacement"),
+    ("if not name and re.fullmatch(_SPM_VELOCITY, note)", "if False", "velocities of SPM are displacements"),
+]
+
+NAMES = [
+    ('bool(marked and marked[2] == "1")', "bool(marked)", "[FILE,0] is inverted"),
+]
+
+ITK_FILES = [
+    ("enumerate(reversed(parts), start=1)", "enumerate(parts, start=1)", "order: ITK applies the last part first"),
+    ("vectors[0, ..., :2]", "vectors[0, ..., 1:]", "2-D: the components of y and z"),
+    ("numbers[9:] + centre - lps[:3, :3] @ centre", "numbers[9:]", "centre: linear maps turn about the origin"),
+    ("direction * sides, origin", "direction, origin", "unit: voxels of 1 mm"),
+    ("for part in reversed(found) if", "for part in found if", "order: of what is read"),
+]
+
+SCAN_LOOPS = [
+    ("int(np.floor(px + 0.5))", "int(np.floor(px))", "rounding: to the voxel below"),
+    ("_ROUNDED * (reach == 0)", "0", "border: rounding makes outermost voxels lie outside"),
+    ("linear[:3] - np.eye(3, 4)", "linear[:3]", "displacement: the voxel itself is added"),
+    ("size[0] == 1 or", "False or", "slice: a point beside its plane lies outside"),
+    ("max(y1 - y0, 1)", "2", "border: one-sided differences are halved"),
+]
+
+GZIP = [
+    ("zlib.Z_FULL_FLUSH", "zlib.Z_FINISH", "stream: a reader stops after the first block"),
+    ("zlib.crc32(content)", "zlib.crc32(blocks[0])", "checksum: of the first block alone"),
+    ("zlib.Z_RLE if noise", "zlib.Z_HUFFMAN_ONLY if noise", "size: a background is not shortened"),
+]
+
+FILES = [
+    ("residual = max(residual, missed)", "residual = 0.0", "an inverse misses by nothing"),
+    (".ljust(len(found[0]), filler)", "", "length: of a name in a binary file"),
+    ('filler = b" " if path.suffix in _TEXTS else b"\\0"', 'filler = b" "', "a name in a binary file ends in blanks"),
+    ("if len(ends) < len(transforms):", "if False:", "what is cut off is the identity"),
+    ("is not None and found != number:", "is not None and found > number:", "too few parameters"),
+    (
+        "matrix = matrix_of(part) @ matrix if",
+        "matrix = matrix @ matrix_of(part) if",
+        "order: of matrices of an ANTs pair",
+    ),
+    ("warp.unlink(missing_ok=True)", "pass", "an old warp stays beside a new matrix"),
+    ("[:-1, :-1])) < 1e6", "[:-1, :-1])) > 0", "a matrix without an inverse"),
+    (
+        "transform = lift(transform)\n        if inverted:",
+        "transform = lift(transform)\n        if False:",
+        "no inverse",
+    ),
+]
+
+POINTS = [
+    ('for axis in "xyz"]', 'for axis in "yxz"]', "axis order"),
+    ('if (declared or coordinates) == "RAS":', 'if (declared or coordinates) == "LPS":', "sign: of the other system"),
+    ('"0": "RAS", "1": "LPS"', '"0": "LPS", "1": "RAS"', "sign: numbers of systems exchanged"),
+    ("or not np.isfinite(numbers).all()", "", "NaN is a place"),
+    ("if coordinates not in (None, declared or coordinates):", "if False:", "what a file says is overruled"),
+    ('if point.get("position") is not None', "", "points that are not placed"),
+    ('markup.pop("measurements", None)', "pass", "lengths as they were before"),
+    ("{number + 0.0:.6f}", "{number + 0.0:.3f}", "rounded to a micrometre"),
+    ("if not numbers:", "if False:", "a file without points"),
+]
+FORMATS = [
+    ("sides[~np.isfinite(sides) | (sides == 0)] = 1", "pass", "a size of 0 for what both readers take it for"),
+    ("if (sides < 0).any():", "if False:", "a size below 0, which ITK takes for a flip"),
+    ('-1 if header["pixdim"][0] < 0 else 1', "1", "handedness of the qform"),
+    ("* sides * [1, 1, flip]", "* sides * [1, flip, 1]", "axis order: the flip is that of the third axis"),
+    ("if apart > allowed:", "if apart > 100:", "pixdim against the sform"),
+    ("if not apart <= allowed:", "if apart > allowed:", "NaN is no small distance"),
+    ("min(0.1, 0.1 * float(spacing(sform).min()))", "0.5", "tolerance: half a millimetre"),
+    ("_ROUNDED = 1e-5", "_ROUNDED = 1e-7", "a quaternion that rounding makes longer than 1"),
+    ("_ROUNDED = 1e-5", "_ROUNDED = 1.0", "a quaternion that is no rotation"),
+    ("np.sqrt(rest) if rest >= 1e-7 else 0", "0", "a turn of 180 degrees for each"),
+    ("if unit not in (0, 2):", "if unit == 1:", "micrometres for mm"),
+    ("kind(file.read(kind.sizeof_hdr), check=False)", "kind(file.read(kind.sizeof_hdr))", "as nibabel mends it"),
+    ("* header.GetSpacing(axis)", "* header.GetSpacing(0)", "unit: one spacing for all axes"),
+]
+
+VOLUMES = [
+    ("shape = (*shape[1:], shape[0])", "pass", "MINC: time is the first axis"),
+    ("not _SPACES.fullmatch(space)", "False", "the space of a scanner for that of the body"),
+    ("if spatial_dims == 3 and (space is None or", "if spatial_dims == 3 and (space is not None and", "LPS by default"),
+    ("self.stored).reshape(self.shape)", "self.stored).T.reshape(self.shape)", "axis order of a volume with a time"),
+    ("ras_to_lps(3) @ itk_affine(header, num_axes)", "itk_affine(header, num_axes)", "sign: LPS for RAS"),
+]
+
+DICOM = [
+    ('np.argsort(depth, kind="stable")', "np.arange(count)", "order of the file"),
+    ("depth = origin @ normal", "depth = origin[:, 2]", "axis: height for the distance along the normal"),
+    ("/ (count - 1)", "/ count", "one off: slices for gaps"),
+    ("if places < count:", "if False:", "two volumes for one"),
+    ("if uneven > 0.1 *", "if uneven > 10 *", "a slice is missing"),
+    ("between[..., None], 1, 2)", "between[:, ::-1, None], 1, 2)", "spacing of rows for that of columns"),
+    ("return factor, float(str(intercept)) - factor *", "return factor, float(str(intercept)) -", "intercept"),
+    ("float(str(slope)) / header.GetRescaleSlope()", "float(str(slope))", "scaled twice"),
+    ("np.asarray(array[..., self.order], dtype)", "np.asarray(array, dtype)", "frames as they are stored"),
+    (
+        "if (np.abs(steps - steps[0]).max(axis=1) > 1e-3",
+        "if (np.abs(steps - steps[0]).max(axis=1) > 1e3",
+        "not parallel",
+    ),
+    ("if number in (None, each.number)]", "]", "any series is the one"),
+]
+
+IMAGES = [
+    ("np.clip(whole / 50_000, _ROUNDED, 0.25)", "0.5", "fractions for labels"),
+    ("np.clip(whole / 50_000, _ROUNDED, 0.25)", "0", "rounding refused"),
+    ("whole = np.rint(array)", "whole = np.floor(array)", "cut off for rounded"),
+    ('image.set_qform(affine, int(image.header["qform_code"]))', "pass", "two positions are written"),
+    ('image.header["pixdim"][1:4] = spacing(affine)', "pass", "two sizes are written"),
+    ("np.isfinite(array).all()", "np.isfinite(array).any()", "an image with a hole"),
+    ("open_dicom(path, series)", "open_dicom(path)", "the choice is lost"),
+]
+
+GRIDS = [
+    (
+        "            return Ends(*(ImageGrid(grids[name]",
+        "            return Ends(*(ImageGrid(grids[name][::-1]",
+        "axis order of a size",
+    ),
+    (
+        "    return known and not fits and _overlap(image, ends.fixed)",
+        "    return known and _overlap(image, ends.fixed)",
+        "overlap both ways is no reason to turn round",
+    ),
+    (
+        "        if known and not _overlap(grid, ends.fixed) and not",
+        "        if known and not _overlap(grid, ends.fixed) or not",
+        "what lies on one side only is no stranger",
+    ),
+]
+VERTICES = [
+    (
+        'order=1, mode="nearest") for u',
+        'order=1, mode="constant") for u',
+        "border: a displacement of 0 beyond it tears",
+    ),
+    (
+        "        parts = flatten(transform)[:: -1 if self.backwards else 1]",
+        "        parts = flatten(transform)",
+        "order: the last part is undone first",
+    ),
+    ("for matrix in matrices]) < 0)", "for matrix in matrices]) > 0)", "handedness turned round"),
+]
+SURFACES = [
+    ("_LPS = np.diag([-1.0, -1, 1, 1])", "_LPS = np.diag([-1.0, 1, 1, 1])", "sign: LPS turns two axes"),
+    (
+        "np.array(grid.size) / 2)\n    return grid.affine",
+        "(np.array(grid.size) - 1) / 2)\n    return grid.affine",
+        "offset: FreeSurfer's middle is half a voxel further",
+    ),
+    (
+        "        turned = flip != _handedness(matrix)",
+        "        turned = _handedness(matrix)",
+        "triangles of a mirrored surface stay inside out",
+    ),
+    (
+        '    said = found[1] if found else frame or "LPS"',
+        '    said = found[1] if found else frame or "RAS"',
+        "convention of meshes that say nothing",
+    ),
+]
+STREAMLINES = [
+    (
+        "            moved = apply_affine(self.affine, item.streamline)",
+        "            moved = item.streamline",
+        "nibabel's affine is left out",
+    ),
+    ('"VOXEL_TO_RASMM": grid.affine.tolist()', '"VOXEL_TO_RASMM": np.eye(4).tolist()', "the grid is that of no image"),
+    ('astype("<f4").tobytes()', 'astype("<f2").tobytes()', "precision: 0.05 mm in float16"),
+]
+SERIES = [
+    ("rotation.T @ frames[0]", "rotation @ frames[0]", "direction: gradients turn against the image"),
+    ("-1.0 if np.linalg.det(axes) > 0 else 1.0", "1.0 if np.linalg.det(axes) > 0 else -1.0", "FSL's rule of the sign"),
+    ("linalg.polar(matrix[:3, :3])[0]", "matrix[:3, :3]", "a stretch is no rotation"),
+    ("    if in_lps:\n        turned", "    if not in_lps:\n        turned", "LPS and RAS exchanged"),
+]
+GROUPWISE = [
+    ("        found = found + missed / 2", "        found = found - missed / 2", "sign: the search runs away"),
+    (" / 2) * 2**_HALVINGS", " / 2) * 2 ** (_HALVINGS - 1)", "unit: half of the velocity"),
+    (
+        "        return [-whole / 2, whole / 2]",
+        "        return [-whole, whole]",
+        "both ends would be twice as far apart",
+    ),
+    (
+        "        found = [velocity - middle for velocity in found]",
+        "        found = [velocity for velocity in found]",
+        "what all have in common stays in",
+    ),
+]
+VXMDENSE = [
+    ("math.log2(int_downsize)) if int_steps else 0", "math.log2(int_downsize))", "a displacement is not resized"),
+    ("network.displacement(-velocity)", "-network.displacement(velocity)", "minus a displacement is no inverse"),
+    ("for k in sorted(numbered)", "for k in sorted(numbered, reverse=True)", "order of the levels"),
+]
+MIDDLE = [
+    ("linalg.expm(np.mean(logarithms, axis=0))", "np.mean(maps, axis=0)", "an arithmetic mean of maps"),
+    ("np.linalg.inv(mapping) @ scan.affine", "mapping @ scan.affine", "direction: of the scans, not of the grid"),
+    (
+        "    affine[:3, 3] = (low + high) / 2 - side",
+        "    affine[:3, 3] = low - side",
+        "the grid begins where it should be centred",
+    ),
 ]
 MUTANTS = [
     Mutant(module, *row)
@@ -374,22 +894,63 @@ MUTANTS = [
         "transforms": TRANSFORMS,
         "engines": ENGINES,
         "data": DATA,
-        "datasets": DATASETS,
+        "apps.datalists": DATASETS,
+        "handlers": HANDLERS,
         "evaluation": EVALUATION,
-        "comparison": COMPARISON,
+        "apps.compare": COMPARISON,
+        "loops": LOOPS,
+        "kernels": KERNELS,
         "refinement": REFINEMENT,
         "networks": NETWORKS,
         "synthesis": SYNTHESIS,
+        "affines": AFFINES,
+        "space.scan": SCAN,
+        "space.resampling": RESAMPLING,
+        "space.template": TEMPLATE,
+        "space.itk_bridge": ITK_BRIDGE,
+        "space.alignment": ALIGNMENT,
+        "space.mutual_information": MUTUAL_INFORMATION,
+        "maps.spatial_map": SPATIAL_MAP,
+        "model_card": MODEL_CARD,
+        "apps.shipped": SHIPPED,
+        "apps.register": REGISTER,
+        "apps.result": RESULT,
+        "apps.prepare": PREPARE,
+        "maps.chains": CHAINS,
+        "maps.displacements": DISPLACEMENTS,
+        "maps.field_headers": FIELD_HEADERS,
+        "maps.files": FILES,
+        "maps.itk_files": ITK_FILES,
+        "maps.names": NAMES,
+        "maps.grids": GRIDS,
+        "maps.vertices": VERTICES,
+        "maps.surfaces": SURFACES,
+        "maps.streamlines": STREAMLINES,
+        "apps.apply_series": SERIES,
+        "groupwise": GROUPWISE,
+        "vxmdense": VXMDENSE,
+        "space.middle": MIDDLE,
+        "maps.points": POINTS,
+        "io.formats": FORMATS,
+        "io.volumes": VOLUMES,
+        "io.dicom": DICOM,
+        "io.gzip_files": GZIP,
+        "io.images": IMAGES,
+        "scan_loops": SCAN_LOOPS,
     }.items()
     for row in rows
 ]
 
 
+def source_of(mutant: Mutant) -> Path:
+    return Path(PACKAGE, *mutant.module.split(".")).with_suffix(".py")
+
+
 def rotten(mutants: list[Mutant]) -> Iterator[str]:
     for mutant in mutants:
-        source = (ROOT / PACKAGE / f"{mutant.module}.py").read_text(encoding="utf-8")
+        source = (ROOT / source_of(mutant)).read_text(encoding="utf-8")
         if (count := source.count(mutant.text)) != 1:
-            yield f"{mutant.module}.py must hold {mutant.text!r} once, it holds it {count} times."
+            yield f"{source_of(mutant)} holds {mutant.text!r} {count} times, but it has to stand there once."
 
 
 def run_tests(folder: str, tests: list[str]) -> None:
@@ -415,14 +976,17 @@ def failure(mutant: Mutant) -> str | None:
         copy = Path(folder)
         # Sources alone: Python takes a compiled file for current if size and second of its source agree.
         sources = [
-            *(ROOT / "tests").glob("*.py"),
-            *(ROOT / PACKAGE).glob("*.py"),
+            *(ROOT / "tests").rglob("*.py"),
+            *(ROOT / PACKAGE).rglob("*.py"),
             *(ROOT / PACKAGE).glob("published/*"),
+            *(ROOT / PACKAGE).glob("sample/*"),
+            # and what numba compiled of the healthy loops, which spares each mutant seconds: it belongs to a time
+            *(ROOT / PACKAGE / "__pycache__").glob("*loops.*.nb[ic]"),
         ]
         for path in [ROOT / "pyproject.toml", *sources]:
-            (copy / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-            shutil.copy(path, copy / path.relative_to(ROOT))
-        target = copy / PACKAGE / f"{mutant.module}.py"
+            (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copy2 if path.name.endswith("loops.py") else shutil.copy)(path, copy / path.relative_to(ROOT))
+        target = copy / source_of(mutant)
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.text, mutant.replacement), encoding="utf-8")
         process = multiprocessing.Process(target=run_tests, args=(folder, TESTS[mutant.module]))
         # start() also asks how the processes of other threads ended; a status is read by one of two, the other gets 255
@@ -445,7 +1009,8 @@ def main(modules: list[str]) -> int:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     multiprocessing.set_start_method("forkserver")
     multiprocessing.set_forkserver_preload(LIBRARIES)
-    mutants = [mutant for mutant in MUTANTS if not modules or mutant.module in modules]
+    wanted = SLOW if modules == ["slow"] else modules or set(TESTS) - SLOW
+    mutants = [mutant for mutant in MUTANTS if mutant.module in wanted]
     if problems := list(rotten(mutants)):
         sys.exit("\n".join(problems))
     healthy = [Mutant(module, "", "", "unchanged") for module in dict.fromkeys(m.module for m in mutants)]

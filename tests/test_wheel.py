@@ -84,7 +84,7 @@ def test_wheel_registers_real_scans_without_its_source(away: Path, real_pair: di
     run(vxm, "register", *real_pair.values(), "--output", away / "out", *quick, cwd=away)
     summary = json.loads((away / "out" / "summary.json").read_text(encoding="utf-8"))
     assert Path(summary["inputs"]["weights"]["path"]).is_relative_to(away)
-    assert 1 - summary["similarity_after"] < 0.7 * (1 - summary["similarity_affine"])  # without the network: 1
+    assert 1 - summary["correlation_after"] < 0.7 * (1 - summary["correlation_affine"])  # without the network: 1
     assert summary["folding_percent"] == 0
 
 
