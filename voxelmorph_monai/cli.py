@@ -1107,8 +1107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if argv is None:
         from voxelmorph_monai.memory import keep_freed_memory
+        from voxelmorph_monai.threads import wait_without_spinning
 
         keep_freed_memory()
+        wait_without_spinning()
         signal.signal(signal.SIGTERM, _terminate)
     try:
         return _COMMANDS[args.command].run(args)

@@ -4,6 +4,7 @@ How many seconds each takes is measured by ``python -m tests.benchmarks command`
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,35 @@ def test_a_registration_needs_torch_and_what_draws_its_picture(folder: Path) -> 
     options = ("--space", "fixed", "--alignment", "none", "--no-refine")
     found = imported("register", *scans, "--output", folder / "out", *options)
     assert found <= {"matplotlib", "scipy.ndimage", "torch"}  # SciPy for the warnings of the page
+
+
+def test_threads_of_a_command_sleep_while_they_have_no_work(folder: Path) -> None:
+    """Those of OpenMP and OpenBLAS spin otherwise, beside the threads that work. The environment has the last word."""
+    script = """
+import json, os, sys
+from voxelmorph_monai.cli import main
+assert main() == 0
+import threadpoolctl
+blas = [pool for pool in threadpoolctl.threadpool_info() if "numpy" in pool["filepath"]]
+print(json.dumps([os.environ["OMP_WAIT_POLICY"], *(pool["num_threads"] for pool in blas)]))
+"""
+    words = (
+        "jacobian",
+        folder / "forward.h5",
+        "--reference",
+        folder / "fixed.nii.gz",
+        "--output",
+        folder / "jacobian.nii.gz",
+    )
+    ours = {name: text for name, text in os.environ.items() if not name.startswith(("OMP_", "OPENBLAS_"))}
+    for given, expected in (
+        ({}, ["PASSIVE", 1]),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "OPENBLAS_NUM_THREADS": "2"}, ["ACTIVE", 2]),
+    ):
+        command = [sys.executable, "-c", script, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=ours | given, check=True)
+        assert json.loads(done.stdout.splitlines()[-1]) == expected
+        (folder / "jacobian.nii.gz").unlink()
 
 
 def test_each_volume_is_interpolated_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
