@@ -8,7 +8,7 @@ import pytest
 
 from tests.pages.bodies import SIDE, SIZE, grid_of, head, labels_of, registered, wave
 from voxelmorph_monai.affines import apply_affine
-from voxelmorph_monai.anatomy import load_anatomy
+from voxelmorph_monai.anatomy import is_stripped, load_anatomy
 from voxelmorph_monai.apps.shipped import shipped_bundle
 from voxelmorph_monai.pages.views import OCTAVES, Face, Views, Window, find_face, window_of
 from voxelmorph_monai.report import volume_change
@@ -128,10 +128,20 @@ def network():
     return load_anatomy(shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt")
 
 
-def test_a_brain_without_skull_hides_nothing(network) -> None:
+def test_a_brain_without_skull_hides_nothing(network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look tells: the search for its pose takes five times as long."""
+    monkeypatch.setattr("voxelmorph_monai.pages.views.locate", lambda *_: pytest.fail("its pose was sought"))
     face = find_face(Scan.read(sample_scan("colin27")), network)
     assert face is not None
     assert face.limit == np.inf
+
+
+@pytest.mark.skipif(not (SHARED / "colin27").exists(), reason="the head of Colin27 is not here")
+@pytest.mark.parametrize("part", [np.s_[:], np.s_[:, 120:], np.s_[:, :, :90], np.s_[:, 60:, :110]])
+def test_no_part_of_a_head_is_taken_for_a_brain_without_skull(network, part) -> None:
+    """Whole; its front, where the face is; what lies below; front and below."""
+    head = nib.load(SHARED / "colin27" / "ch2.nii.gz").slicer[part]
+    assert not is_stripped(Scan(head.get_fdata(dtype=np.float32), head.affine), network)
 
 
 @pytest.mark.skipif(not (SHARED / "colin27").exists(), reason="the head of Colin27 is not here")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from voxelmorph_monai.affines import Affine, ImageGrid, apply_affine, slabs, spacing
-from voxelmorph_monai.anatomy import AnatomyNet, locate
+from voxelmorph_monai.anatomy import AnatomyNet, is_stripped, locate
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.maps.spatial_map import SpatialMap
 from voxelmorph_monai.space.scan import Scan
@@ -117,23 +117,29 @@ def find_face(scan: Scan, network: AnatomyNet) -> Face | None:
     """
     if scan.is_slice:
         return None
+    shown = np.count_nonzero(scan.array > scan.background) * np.prod(scan.spacing) * 1e-6
+    if shown < _BRAIN and is_stripped(scan, network):
+        return _no_face(scan)
     try:
         _, pose = locate(scan, network)[0]
     except ValueError:
         return None
     mapping = np.asarray(pose.mapping, dtype=np.float64)
     inside, reach = _template()
-    shown = np.count_nonzero(scan.array > scan.background) * np.prod(scan.spacing) * 1e-6
-    brain = _MEAN_BRAIN * abs(np.linalg.det(mapping[:3, :3]))
-    if shown < min(_BRAIN, _BRAIN_ONLY * brain):
-        some = np.argwhere(scan.array > scan.background)
-        some = some[:: max(1, len(some) // _SAMPLES)]
-        return Face(apply_affine(scan.affine, some.T.astype(float)).T, np.zeros(3), np.inf)
+    if shown < min(_BRAIN, _BRAIN_ONLY * _MEAN_BRAIN * abs(np.linalg.det(mapping[:3, :3]))):
+        return _no_face(scan)
     back = np.linalg.inv(mapping)
     normal = _TO_FACE @ back[:3, :3]
     length = np.linalg.norm(normal)
     limit = (reach + _BUFFER - _TO_FACE @ back[:3, 3]) / length
     return Face(apply_affine(mapping, inside).T, normal / length, float(limit))
+
+
+def _no_face(scan: Scan) -> Face:
+    """Of a brain that is stripped already."""
+    shown = np.flatnonzero(scan.array > scan.background)
+    some = np.stack(np.unravel_index(shown[:: max(1, len(shown) // _SAMPLES)], scan.shape))
+    return Face(apply_affine(scan.affine, some.astype(float)).T, np.zeros(3), np.inf)
 
 
 def _voxels_at(scan: Scan, points: Array) -> Array:
