@@ -132,8 +132,11 @@ def save_registration_picture(
     sides = (frames[:, 1] - frames[:, 0]) * size
     shown = [axis for axis in range(3) if fixed.shape[axis] == 1] or [2, 1, 0]
     heights = [sides[1 if axis == 2 else 2] / sides[1 if axis == 0 else 0] for axis in shown]
-    figure = figures.Figure(figsize=(17.5, 2.35 * sum(heights) + 0.75), layout="constrained")
-    panels = figure.subplots(len(shown), 7, squeeze=False, height_ratios=heights)
+    # by hand: a layout that matplotlib works out takes as long as all that is drawn
+    width, height = 17.5, 2.35 * sum(heights) + 0.75
+    figure = figures.Figure(figsize=(width, height))
+    places = {"left": 0.005, "right": 0.94, "bottom": 0.05 / height, "top": 1 - 0.7 / height, "wspace": 0.03}
+    panels = figure.subplots(len(shown), 7, squeeze=False, height_ratios=heights, gridspec_kw=places | {"hspace": 0.03})
     for panel, name in zip(panels[0], _COLUMNS, strict=True):
         panel.set_title(name, fontsize=11)
     for axis, row in zip(shown, panels, strict=True):
@@ -145,9 +148,10 @@ def save_registration_picture(
             panel.set(xlim=frames[across], ylim=frames[up])
             panel.set_axis_off()
         _mark(row[0], "PA" if across == 1 else "LR", size[across])
-    bar = figure.colorbar(panels[0, 6].images[0], ax=panels[:, 6], shrink=0.6, ticks=[-1, 0, 1], extend="min")
+    beside = figure.add_axes((0.947, 0.2, 0.008, 0.6))
+    bar = figure.colorbar(panels[0, 6].images[0], cax=beside, ticks=[-1, 0, 1], extend="min")
     bar.ax.set_yticklabels(["-50 %", "0", "+100 %"])
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, y=1 - 0.1 / height, va="top")
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=80)
 
