@@ -1087,11 +1087,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _leave(code: int) -> None:
-    """End the process at once: where a full disk cut a file short, HDF5 crashes when it closes it at the end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _leave(codes: Sequence[int]) -> None:
+    """End the process at once with the first of ``codes``, if there is one.
+
+    It takes 0.8 s to take torch and the memory apart. And where a full disk cut a file short, HDF5 would crash when it
+    closes it.
+    """
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
 
 
 def _terminate(*_: object) -> None:
@@ -1104,14 +1109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 success, 1 some of the work failed, 2 wrong input, 130 interrupted, 143 terminated.
     """
-    args = _parser().parse_args(argv)
-    if argv is None:
-        from voxelmorph_monai.memory import keep_freed_memory
-        from voxelmorph_monai.threads import wait_without_spinning
+    if argv is not None:
+        return _run(argv)
+    from voxelmorph_monai.memory import keep_freed_memory
+    from voxelmorph_monai.threads import wait_without_spinning
 
-        keep_freed_memory()
-        wait_without_spinning()
-        signal.signal(signal.SIGTERM, _terminate)
+    codes: list[int] = []
+    atexit.register(_leave, codes)  # what libraries register later is done before
+    keep_freed_memory()
+    wait_without_spinning()
+    signal.signal(signal.SIGTERM, _terminate)
+    codes.append(_run(sys.argv[1:]))
+    return codes[0]
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
     try:
         return _COMMANDS[args.command].run(args)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
@@ -1119,8 +1132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"vxm {args.command}: {reason}", file=sys.stderr)
-        if argv is None:
-            atexit.register(_leave, 2)
         return 2
     except KeyboardInterrupt as error:
         print(f"vxm {args.command}: {'terminated' if error.args else 'interrupted'}", file=sys.stderr)
