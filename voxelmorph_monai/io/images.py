@@ -6,6 +6,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip_threaded
 from numpy.typing import NDArray
 
 from voxelmorph_monai.affines import Affine, check_affine, is_sheared, spacing
@@ -20,8 +21,8 @@ from voxelmorph_monai.io.formats import (
     reading,
     spatial_dims_of,
 )
-from voxelmorph_monai.io.gzip_files import write_gzip
 from voxelmorph_monai.io.volumes import open_file
+from voxelmorph_monai.threads import num_threads
 
 __all__ = [
     "as_labels",
@@ -164,7 +165,8 @@ def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
 def _save(path: str | Path, image: nib.Nifti1Image) -> None:
     with atomic(path) as temporary:
         if str(path).endswith(".gz"):
-            write_gzip(temporary, image.to_bytes(), noise=image.get_data_dtype().kind == "f")
+            with igzip_threaded.open(temporary, "wb", compresslevel=1, threads=num_threads()) as file:
+                file.write(image.to_bytes())
         else:
             nib.save(image, temporary)
 
