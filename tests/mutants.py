@@ -39,7 +39,7 @@ TESTS = {
     "losses": ["tests/test_losses.py"],
     "kernels": ["tests/test_blocks.py", "-k", "switch"],
     "loops": [
-        *("tests/test_blocks.py", "tests/test_losses.py", "tests/test_refinement.py", "-k"),
+        *("tests/test_blocks.py", "tests/test_losses.py", "tests/test_folds.py", "tests/test_refinement.py", "-k"),
         "scipys or agree or gradients or rounds or lncc_in_loops or monai_s or both_paths",
     ],
     "metrics": ["tests/test_metrics.py", "-k", "dice or folding or sd or hausdorff or volume or mean_is"],
@@ -59,8 +59,11 @@ TESTS = {
         "tests/test_networks.py",
         "-k",
         "(keras or any_size or level or border or smoothed or pass or sample or bidirectional) and not size1 "
-        "or heads_convolve or surrounds or pooled or (one_more and vm1)",
+        "or surrounds or (one_more and vm1)",
     ],
+    "unet": ["tests/test_unet.py", "tests/test_networks.py", "-k", "test_unet or (keras and not size1)"],
+    "folds": ["tests/test_folds.py"],
+    "objective": ["tests/test_refinement.py", "-k", "force or double or gradient_sums or only_inside"],
     "synthesis": ["tests/test_synthesis.py"],
     "affines": ["tests/space/test_spaces.py"],
     "space.scan": ["tests/space/test_scan.py"],
@@ -101,7 +104,6 @@ TESTS = {
     ],
     "maps.itk_files": ["tests/maps/test_itk_files.py"],
     "maps.names": ["tests/apps/test_apply.py", "-k", "marked or order"],
-    "io.gzip_files": ["tests/io/test_gzip_files.py"],
     "scan_loops": ["tests/test_scan_loops.py"],
     "maps.points": ["tests/apps/test_apply.py", "-k", "points or hash"],
     "maps.grids": ["tests/maps/test_grids.py"],
@@ -424,20 +426,26 @@ KERNELS = [
     ("if all(tensor.numel() for tensor in tensors) else None", "", "nothing to loop over"),
 ]
 
-REFINEMENT = [
+OBJECTIVE = [
     ("ddf = ddf * 2\n", "ddf = ddf * 1\n", "unit: vectors keep their length on a finer grid"),
     ("slope.narrow(d + 2, 1, n)).sum(1)", "slope.narrow(d + 2, 1, n))[:, 0]", "gradient: of the first channel"),
     ("2 ** (doublings * (1 + force.shape[1]))", "2**doublings", "gradient: of one voxel of the image alone"),
-    ("force -= _gradient(", "force += _gradient(", "sign: the fixed image moves along"),
+    ("force -= image_force(", "force += image_force(", "sign: the fixed image moves along"),
+    ("* jacobian_determinant(ddf).clamp_min_(0)", "", "gradient: volumes change nothing"),
+    ("leaf * mask, fixed * mask", "leaf, fixed", "mask: forgotten"),
+]
+
+FOLDS = [
     ("rows[axis][axis] = slope[axis] + 1.0", "rows[axis][axis] = slope[axis]", "folds: displacements are no maps"),
     ("torch.where(at > 0, back, ahead)", "back", "folds: no volume is left at the border"),
-    ("* jacobian_determinant(ddf).clamp_min_(0)", "", "gradient: volumes change nothing"),
-    ("error * (-0.5 / ", "error * (0.5 / ", "sign: away from the inverse"),
-    ("inverse = _double(inverse)", "inverse = _double(inverse) / 2", "unit: the inverse of a coarser grid"),
-    ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
     (' & (jacobian_determinant(ddf, "forward") > volume)', "", "folds: seen by central differences alone"),
     ("index = index * (n + 2) + at + 1", "index = index * (n + 2) + at", "one off: where folds lie"),
-    ("leaf * mask, fixed * mask", "leaf, fixed", "mask: forgotten"),
+]
+
+REFINEMENT = [
+    ("error * (-0.5 / ", "error * (0.5 / ", "sign: away from the inverse"),
+    ("inverse = double(inverse)", "inverse = double(inverse) / 2", "unit: the inverse of a coarser grid"),
+    ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
     ("self._scaled(smoothed, -1)), -1) * _STEP", "self._scaled(smoothed, -1)), -1) * -_STEP", "sign: uphill"),
     ("-2), alpha=self.volume)", "-2), alpha=-self.volume)", "sign: volumes are driven apart"),
     ("smoothness * _STEP / (width * scale)", "smoothness * _STEP / scale", "unit: smoothness in voxels"),
@@ -445,7 +453,8 @@ REFINEMENT = [
     ("compose(there, _inverse(back)), compose(back, _inverse(there))", "there, back", "mean: half of the way"),
 ]
 
-NETWORKS = [
+
+UNET = [
     ("[0, 1] * spatial_dims if", "[1, 0] * spatial_dims if", "padding: a stride of 2 pads before, not after"),
     ("F.leaky_relu(x, 0.2", "F.leaky_relu(x, 0.01", "slope: torch's default"),
     ("wide = weight[:, : x.shape[1]]", "wide = weight[:, -x.shape[1] :]", "order: the skip comes first"),
@@ -458,6 +467,9 @@ NETWORKS = [
         "enabled=False):\n            return F.avg_pool3d",
         "mean for maximum",
     ),
+]
+
+NETWORKS = [
     ("with torch.autocast(features.device.type, enabled=False):  #", "if True:  #", "precision: fields in bfloat16"),
     ("padding += [0, n]", "padding += [n // 2, n - n // 2]", "padding: on both sides, but cut on one"),
     ("self.block * F.interpolate(", "F.interpolate(", "unit: voxels of the grid of blocks"),
@@ -472,6 +484,7 @@ NETWORKS = [
     ("torch.exp(0.5 * log_variance)", "torch.exp(log_variance)", "unit: variance for deviation"),
     ("torch.ones_like(weight) * smoothness_weight", "weight", "the weight that was drawn is not shown"),
 ]
+
 
 SYNTHESIS = [
     ("            if flip:", '            if flip and role == "moving":', "mirrored: one of the two images"),
@@ -705,12 +718,6 @@ SCAN_LOOPS = [
     ("max(y1 - y0, 1)", "2", "border: one-sided differences are halved"),
 ]
 
-GZIP = [
-    ("zlib.Z_FULL_FLUSH", "zlib.Z_FINISH", "stream: a reader stops after the first block"),
-    ("zlib.crc32(content)", "zlib.crc32(blocks[0])", "checksum: of the first block alone"),
-    ("zlib.Z_RLE if noise", "zlib.Z_HUFFMAN_ONLY if noise", "size: a background is not shortened"),
-]
-
 FILES = [
     ("residual = max(residual, missed)", "residual = 0.0", "an inverse misses by nothing"),
     (".ljust(len(found[0]), filler)", "", "length: of a name in a binary file"),
@@ -900,7 +907,10 @@ MUTANTS = [
         "apps.compare": COMPARISON,
         "loops": LOOPS,
         "kernels": KERNELS,
+        "objective": OBJECTIVE,
+        "folds": FOLDS,
         "refinement": REFINEMENT,
+        "unet": UNET,
         "networks": NETWORKS,
         "synthesis": SYNTHESIS,
         "affines": AFFINES,
@@ -934,7 +944,6 @@ MUTANTS = [
         "io.formats": FORMATS,
         "io.volumes": VOLUMES,
         "io.dicom": DICOM,
-        "io.gzip_files": GZIP,
         "io.images": IMAGES,
         "scan_loops": SCAN_LOOPS,
     }.items()

@@ -21,7 +21,7 @@ from voxelmorph_monai.apps.options import Options
 from voxelmorph_monai.apps.prepare import Prepared
 from voxelmorph_monai.apps.shipped import shipped_weights, weights_file
 from voxelmorph_monai.cli import main
-from voxelmorph_monai.refinement import SIMILARITIES
+from voxelmorph_monai.objective import SIMILARITIES
 from voxelmorph_monai.space.template import WorkingGrid, sample_scan
 
 

@@ -32,12 +32,15 @@ ALLOWED = {
     "scan_loops": {"compiled", "threads"},
     "blocks": {"kernels"},
     "memory": set(),
-    "networks": {"blocks"},
+    "unet": {"blocks"},
+    "networks": {"blocks", "unet"},
     "losses": {"blocks", "kernels"},
     "metrics": {"blocks", "lazy"},
     "epoch_metrics": {"metrics"},
     "synthesis": {"blocks", "losses"},
-    "refinement": {"blocks", "kernels", "losses", "metrics", "networks"},
+    "folds": {"blocks", "kernels"},
+    "objective": {"blocks", "kernels", "losses", "metrics"},
+    "refinement": {"blocks", "folds", "kernels", "networks", "objective"},
     "io": {"affines", "lazy", "threads"},
     "space": {"affines", "io", "lazy", "switch"},
     "maps": {"affines", "blocks", "io", "lazy", "space", "switch"},
@@ -52,7 +55,7 @@ ALLOWED = {
     "handlers": {"data", "engines", "evaluation", "io", "model_card", "networks"},
     "model_card": {"__init__", "io", "networks"},
     "vxmdense": {"blocks", "networks"},
-    "groupwise": {"blocks", "refinement"},
+    "groupwise": {"blocks", "objective", "refinement"},
     "atlas": {"blocks", "losses", "networks", "refinement", "space"},
     "atlas_transforms": {"affines", "atlas", "io", "space"},
     "pose": {"affines", "blocks", "lazy"},
@@ -60,7 +63,7 @@ ALLOWED = {
     "anatomy_transforms": {"affines", "anatomy", "atlas_transforms", "io", "networks", "space"},
 }
 ALLOWED["apps"] = {"__init__", *ALLOWED}
-ALLOWED["cli"] = {"apps", "maps", "memory", "pages", "space"}
+ALLOWED["cli"] = {"apps", "maps", "memory", "pages", "space", "threads"}
 LAZY = {"__init__", "cli"}  # help appears at once only if a command imports what it needs when it runs
 
 # An app is one command. What several of them are made of:

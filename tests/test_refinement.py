@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.deformations import SIZES, noise, unfolded
 from voxelmorph_monai import switch
 from voxelmorph_monai.blocks import (
     compose,
@@ -19,36 +20,21 @@ from voxelmorph_monai.blocks import (
 from voxelmorph_monai.losses import LNCCLoss, MSELoss
 from voxelmorph_monai.metrics import dice, folding, inverse_consistency, log_jacobian_sd, target_registration_error
 from voxelmorph_monai.networks import Registration, VoxelMorph
+from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, double, halve, image_force
 from voxelmorph_monai.refinement import (
-    SIMILARITIES,
     RefinedRegistration,
     _Direction,
-    _double,
-    _gradient,
-    _halve,
     _inverse,
-    _Objective,
-    _Pair,
     _Regularity,
     _root,
     _smooth,
     _towards_volume,
     mean_map,
     refine,
-    remove_folds,
 )
-
-SIZES = [(48, 61), (34, 40, 29)]  # unequal, odd and even sides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 sizes = pytest.mark.parametrize("size", SIZES, ids=["2d", "3d"])
-
-
-def noise(size, sigma, channels=1, seed=0):
-    """Smooth random field, of standard deviation 1."""
-    generator = torch.Generator().manual_seed(seed)
-    field = smooth(torch.randn(1, channels, *size, generator=generator), sigma)
-    return field / field.std()
 
 
 def inside(size):
@@ -73,10 +59,6 @@ def error(ddf, truth):
     distance = torch.linalg.vector_norm(ddf - truth, dim=1, keepdim=True)
     shown = inside(ddf.shape[2:]) > 0
     return float(distance[shown].mean())
-
-
-def unfolded(ddf):
-    return all(float(folding(ddf, scheme=scheme)) == 0 for scheme in ("central", "forward"))
 
 
 @sizes
@@ -163,14 +145,14 @@ def test_force_is_the_gradient_by_a_step(size, bidirectional, doublings):
     velocity = 3 * noise(size, 6, len(size), seed=3) * smooth(inside(size), 3)
     ddf, inverse = integrate(velocity), integrate(-velocity) if bidirectional else None
     if doublings:
-        ddf, inverse = (None if field is None else _halve(field) / 2 for field in (ddf, inverse))
-    pair = _Pair(moving, fixed, None, None, None)
-    _, force = _Objective(MSELoss(), bidirectional, 0, 0).force(pair, ddf, inverse, doublings)
+        ddf, inverse = (None if field is None else halve(field) / 2 for field in (ddf, inverse))
+    pair = Pair(moving, fixed, None, None, None)
+    _, force = Objective(MSELoss(), bidirectional, 0, 0).force(pair, ddf, inverse, doublings)
     step = torch.zeros_like(ddf).requires_grad_()
-    fine = [_double(field) if doublings else field for field in (ddf, step)]
+    fine = [double(field) if doublings else field for field in (ddf, step)]
     loss = MSELoss()(warp(moving, compose(*fine)), fixed)
     if inverse is not None:
-        back = compose(-fine[1], _double(inverse) if doublings else inverse)
+        back = compose(-fine[1], double(inverse) if doublings else inverse)
         loss = (loss + MSELoss()(warp(fixed, back), moving)) / 2
     (expected,) = torch.autograd.grad(loss, step)
     # interpolation has one-sided slopes where the differences are central: alike, not equal
@@ -215,56 +197,6 @@ def test_images_count_only_inside_the_mask():
     assert float(distance[shown].mean()) < 0.5 * float(truth[..., :25].norm(dim=1, keepdim=True)[shown].mean())
 
 
-@sizes
-@pytest.mark.parametrize("least", [0.0, 0.1])
-def test_remove_folds_removes_all_folds(size, least):
-    folds = 4 * noise(size, 1, len(size))
-    assert float(folding(folds)) > 10
-    assert unfolded(remove_folds(folds, least))
-    smooth = integrate(noise(size, 6, len(size)))
-    assert_close(remove_folds(smooth, least), smooth, rtol=0, atol=0)
-
-
-@sizes
-@pytest.mark.parametrize("least", [0.0, 0.1])
-@pytest.mark.parametrize("reach", [0.15, 0.4])
-def test_folds_are_the_same_on_both_paths(size, least, reach, monkeypatch):
-    """To the last bit: what rounding could decide is left to one of them."""
-    ddf = reach * noise(size, 1, len(size))
-    found = []
-    for enabled in (True, False):
-        monkeypatch.setattr(switch, "enabled", enabled)
-        found.append(remove_folds(ddf, least))
-    assert_close(found[0], found[1], rtol=0, atol=0)
-
-
-def test_a_checkerboard_that_one_scheme_sees_is_found():
-    ddf = 0.6 * (1 - 2 * (torch.arange(12)[:, None] + torch.arange(14)) % 2).float().expand(1, 2, 12, 14)
-    assert float(folding(ddf)) == 0
-    assert unfolded(remove_folds(ddf))
-
-
-@sizes
-def test_remove_folds_leaves_alone_what_is_far_from_a_fold(size):
-    ddf = integrate(noise(size, 6, len(size)))
-    corner = (..., *[slice(3, 5)] * len(size))
-    ddf[corner] += 4.0
-    found = remove_folds(ddf)
-    assert unfolded(found)
-    far = (..., *[slice(20, None)] * len(size))
-    assert_close(found[far], ddf[far], rtol=0, atol=0)
-    assert not torch.equal(found, ddf)
-
-
-def test_remove_folds_takes_one_field():
-    with pytest.raises(ValueError, match=r"^ddf has shape \[2, 2, 9, 9\]\. .*one pair"):
-        remove_folds(torch.zeros(2, 2, 9, 9))
-    with pytest.raises(ValueError, match=r"^ddf has shape \[1, 3, 9, 9, 1\]\. .*2 voxels"):
-        remove_folds(torch.zeros(1, 3, 9, 9, 1))
-    with pytest.raises(ValueError, match=r"^ddf has 162 values of NaN or infinity\.$"):
-        remove_folds(torch.full((1, 2, 9, 9), torch.nan))
-
-
 def test_what_turns_far_folds_nowhere_beyond_the_images_either():
     size, angle = (64, 64), math.radians(100)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -280,9 +212,9 @@ def test_what_turns_far_folds_nowhere_beyond_the_images_either():
 @sizes
 def test_double_is_resize_and_halve_its_inverse_on_lines(size):
     ddf = noise(size, 1, len(size))
-    assert_close(_double(ddf), resize(ddf, [2 * n - 1 for n in size]))
+    assert_close(double(ddf), resize(ddf, [2 * n - 1 for n in size]))
     line = torch.arange(9.0).view(1, 1, 1, 9).expand(1, 1, 7, 9)
-    inner = _halve(line)[..., 1:-1]  # at the ends one neighbour is missing
+    inner = halve(line)[..., 1:-1]  # at the ends one neighbour is missing
     assert_close(inner, line[:, :, ::2, ::2][..., 1:-1])
 
 
@@ -292,7 +224,7 @@ def test_gradient_sums_over_channels(enabled, monkeypatch):
     line = torch.arange(6.0).expand(1, 2, 5, 6)
     slope = torch.ones(1, 2, 5, 6)
     slope[:, 1] = 2
-    assert _gradient(line, slope)[0, :, 2, 2].tolist() == [0, 3]
+    assert image_force(line, slope)[0, :, 2, 2].tolist() == [0, 3]
 
 
 @sizes
@@ -304,7 +236,7 @@ def test_steps_agree_in_loops_and_in_torch(size, monkeypatch):
     for enabled in (True, False):
         monkeypatch.setattr(switch, "enabled", enabled)
         smoothed = _smooth(image, [0.6, 1.3, 0.4][: len(size)])
-        found.append((_gradient(image, slope), _towards_volume(ddf), smoothed))
+        found.append((image_force(image, slope), _towards_volume(ddf), smoothed))
     # rounding, of a determinant near 0 before its logarithm
     assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 

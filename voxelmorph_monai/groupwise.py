@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from voxelmorph_monai.blocks import compose, integrate, warp
-from voxelmorph_monai.refinement import SIMILARITIES, refine
+from voxelmorph_monai.objective import SIMILARITIES
+from voxelmorph_monai.refinement import refine
 
 __all__ = ["centred_velocities", "half", "logarithm", "velocity_between"]
 

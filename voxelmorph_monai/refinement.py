@@ -22,30 +22,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from voxelmorph_monai.blocks import as_signed, compose, determinant, invert, jacobian_determinant, smooth_axes, warp
+from voxelmorph_monai.blocks import as_signed, compose, invert, jacobian_determinant, smooth_axes, warp
+from voxelmorph_monai.folds import remove_folds
 from voxelmorph_monai.kernels import loops
-from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
-from voxelmorph_monai.metrics import target_registration_error
 from voxelmorph_monai.networks import Registration
+from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, Similarity, cut, double, halve, image_force, times
 
-__all__ = ["SIMILARITIES", "RefinedRegistration", "Refinement", "Step", "mean_map", "refine", "remove_folds"]
+__all__ = ["RefinedRegistration", "Refinement", "Step", "mean_map", "refine"]
 
-Similarity = Callable[[Tensor, Tensor], Tensor]
 Clock = Callable[[], float]
-
-SIMILARITIES: dict[str, Similarity] = {
-    "lncc": LNCCLoss(window=9),  # one contrast
-    "mi": MutualInformationLoss(),  # any two
-    "mind": MINDLoss(),  # any two, by their edges
-}
 
 _MARGIN = 4  # voxels around what the images show
 _SMALLEST = 16  # voxels along the shortest axis of the coarsest grid, at least
@@ -56,7 +48,6 @@ _STABLE = 0.5  # of the curvature of what holds the volume, at most: with 2 / 3 
 _FLOOR = 1.0  # added to each point's gradient length, in mean lengths (Adam's epsilon): where nothing pulls, none moves
 _MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
 _TIGHT = 0.1  # a voxel that keeps less than this share of its volume is smoothed like a fold
-_PART = 1 << 18  # voxels looked at together, with their neighbours, where there are few
 _FINISH = 8  # duration of what comes after the last step, in steps
 _PATIENCE = 10  # steps that must bring 1 % of what the level has brought
 _SHARES = {
@@ -88,14 +79,6 @@ class Refinement(NamedTuple):
     curve: list[Step]
 
 
-def _cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Voxels ``start`` to ``start + size`` of ``image``, which continues with its border value."""
-    for d, (first, n) in enumerate(zip(start, size, strict=True)):
-        index = torch.arange(first, first + n, device=image.device).clamp(0, image.shape[d + 2] - 1)
-        image = image.index_select(d + 2, index)
-    return image
-
-
 def _box(moving: Tensor, fixed: Tensor) -> tuple[list[int], list[int]]:
     """Start and size of the box around what the images show."""
     shown = torch.stack([(image != image.amin()).any(1) for image in (moving, fixed)]).any(0)[0]
@@ -120,55 +103,6 @@ def _squares(field: Tensor) -> Tensor:
     return total
 
 
-def _halve(image: Tensor) -> Tensor:
-    """Every other voxel of ``image`` (``2 n - 1`` to ``n`` along each axis) after smoothing with [1, 2, 1] / 4."""
-    for axis in range(2, image.ndim):
-        n = image.shape[axis] // 2
-        index = torch.arange(image.shape[axis], device=image.device)
-        even, odd = image.index_select(axis, index[::2]), image.index_select(axis, index[1::2])
-        half = even * 0.5
-        half.narrow(axis, 0, n).add_(odd, alpha=0.25)
-        half.narrow(axis, 1, n).add_(odd, alpha=0.25)
-        for end in (0, n):  # one neighbour short
-            half.narrow(axis, end, 1).div_(0.75)
-        image = half
-    return image
-
-
-def _double(ddf: Tensor) -> Tensor:
-    """``blocks.resize`` from ``n`` to ``2 n - 1`` along each axis, by sums of neighbours."""
-    ddf = ddf * 2
-    for axis in range(2, ddf.ndim):
-        n = ddf.shape[axis]
-        between = (ddf.narrow(axis, 0, n - 1) + ddf.narrow(axis, 1, n - 1)) * 0.5
-        pairs = torch.stack([ddf.narrow(axis, 0, n - 1), between], dim=axis + 1).flatten(axis, axis + 1)
-        ddf = torch.cat([pairs, ddf.narrow(axis, n - 1, 1)], dim=axis)
-    return ddf
-
-
-def _times(function: Callable[[Tensor], Tensor], number: int, tensor: Tensor) -> Tensor:
-    for _ in range(number):
-        tensor = function(tensor)
-    return tensor
-
-
-def _gradient(image: Tensor, slope: Tensor) -> Tensor:
-    """Central differences of ``image`` ``(1, C, *spatial)`` times ``slope``, summed over C: ``(1, D, *spatial)``.
-
-    0 at the border.
-    """
-    compiled = loops(image, slope)
-    if compiled is not None:
-        found: Tensor = compiled.force(image, slope)
-        return found
-    found = image.new_zeros(1, image.ndim - 2, *image.shape[2:])
-    for d in range(image.ndim - 2):
-        n = image.shape[d + 2] - 2
-        rise = image.narrow(d + 2, 2, n) - image.narrow(d + 2, 0, n)
-        found[:, d].narrow(d + 1, 1, n).copy_((rise * slope.narrow(d + 2, 1, n)).sum(1).mul_(0.5))
-    return found
-
-
 def _smooth(field: Tensor, sigmas: Sequence[float]) -> Tensor:
     """``blocks.smooth_axes``, in a third of its time where it is compiled."""
     compiled = loops(field)
@@ -190,106 +124,7 @@ def _towards_volume(ddf: Tensor) -> Tensor:
         log = jacobian_determinant(ddf).clamp_min_(_TIGHT / 2).log_()
     else:
         log = compiled.log_volumes(ddf, _TIGHT / 2)
-    return _gradient(log, torch.ones_like(log))
-
-
-class _Pair(NamedTuple):
-    """What is aligned, all on one grid, whose voxels are ``scale`` of the images' own; points in the images' voxels."""
-
-    moving: Tensor
-    fixed: Tensor
-    mask: Tensor | None
-    labels: tuple[Tensor, Tensor] | None
-    points: tuple[Tensor, Tensor] | None
-    scale: int = 1
-
-    def cut(self, start: list[int], size: list[int]) -> "_Pair":
-        """The pair in a box."""
-        shift = torch.tensor(start, device=self.fixed.device)
-        return self._replace(
-            moving=_cut(self.moving, start, size),
-            fixed=_cut(self.fixed, start, size),
-            mask=None if self.mask is None else _cut(self.mask, start, size),
-            labels=None
-            if self.labels is None
-            else (_cut(self.labels[0], start, size), _cut(self.labels[1], start, size)),
-            points=None if self.points is None else (self.points[0] - shift, self.points[1] - shift),
-        )
-
-    def exchanged(self) -> "_Pair":
-        """The pair with moving and fixed exchanged."""
-        labels, points = (each and each[::-1] for each in (self.labels, self.points))
-        return self._replace(moving=self.fixed, fixed=self.moving, labels=labels, points=points)
-
-    def halved(self) -> "_Pair":
-        """The pair at half the resolution."""
-        every_other: tuple[Any, ...] = (..., *[slice(None, None, 2)] * (self.moving.ndim - 2))
-        return self._replace(
-            moving=_halve(self.moving),
-            fixed=_halve(self.fixed),
-            mask=None if self.mask is None else _halve(self.mask),
-            labels=None if self.labels is None else (self.labels[0][every_other], self.labels[1][every_other]),
-            scale=2 * self.scale,
-        )
-
-
-class _Objective(NamedTuple):
-    """The loss that is minimised, and how steps change it."""
-
-    similarity: Similarity
-    bidirectional: bool
-    label_weight: float
-    points_weight: float
-
-    def _slope(self, warped: Tensor, fixed: Tensor, mask: Tensor | None) -> tuple[float, Tensor]:
-        """Similarity of two images and its gradient by the first."""
-        leaf = warped.detach().requires_grad_()
-        with torch.enable_grad():
-            masked = (leaf, fixed) if mask is None else (leaf * mask, fixed * mask)
-            loss = self.similarity(*masked)
-            (slope,) = torch.autograd.grad(loss, leaf)
-        return float(loss.detach()), slope
-
-    def _images(self, pair: _Pair, ddf: Tensor, inverse: Tensor | None) -> tuple[float, Tensor]:
-        """Dissimilarity and its gradient by a step, with ``ddf`` and its inverse on the grid of the images."""
-        warped = warp(pair.moving, ddf)
-        loss, slope = self._slope(warped, pair.fixed, pair.mask)
-        force = _gradient(warped, slope)
-        if inverse is None:
-            return loss, force
-        # A step moves the warped fixed image the other way, at the points that the map takes to the moving grid.
-        mask = None if pair.mask is None else warp(pair.mask, inverse)
-        back, slope = self._slope(warp(pair.fixed, inverse), pair.moving, mask)
-        force -= _gradient(pair.fixed, warp(slope, ddf) * jacobian_determinant(ddf).clamp_min_(0))
-        return (loss + back) / 2, force / 2
-
-    def _others(self, pair: _Pair, ddf: Tensor, doublings: int) -> Tensor:
-        """Weighted losses of labels and points; ``ddf`` is ``doublings`` coarser than the pair."""
-        total = ddf.new_zeros(())
-        if pair.labels is not None:
-            dice = LabelDiceLoss(int(max(label.max() for label in pair.labels)))
-            total = total + self.label_weight * dice(*pair.labels, _times(_double, doublings, ddf))
-        if pair.points is not None:
-            side = pair.scale << doublings
-            moving, fixed = (points / side for points in pair.points)
-            error = target_registration_error(moving, fixed, ddf, spacing=side)
-            total = total + self.points_weight * error.square().mean()
-        return total
-
-    def force(self, pair: _Pair, ddf: Tensor, inverse: Tensor | None, doublings: int) -> tuple[float, Tensor]:
-        """Loss at ``ddf`` and its gradient by a step, on the grid of ``ddf``, ``doublings`` coarser than the pair's."""
-        finer = [None if field is None else _times(_double, doublings, field) for field in (ddf, inverse)]
-        assert finer[0] is not None
-        loss, force = self._images(pair, finer[0], finer[1])
-        # Each voxel of the field moves several of the image, and a voxel of the field is longer.
-        force = _times(_halve, doublings, force) * 2 ** (doublings * (1 + force.shape[1]))
-        if pair.labels is not None or pair.points is not None:
-            step = torch.zeros_like(ddf).requires_grad_()
-            with torch.enable_grad():
-                others = self._others(pair, compose(ddf, step), doublings)
-                (slope,) = torch.autograd.grad(others, step)
-            loss, force = loss + float(others.detach()), force + slope
-        return loss, force
+    return image_force(log, torch.ones_like(log))
 
 
 class _Direction:
@@ -310,143 +145,6 @@ class _Direction:
         return self.mean / ((first**self.steps - 1) * (length + floor))
 
 
-def _tight(ddf: Tensor, volume: float) -> Tensor:
-    """Where a map leaves a voxel ``volume`` or less, by central or forward differences: ``(B, 1, *spatial)``."""
-    return ~((jacobian_determinant(ddf) > volume) & (jacobian_determinant(ddf, "forward") > volume))
-
-
-def _neighbours(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Flat indices ``(N, 3**D)`` of the voxels around those of ``index``, none of them at the border of ``size``."""
-    offsets = torch.zeros(1, dtype=torch.int64, device=index.device)
-    for n in size:
-        step = torch.arange(-1, 2, device=index.device)
-        offsets = (offsets[:, None] * n + step).flatten()
-    return index[:, None] + offsets
-
-
-def _grown(index: Tensor, inner: Tensor, size: Sequence[int]) -> Tensor:
-    """``index`` and the voxels next to it, as far as they are ``inner``."""
-    found = torch.zeros_like(inner)
-    found[_neighbours(index, size).flatten()] = True
-    return (found & inner).nonzero().flatten()
-
-
-def _volumes(place: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of their volume ``(N,)`` that the voxels ``place`` ``(N, D)`` keep, by central and forward differences.
-
-    Bit by bit what ``jacobian_determinant`` says of the whole field.
-    """
-    flat, size = ddf.flatten(2)[0], ddf.shape[2:]
-    voxel, step = torch.zeros_like(place[:, 0]), ddf[0, 0].numel()
-    for n, at in zip(size, place.unbind(1), strict=True):
-        voxel = voxel * n + at
-    here = flat[:, voxel]
-    central: list[list[Tensor]] = []
-    forward: list[list[Tensor]] = []
-    for axis, (n, at) in enumerate(zip(size, place.unbind(1), strict=True)):
-        step //= n
-        ahead = flat[:, voxel + step * (at < n - 1)] - here
-        back = here - flat[:, voxel - step * (at > 0)]
-        ahead, back = torch.where(at < n - 1, ahead, back), torch.where(at > 0, back, ahead)
-        for rows, slope in ((central, (ahead + back) * 0.5), (forward, ahead)):
-            rows.append([*slope])
-            rows[axis][axis] = slope[axis] + 1.0
-    return determinant(central), determinant(forward)
-
-
-def _still_tight(index: Tensor, ddf: Tensor, volume: float) -> Tensor:
-    """Those of ``index`` that keep ``volume`` or less: flat indices into ``ddf`` with one voxel around it."""
-    found = [index[:0]]
-    for part in index.split(_PART):
-        central, forward = _volumes(_place(part, ddf.shape[2:]), ddf)
-        found.append(part[~((central > volume) & (forward > volume))])
-    return torch.cat(found)
-
-
-def _flat(place: Tensor, size: Sequence[int]) -> Tensor:
-    """Flat indices of the voxels ``place`` ``(N, D)`` of a grid of ``size`` when one more voxel surrounds it."""
-    index = torch.zeros_like(place[:, 0])
-    for n, at in zip(size, place.unbind(1), strict=True):
-        index = index * (n + 2) + at + 1
-    return index
-
-
-def _unravel(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Voxels ``(N, D)`` of flat indices, without ``torch.unravel_index``, which imports SymPy: 0.7 s."""
-    place = []
-    for n in reversed(size):
-        place.append(index % n)
-        index = index // n
-    return torch.stack(place[::-1], dim=1)
-
-
-def _place(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Undo ``_flat``."""
-    return _unravel(index, [n + 2 for n in size]) - 1
-
-
-def _find_tight(ddf: Tensor, volume: float) -> Tensor:
-    """Voxels ``(N, D)`` that keep ``volume`` or less."""
-    compiled = loops(ddf)
-    if compiled is None:
-        return _tight(ddf, volume)[0, 0].nonzero()
-    size = ddf.shape[2:]
-    suspects = _unravel(compiled.suspects(ddf, volume), size)
-    return _place(_still_tight(_flat(suspects, size), ddf, volume), size) if len(suspects) else suspects
-
-
-def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
-    """Smooth a displacement around its folds until there are none, by central or forward differences.
-
-    Folds are few: only the voxels around them are touched and looked at again, in circles that grow, so that it ends.
-
-    Args:
-        ddf: ``(1, D, *spatial)`` in voxels; what does not fold is given back as it is.
-        least: share of its volume that is enough for a voxel at first; with 0 nothing but folds is touched.
-    """
-    if len(ddf) != 1 or min(ddf.shape[2:]) < 2:
-        raise ValueError(
-            f"ddf has shape {list(ddf.shape)}. Give the field of one pair, (1, D, *spatial), with at least 2 voxels "
-            "along each axis."
-        )
-    if not bool(ddf.sum().isfinite() or ddf.isfinite().all()):  # a sum takes a tenth of the time
-        raise ValueError(f"ddf has {int((~ddf.isfinite()).sum())} values of NaN or infinity.")
-    place = _find_tight(ddf, least)
-    if not len(place):
-        return ddf
-    ddf = ddf.clone(memory_format=torch.contiguous_format)
-    margin = [1] * (2 * place.shape[1])
-    inside: tuple[Any, ...] = (..., *[slice(1, -1)] * place.shape[1])
-    kernel = ddf.new_ones(1)
-    for _ in margin[::2]:
-        kernel = (kernel[:, None] * ddf.new_tensor([0.25, 0.5, 0.25])).flatten()
-    for attempt in count():
-        if not len(place):
-            break
-        # 8 voxels are enough for what is narrow, and many times that only help where it is not
-        radius = 2 ** min(attempt, max(3, attempt // 4))
-        # Only what is touched, looked at again, or next to that: no round goes over the whole field.
-        start = (place.amin(0) - (radius + 3)).clamp_min_(0)
-        stop = place.amax(0) + (radius + 4)
-        box: tuple[Any, ...] = (..., *map(slice, start.tolist(), stop.tolist()))
-        piece = ddf[box]
-        whole = F.pad(piece, margin, mode="replicate")
-        size = whole.shape[2:]
-        inner = F.pad(torch.ones_like(piece[:, :1], dtype=torch.bool), margin).flatten()
-        rings = [_flat(place - start, piece.shape[2:])]
-        for _ in range(radius):
-            rings.append(_grown(rings[-1], inner, size))
-        values = whole.flatten(2)[0]
-        for ring in reversed(rings):  # the closer to a fold, the smoother
-            for part in ring.split(_PART):
-                values[:, part] = values[:, _neighbours(part, size)] @ kernel
-        piece.copy_(whole[inside])
-        # what shrinks evenly over many voxels is no fold, and would take ever wider circles to smooth
-        index = _still_tight(_grown(rings[-1], inner, size), piece, least / 4**attempt)
-        place = _place(index, piece.shape[2:]) + start
-    return ddf
-
-
 def _inverse(ddf: Tensor) -> Tensor:
     r"""Inverse of a map that does not fold, without folds.
 
@@ -455,11 +153,11 @@ def _inverse(ddf: Tensor) -> Tensor:
     """
     fields = [ddf]
     while len(fields) <= _COARSEST and all(n % 2 and n > 4 for n in fields[-1].shape[2:]):
-        fields.append(_halve(fields[-1]) / 2)
+        fields.append(halve(fields[-1]) / 2)
     inverse = -fields[-1]
     for field in fields[::-1]:
         if inverse.shape != field.shape:
-            inverse = _double(inverse)
+            inverse = double(inverse)
         for _ in range(3 if field is ddf and len(fields) > 1 else 8):
             error = compose(field, inverse)
             inverse = compose(inverse, error * (-0.5 / _squares(error).sqrt_().clamp_min_(0.5)))
@@ -541,8 +239,8 @@ class _Course:
 
 
 def _descend(
-    objective: _Objective,
-    pair: _Pair,
+    objective: Objective,
+    pair: Pair,
     ddf: Tensor,
     doublings: int,
     course: _Course,
@@ -563,7 +261,7 @@ def _descend(
             inverse = -warp(ddf, -warp(ddf, inverse))
 
 
-def _check(pair: _Pair, ddf: Tensor | None) -> None:
+def _check(pair: Pair, ddf: Tensor | None) -> None:
     shape = list(pair.fixed.shape)
     if len(shape) not in (4, 5) or shape[0] != 1 or list(pair.moving.shape) != shape or min(shape[2:]) < 2:
         raise ValueError(
@@ -591,18 +289,18 @@ def _levels(size: Sequence[int], smoothness: float, spacing: Sequence[float]) ->
     return levels if finest else [*levels, (0, 0)]
 
 
-def _helps(objective: _Objective, pairs: Sequence[_Pair], ddf: Tensor) -> bool:
+def _helps(objective: Objective, pairs: Sequence[Pair], ddf: Tensor) -> bool:
     """Whether ``ddf`` is better than no displacement, looked at on the second finest grid."""
     pair = pairs[:2][-1]
-    field = _halve(ddf) / 2 if pair.scale > 1 else ddf
+    field = halve(ddf) / 2 if pair.scale > 1 else ddf
     one_way = objective._replace(bidirectional=False)
     losses = [one_way.force(pair, each, None, 0)[0] for each in (field, torch.zeros_like(field))]
     return losses[0] < losses[1]
 
 
 def _refine(
-    objective: _Objective,
-    pair: _Pair,
+    objective: Objective,
+    pair: Pair,
     ddf: Tensor | None,
     smoothness: float,
     step_sigma: float,
@@ -622,16 +320,16 @@ def _refine(
         pairs.append(pairs[-1].halved())
     field, at = torch.zeros_like(pairs[0].fixed[:, :1]).repeat_interleave(len(size), 1), 0
     if ddf is not None:
-        given = _cut(ddf.as_subclass(Tensor).float(), start, size)
+        given = cut(ddf.as_subclass(Tensor).float(), start, size)
         if _helps(objective, pairs, given):
             field = given
     curve: list[Step] = []
     with tqdm(disable=None if progress else True, desc="refine", unit="step", leave=False) as bar:
         for image, coarser in levels:
             while at < coarser:
-                field, at = _halve(field) / 2, at + 1
+                field, at = halve(field) / 2, at + 1
             while at > coarser:
-                field, at = _double(field), at - 1
+                field, at = double(field), at - 1
             last = (image, coarser) == levels[-1]
             deadline = begin + budget * (1 if last else _SHARES[image])
             course = _Course(clock, deadline, max_steps, _FINISH if last else 0)
@@ -643,10 +341,10 @@ def _refine(
                 bar.set_postfix(voxel=pairs[image].scale, loss=f"{loss:.4f}", refresh=False)
                 bar.update()
             field = remove_folds(field, _TIGHT)
-        field = _times(_double, at, field)
+        field = times(double, at, field)
         inverse = _inverse(field)
     # Beyond the box, where the fields continue with their border values, what turns far may fold.
-    found = [remove_folds(_cut(x, [-n for n in start], whole)) for x in (field, inverse)]
+    found = [remove_folds(cut(x, [-n for n in start], whole)) for x in (field, inverse)]
     return Refinement(found[0], found[1], curve)
 
 
@@ -654,8 +352,8 @@ def _refine(
 def _compile(spatial_dims: int) -> None:
     """Refine something small: to compile the loops takes half a minute once, which no budget pays for."""
     image = F.pad(torch.ones(1, 1, *[8] * spatial_dims), [8, 8] * spatial_dims)
-    objective, widths = _Objective(SIMILARITIES["lncc"], False, 0.0, 0.0), [1.0] * spatial_dims
-    pair = _Pair(image, image.roll(1, 2), None, None, None)
+    objective, widths = Objective(SIMILARITIES["lncc"], False, 0.0, 0.0), [1.0] * spatial_dims
+    pair = Pair(image, image.roll(1, 2), None, None, None)
     _refine(objective, pair, None, 1.0, 0.7, widths, math.inf, 1, time.perf_counter, False)
 
 
@@ -752,10 +450,10 @@ def refine(
         raise ValueError("mask and symmetric exclude each other: there is no mask on the moving grid. Leave one out.")
     if inverse_ddf is not None and not symmetric:
         raise ValueError("inverse_ddf has no effect without symmetric. Leave it out, or set symmetric.")
-    pair = _Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
+    pair = Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
     _check(pair, ddf)
     _check(pair, inverse_ddf)
-    objective = _Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)
+    objective = Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)
     with torch.inference_mode(False), torch.no_grad():  # the similarity alone is differentiated
         if moving.device.type == "cpu" and budget < math.inf:
             _compile(dims)

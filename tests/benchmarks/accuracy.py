@@ -35,7 +35,7 @@ from monai.bundle import ConfigParser
 from scipy.stats import t as student
 from torch import Tensor
 
-from voxelmorph_monai import refinement
+from voxelmorph_monai import folds, objective, refinement
 from voxelmorph_monai.apps.options import SMOOTHNESS
 from voxelmorph_monai.apps.shipped import load_network
 from voxelmorph_monai.blocks import warp
@@ -88,7 +88,7 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, *options: str) -> Fou
     Further options are the similarity (``mind``) and the smoothness (``0.5 mm``).
     """
     budget = next((each for each in options if each == "converged" or each.endswith(" s")), "")
-    similarity = next((each for each in options if each in refinement.SIMILARITIES), "lncc")
+    similarity = next((each for each in options if each in objective.SIMILARITIES), "lncc")
     smoothness = next((float(each.split()[0]) for each in options if each.endswith(" mm")), SMOOTHNESS["default"])
     keep_freed_memory()  # as vxm does
     network = load_network(args.weights, args.preset, device=args.device) if start == "one pass" else None
@@ -107,14 +107,14 @@ def ours(pair: Pair, args: argparse.Namespace, start: str, *options: str) -> Fou
                 *(moving, fixed),
                 ddf=ddf,
                 budget=seconds,
-                similarity=refinement.SIMILARITIES[similarity],
+                similarity=objective.SIMILARITIES[similarity],
                 smoothness=smoothness,
                 spacing=args.spacing,
                 clock=clock,
             )
             ddf, inverse = found.ddf, found.inverse_ddf
         elif ddf is not None and inverse is not None:
-            ddf, inverse = refinement.remove_folds(ddf), refinement.remove_folds(inverse)  # as vxm register does
+            ddf, inverse = folds.remove_folds(ddf), folds.remove_folds(inverse)  # as vxm register does
         assert ddf is not None
         assert inverse is not None
         return ddf.cpu(), inverse.cpu()  # a GPU has ended when they have come

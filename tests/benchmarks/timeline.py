@@ -33,7 +33,6 @@ TIMED = {
         "volume_change",
     ],
     "apps.apply": ["save_image_like", "warp_to_grid"],
-    "io.images": ["write_gzip"],
     "maps.spatial_map": ["SpatialMap.read", "SpatialMap.on_grid", "SpatialMap.save"],
     "networks": ["Registration.forward"],
     "report": ["save_displacement", "save_image", "save_registration_picture"],

@@ -26,9 +26,11 @@ from voxelmorph_monai.apps.options import DEFAULTS, PRESET, Options
 from voxelmorph_monai.apps.result import RegistrationResult
 from voxelmorph_monai.apps.shipped import choose_device, network_of
 from voxelmorph_monai.blocks import invert
+from voxelmorph_monai.folds import remove_folds
 from voxelmorph_monai.maps.spatial_map import Displacement, SpatialMap, map_name, warp_scan
 from voxelmorph_monai.networks import Registration
-from voxelmorph_monai.refinement import SIMILARITIES, mean_map, refine, remove_folds
+from voxelmorph_monai.objective import SIMILARITIES
+from voxelmorph_monai.refinement import mean_map, refine
 from voxelmorph_monai.space.alignment import align
 from voxelmorph_monai.space.resampling import SCALINGS, fraction_inside, resample_intensities
 from voxelmorph_monai.space.scan import Plane, Scan, ScanLike
@@ -243,8 +245,10 @@ def register_scans(
     with stages.stage("affine"):
         if options.space == "mni152":
             kind = "rigid" if options.same_person else options.alignment
-            pairs = [*zip(scaled, heads, strict=True)]
-            to_moving, to_fixed = run(lambda pair: align_to_mni152(*pair, kind), pairs, num_threads())
+            # one after the other: each is a thousand short calls, which threads would make wait for each other
+            to_moving, to_fixed = (
+                align_to_mni152(image, head, kind) for image, head in zip(scaled, heads, strict=True)
+            )
             if options.same_person:
                 to_moving, to_fixed = _towards_each_other(to_moving, to_fixed, _align_both_ways(*scaled))
         elif options.same_person:
@@ -260,7 +264,8 @@ def register_scans(
     if grid is not None:
         images = network_input(scaled, (to_moving, to_fixed), grid, dims).to(device)
         ddf, inverse_ddf = _predict(network, options, images, float(spacing(grid.affine)[:dims].max()), stages)
-        fields = padded_field(ddf, grid.affine), padded_field(inverse_ddf, grid.affine)
+        there, back = run(lambda field: padded_field(field, grid.affine), (ddf, inverse_ddf), num_threads())
+        fields = there, back
     dims = fixed.spatial_dims
     forward = SpatialMap(np.linalg.inv(to_fixed), to_moving, fields[0], dims, map_name(fixed, moving))
     inverse = SpatialMap(np.linalg.inv(to_moving), to_fixed, fields[1], dims, map_name(moving, fixed))

@@ -1,0 +1,179 @@
+"""What a refinement minimises: how unlike a pair is, at some resolution, and how a step of its map changes that."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from voxelmorph_monai.blocks import compose, jacobian_determinant, warp
+from voxelmorph_monai.kernels import loops
+from voxelmorph_monai.losses import LabelDiceLoss, LNCCLoss, MINDLoss, MutualInformationLoss
+from voxelmorph_monai.metrics import target_registration_error
+
+__all__ = ["SIMILARITIES", "Objective", "Pair", "Similarity", "cut", "double", "halve", "image_force", "times"]
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+SIMILARITIES: dict[str, Similarity] = {
+    "lncc": LNCCLoss(window=9),  # one contrast
+    "mi": MutualInformationLoss(),  # any two
+    "mind": MINDLoss(),  # any two, by their edges
+}
+
+
+def cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Voxels ``start`` to ``start + size`` of ``image``, which continues with its border value."""
+    for d, (first, n) in enumerate(zip(start, size, strict=True)):
+        index = torch.arange(first, first + n, device=image.device).clamp(0, image.shape[d + 2] - 1)
+        image = image.index_select(d + 2, index)
+    return image
+
+
+def halve(image: Tensor) -> Tensor:
+    """Every other voxel of ``image`` (``2 n - 1`` to ``n`` along each axis) after smoothing with [1, 2, 1] / 4."""
+    for axis in range(2, image.ndim):
+        n = image.shape[axis] // 2
+        index = torch.arange(image.shape[axis], device=image.device)
+        even, odd = image.index_select(axis, index[::2]), image.index_select(axis, index[1::2])
+        half = even * 0.5
+        half.narrow(axis, 0, n).add_(odd, alpha=0.25)
+        half.narrow(axis, 1, n).add_(odd, alpha=0.25)
+        for end in (0, n):  # one neighbour short
+            half.narrow(axis, end, 1).div_(0.75)
+        image = half
+    return image
+
+
+def double(ddf: Tensor) -> Tensor:
+    """``blocks.resize`` from ``n`` to ``2 n - 1`` along each axis, by sums of neighbours."""
+    ddf = ddf * 2
+    for axis in range(2, ddf.ndim):
+        n = ddf.shape[axis]
+        between = (ddf.narrow(axis, 0, n - 1) + ddf.narrow(axis, 1, n - 1)) * 0.5
+        pairs = torch.stack([ddf.narrow(axis, 0, n - 1), between], dim=axis + 1).flatten(axis, axis + 1)
+        ddf = torch.cat([pairs, ddf.narrow(axis, n - 1, 1)], dim=axis)
+    return ddf
+
+
+def times(function: Callable[[Tensor], Tensor], number: int, tensor: Tensor) -> Tensor:
+    """Apply a function so many times."""
+    for _ in range(number):
+        tensor = function(tensor)
+    return tensor
+
+
+def image_force(image: Tensor, slope: Tensor) -> Tensor:
+    """Central differences of ``image`` ``(1, C, *spatial)`` times ``slope``, summed over C: ``(1, D, *spatial)``.
+
+    0 at the border.
+    """
+    compiled = loops(image, slope)
+    if compiled is not None:
+        found: Tensor = compiled.force(image, slope)
+        return found
+    found = image.new_zeros(1, image.ndim - 2, *image.shape[2:])
+    for d in range(image.ndim - 2):
+        n = image.shape[d + 2] - 2
+        rise = image.narrow(d + 2, 2, n) - image.narrow(d + 2, 0, n)
+        found[:, d].narrow(d + 1, 1, n).copy_((rise * slope.narrow(d + 2, 1, n)).sum(1).mul_(0.5))
+    return found
+
+
+class Pair(NamedTuple):
+    """What is aligned, all on one grid, whose voxels are ``scale`` of the images' own; points in the images' voxels."""
+
+    moving: Tensor
+    fixed: Tensor
+    mask: Tensor | None
+    labels: tuple[Tensor, Tensor] | None
+    points: tuple[Tensor, Tensor] | None
+    scale: int = 1
+
+    def cut(self, start: list[int], size: list[int]) -> "Pair":
+        """The pair in a box."""
+        shift = torch.tensor(start, device=self.fixed.device)
+        return self._replace(
+            moving=cut(self.moving, start, size),
+            fixed=cut(self.fixed, start, size),
+            mask=None if self.mask is None else cut(self.mask, start, size),
+            labels=None
+            if self.labels is None
+            else (cut(self.labels[0], start, size), cut(self.labels[1], start, size)),
+            points=None if self.points is None else (self.points[0] - shift, self.points[1] - shift),
+        )
+
+    def exchanged(self) -> "Pair":
+        """The pair with moving and fixed exchanged."""
+        labels, points = (each and each[::-1] for each in (self.labels, self.points))
+        return self._replace(moving=self.fixed, fixed=self.moving, labels=labels, points=points)
+
+    def halved(self) -> "Pair":
+        """The pair at half the resolution."""
+        every_other: tuple[Any, ...] = (..., *[slice(None, None, 2)] * (self.moving.ndim - 2))
+        return self._replace(
+            moving=halve(self.moving),
+            fixed=halve(self.fixed),
+            mask=None if self.mask is None else halve(self.mask),
+            labels=None if self.labels is None else (self.labels[0][every_other], self.labels[1][every_other]),
+            scale=2 * self.scale,
+        )
+
+
+class Objective(NamedTuple):
+    """The loss that is minimised, and how steps change it."""
+
+    similarity: Similarity
+    bidirectional: bool
+    label_weight: float
+    points_weight: float
+
+    def _slope(self, warped: Tensor, fixed: Tensor, mask: Tensor | None) -> tuple[float, Tensor]:
+        """Similarity of two images and its gradient by the first."""
+        leaf = warped.detach().requires_grad_()
+        with torch.enable_grad():
+            masked = (leaf, fixed) if mask is None else (leaf * mask, fixed * mask)
+            loss = self.similarity(*masked)
+            (slope,) = torch.autograd.grad(loss, leaf)
+        return float(loss.detach()), slope
+
+    def _images(self, pair: Pair, ddf: Tensor, inverse: Tensor | None) -> tuple[float, Tensor]:
+        """Dissimilarity and its gradient by a step, with ``ddf`` and its inverse on the grid of the images."""
+        warped = warp(pair.moving, ddf)
+        loss, slope = self._slope(warped, pair.fixed, pair.mask)
+        force = image_force(warped, slope)
+        if inverse is None:
+            return loss, force
+        # A step moves the warped fixed image the other way, at the points that the map takes to the moving grid.
+        mask = None if pair.mask is None else warp(pair.mask, inverse)
+        back, slope = self._slope(warp(pair.fixed, inverse), pair.moving, mask)
+        force -= image_force(pair.fixed, warp(slope, ddf) * jacobian_determinant(ddf).clamp_min_(0))
+        return (loss + back) / 2, force / 2
+
+    def _others(self, pair: Pair, ddf: Tensor, doublings: int) -> Tensor:
+        """Weighted losses of labels and points; ``ddf`` is ``doublings`` coarser than the pair."""
+        total = ddf.new_zeros(())
+        if pair.labels is not None:
+            dice = LabelDiceLoss(int(max(label.max() for label in pair.labels)))
+            total = total + self.label_weight * dice(*pair.labels, times(double, doublings, ddf))
+        if pair.points is not None:
+            side = pair.scale << doublings
+            moving, fixed = (points / side for points in pair.points)
+            error = target_registration_error(moving, fixed, ddf, spacing=side)
+            total = total + self.points_weight * error.square().mean()
+        return total
+
+    def force(self, pair: Pair, ddf: Tensor, inverse: Tensor | None, doublings: int) -> tuple[float, Tensor]:
+        """Loss at ``ddf`` and its gradient by a step, on the grid of ``ddf``, ``doublings`` coarser than the pair's."""
+        finer = [None if field is None else times(double, doublings, field) for field in (ddf, inverse)]
+        assert finer[0] is not None
+        loss, force = self._images(pair, finer[0], finer[1])
+        # Each voxel of the field moves several of the image, and a voxel of the field is longer.
+        force = times(halve, doublings, force) * 2 ** (doublings * (1 + force.shape[1]))
+        if pair.labels is not None or pair.points is not None:
+            step = torch.zeros_like(ddf).requires_grad_()
+            with torch.enable_grad():
+                others = self._others(pair, compose(ddf, step), doublings)
+                (slope,) = torch.autograd.grad(others, step)
+            loss, force = loss + float(others.detach()), force + slope
+        return loss, force
