@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.spatial.transform import Rotation
 
+from voxelmorph_monai import switch
 from voxelmorph_monai.affines import ImageGrid
-from voxelmorph_monai.space.resampling import fraction_inside, rescale, scale_white_matter
+from voxelmorph_monai.space.resampling import fraction_inside, resample, rescale, scale_white_matter
 from voxelmorph_monai.space.scan import Scan
 
 
@@ -31,6 +34,22 @@ def test_the_fraction_inside_does_not_count_the_background() -> None:
     half = ImageGrid((15, 30, 30), scan.affine)
     assert fraction_inside(scan, half, np.eye(4)) == fraction_inside(ct, half, np.eye(4)) == 1
     assert fraction_inside(block(27, 30), half, np.eye(4)) == 0
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_every_order_is_scipys(order: int, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch, "enabled", enabled)
+    array = gaussian_filter(np.random.default_rng(3).normal(size=(24, 20, 22)), 1.5).astype(np.float32)
+    mapping = np.eye(4)
+    mapping[:3, :3] = Rotation.from_euler("xyz", [9, -14, 20], degrees=True).as_matrix()
+    mapping[:3, 3] = (1.3, -0.7, 2.1)
+    grid = ImageGrid((14, 11, 12), np.diag([1.1, 1.3, 1.2, 1.0]))
+    grid.affine[:3, 3] = (6, 5, 4)  # where cubic splines are all inside
+    found = resample(Scan(array, np.eye(4)), grid, mapping, order).array
+    points = (mapping @ grid.affine)[:3, :3] @ np.indices(grid.size).reshape(3, -1) + (mapping @ grid.affine)[:3, 3:]
+    expected = map_coordinates(array, points, np.float64, order=order, mode="constant").reshape(grid.size)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(array).max()
 
 
 def tissues(modes: tuple[float, float, float], volumes: tuple[int, int, int], vessels: float) -> NDArray[np.float32]:
