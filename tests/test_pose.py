@@ -55,6 +55,11 @@ def test_a_rigid_map_stays_rigid_and_ends_where_it_should() -> None:
     np.testing.assert_allclose(grown[:3, :3].T @ grown[:3, :3], 1.21 * np.eye(3), atol=0.01)  # 0.4 % of its length
 
 
+def test_an_unknown_kind_of_map_is_named() -> None:
+    with pytest.raises(ValueError, match="rigit"):
+        fit(anatomy_of_mni152(), anatomy_of_mni152(), "rigit")
+
+
 def test_between_two_brains_the_map_is_that_of_their_poses() -> None:
     first, second = pose(20.0, (1.0, 1.0, 1.0)), pose(-30.0, (1.1, 0.9, 1.0), (0, 1, 3))
     found = fit(moved(second), moved(first))

@@ -326,7 +326,12 @@ def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine
         template: another brain, or MNI152.
         kind: ``"affine"``, ``"similarity"`` or ``"rigid"``.
         start: default: by :func:`fit_centres`, or the rotation in it.
+
+    Raises:
+        ValueError: there is no such kind.
     """
+    if kind not in ("affine", "similarity", "rigid"):
+        raise ValueError(f"kind is '{kind}'. Choose 'affine', 'similarity' or 'rigid'.")
     if start is None:
         start, _ = fit_centres(anatomy, template)
     brain = template.posteriors.sum(0)
