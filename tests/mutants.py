@@ -147,6 +147,7 @@ class Mutant(NamedTuple):
 
 
 BLOCKS = [
+    ("        found = found + missed / 2", "        found = found - missed / 2", "sign: the search runs away"),
     ("else field.float()", "else field", "precision: coordinates in the field's own bfloat16"),
     ("ddf = _widen(ddf)\n    dtype", "ddf = -_widen(ddf)\n    dtype", "sign: warp pushes instead of pulling"),
     ("range(ddf.shape[1] - 1, -1, -1)", "range(ddf.shape[1])", "axis order: grid_sample counts from the last"),
@@ -865,7 +866,6 @@ SERIES = [
     ("    if in_lps:\n        turned", "    if not in_lps:\n        turned", "LPS and RAS exchanged"),
 ]
 GROUPWISE = [
-    ("        found = found + missed / 2", "        found = found - missed / 2", "sign: the search runs away"),
     (" / 2) * 2**_HALVINGS", " / 2) * 2 ** (_HALVINGS - 1)", "unit: half of the velocity"),
     (
         "        return [-whole / 2, whole / 2]",

@@ -29,6 +29,7 @@ from voxelmorph_monai import blocks, kernels, loops, switch
 from voxelmorph_monai.blocks import (
     as_signed,
     compose,
+    half,
     identity_grid,
     integrate,
     invert,
@@ -492,6 +493,15 @@ def test_residual_is_what_is_left_after_composition(size: tuple[int, ...]) -> No
     assert (residual <= 1e-3).all()
     assert torch.linalg.vector_norm(compose(ddf, enough), dim=1).max() <= 1e-3  # the documented default
     assert residual[0] > 1e-6  # and it stops there
+
+
+@sizes
+def test_half_twice_is_the_whole(size: tuple[int, ...]) -> None:
+    ddf = integrate(noise(size, batch=2, reach=1.5))
+    found = half(ddf)
+    assert_close(compose(found, found), ddf, rtol=0, atol=1.1e-3)  # the search stops at 1e-3
+    assert float((found - ddf / 2).abs().max()) > 0.02  # which is not half of the vectors
+    assert_close(half(ddf, max_iterations=0), ddf / 2)
 
 
 def test_invert_without_a_pass_is_the_first_guess() -> None:

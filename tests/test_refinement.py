@@ -26,7 +26,6 @@ from voxelmorph_monai.refinement import (
     _Direction,
     _inverse,
     _Regularity,
-    _root,
     _smooth,
     _towards_volume,
     mean_map,
@@ -316,14 +315,6 @@ def test_regularity_in_millimetres_along_thick_slices():
         expected = smooth(force, 0.7)
         cosine = (step * expected).sum(1) / step.norm(dim=1) / expected.norm(dim=1)
         assert float(-cosine[..., 8:-8, 8:-8].mean()) > 0.99
-
-
-@sizes
-def test_a_root_done_twice_is_the_map(size):
-    ddf = integrate(2 * noise(size, 6, len(size)) * smooth(inside(size), 3))
-    root = _root(ddf)
-    assert float((compose(root, root) - ddf).abs().max()) < 0.01  # voxels
-    assert float((root - ddf / 2).abs().max()) > 0.1
 
 
 @sizes

@@ -23,6 +23,7 @@ __all__ = [
     "as_signed",
     "compose",
     "determinant",
+    "half",
     "identity_grid",
     "integrate",
     "invert",
@@ -304,6 +305,24 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
         inverse = inverse - step * error
         error = compose(ddf, inverse)
     return inverse, _length(error).flatten(1).amax(dim=1)
+
+
+def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tensor:
+    r"""Half of a map: the displacement of :math:`\psi` with :math:`\psi \circ \psi = id + u`.
+
+    Args:
+        ddf: displacement in voxels, ``(B, D, *spatial)``, that turns no point by a right angle: then each iteration
+            halves the error, at least.
+        max_iterations: largest number of iterations.
+        tolerance: stop when doing it twice misses no voxel by more than this (voxels).
+    """
+    found = ddf / 2
+    for _ in range(max_iterations):
+        missed = ddf - compose(found, found)
+        if float(missed.detach().abs().max()) <= tolerance:
+            break
+        found = found + missed / 2
+    return found
 
 
 def resize(field: Tensor, size: list[int]) -> Tensor:

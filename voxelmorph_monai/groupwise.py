@@ -10,28 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from voxelmorph_monai.blocks import compose, integrate, warp
+from voxelmorph_monai.blocks import compose, half, integrate, warp
 from voxelmorph_monai.objective import SIMILARITIES
 from voxelmorph_monai.refinement import refine
 
-__all__ = ["centred_velocities", "half", "logarithm", "velocity_between"]
+__all__ = ["centred_velocities", "logarithm", "velocity_between"]
 
 # Changes are small, and noise is not to be followed.
 _STEP_SIGMA = 3.0  # voxels, of the smoothing of steps
 _SMOOTHNESS = 2.0  # in voxels, too
 _HALVINGS = 4  # of a map, until it is close enough to the identity to be its own velocity
-_TOLERANCE = 1e-3  # voxels by which twice the half of a map may miss it
-
-
-def half(ddf: Tensor, max_iterations: int = 30) -> Tensor:
-    r"""Half of a map: the displacement ``(B, D, *spatial)`` of :math:`\psi` with :math:`\psi \circ \psi = id + u`."""
-    found = ddf / 2
-    for _ in range(max_iterations):
-        missed = ddf - compose(found, found)
-        if float(missed.abs().max()) <= _TOLERANCE:
-            break
-        found = found + missed / 2
-    return found
 
 
 def logarithm(ddf: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from voxelmorph_monai.blocks import as_signed, compose, invert, jacobian_determinant, smooth_axes, warp
+from voxelmorph_monai.blocks import as_signed, compose, half, invert, jacobian_determinant, smooth_axes, warp
 from voxelmorph_monai.folds import remove_folds
 from voxelmorph_monai.kernels import loops
 from voxelmorph_monai.networks import Registration
@@ -357,14 +357,6 @@ def _compile(spatial_dims: int) -> None:
     _refine(objective, pair, None, 1.0, 0.7, widths, math.inf, 1, time.perf_counter, False)
 
 
-def _root(ddf: Tensor) -> Tensor:
-    r"""Displacement of the map that, done twice, is that of ``ddf``: :math:`w(x) = u(x) - w(x + w(x))`."""
-    half = ddf / 2
-    for _ in range(8):  # the error halves at least, as long as no point turns by a right angle
-        half = half.add(ddf - compose(half, half), alpha=0.5)
-    return half
-
-
 def mean_map(ddf: Tensor, opposite_ddf: Tensor) -> tuple[Tensor, Tensor]:
     r"""Map between one map and the inverse of another that was found the opposite way, and its inverse.
 
@@ -375,7 +367,7 @@ def mean_map(ddf: Tensor, opposite_ddf: Tensor) -> tuple[Tensor, Tensor]:
         ddf: displacement of :math:`\phi`, ``(1, D, *spatial)`` in voxels.
         opposite_ddf: displacement of :math:`\psi`, which is about the inverse.
     """
-    there, back = _root(ddf), _root(opposite_ddf)
+    there, back = half(ddf), half(opposite_ddf)
     there, back = compose(there, _inverse(back)), compose(back, _inverse(there))
     return remove_folds(there), remove_folds(back)
 
