@@ -9,7 +9,7 @@ import pytest
 from tests.pages.bodies import SIDE, SIZE, grid_of, head, labels_of, registered, wave
 from voxelmorph_monai.affines import apply_affine
 from voxelmorph_monai.anatomy import is_stripped, load_anatomy
-from voxelmorph_monai.apps.shipped import shipped_bundle
+from voxelmorph_monai.apps.shipped import shipped_anatomy
 from voxelmorph_monai.pages.views import OCTAVES, Face, Views, Window, find_face, window_of
 from voxelmorph_monai.report import volume_change
 from voxelmorph_monai.space.scan import Scan
@@ -125,7 +125,7 @@ def test_the_face_of_either_scan_is_hidden_in_all_images(codes: str) -> None:
 
 @pytest.fixture(scope="module")
 def network():
-    return load_anatomy(shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt")
+    return load_anatomy(shipped_anatomy())
 
 
 def test_a_brain_without_skull_hides_nothing(network, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from voxelmorph_monai.affines import Affine, apply_affine, inside
 from voxelmorph_monai.anatomy import AnatomyNet, brain_mask, load_anatomy, look, seen_anatomy
 from voxelmorph_monai.apps.options import Options
-from voxelmorph_monai.apps.shipped import choose_device, shipped_bundle
+from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
 from voxelmorph_monai.pose import Anatomy, anatomy_of_mni152, fit
 from voxelmorph_monai.space.alignment import align
 from voxelmorph_monai.space.scan import Scan
@@ -46,7 +46,7 @@ def may_be_head(scan: Scan) -> bool:
 
 
 def _network(device: str | None) -> AnatomyNet:
-    return load_anatomy(shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt").to(choose_device(device))
+    return load_anatomy(shipped_anatomy()).to(choose_device(device))
 
 
 def find_brain(scan: Scan, device: str | None = None) -> Head | None:

@@ -22,7 +22,7 @@ from voxelmorph_monai.affines import Affine
 from voxelmorph_monai.anatomy import load_anatomy, segment
 from voxelmorph_monai.apps.options import SIMILARITIES
 from voxelmorph_monai.apps.register import padded_field
-from voxelmorph_monai.apps.shipped import choose_device, shipped_bundle
+from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
 from voxelmorph_monai.blocks import integrate, jacobian_determinant
 from voxelmorph_monai.groupwise import centred_velocities
 from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable, write_json
@@ -209,7 +209,7 @@ def longitudinal_files(
     scans = [Scan.read(path) for path in visits]
     maps = None if labels is None else [Scan.read_labels(path) for path in labels]
     if anatomy:
-        network = load_anatomy(shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt")
+        network = load_anatomy(shipped_anatomy())
         maps = [segment(scan, network.to(choose_device(device))).labels for scan in scans]
     masks = None if excluded is None else [Scan.read_labels(path) for path in excluded]
     found = longitudinal(scans, labels=maps, excluded=masks, **options)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from voxelmorph_monai.affines import in_plane
 from voxelmorph_monai.anatomy import load_anatomy
 from voxelmorph_monai.apps.outputs import check_output_folder
-from voxelmorph_monai.apps.shipped import shipped_bundle
+from voxelmorph_monai.apps.shipped import shipped_anatomy
 from voxelmorph_monai.io.atomic import atomic_folder
 from voxelmorph_monai.io.formats import scan_name
 from voxelmorph_monai.maps.grids import write_ends
@@ -143,8 +143,7 @@ class RegistrationResult:
         save_page(path, self._views(show_face), self.volume_change, summary)
 
     def _views(self, show_face: bool) -> Views:
-        weights = shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt"
-        return Views(self, load_anatomy(weights) if not self.fixed.is_slice else None, show_face=show_face)
+        return Views(self, load_anatomy(shipped_anatomy()) if not self.fixed.is_slice else None, show_face=show_face)
 
     def _inverse_consistency(self) -> float:
         """Mean distance (mm) by which the inverse misses where the forward map came from, over the fixed scan."""
@@ -191,7 +190,6 @@ def write_result(
 ) -> None:
     """Write the files of a registration into a folder that exists."""
     fixed, forward = result.fixed, result.forward
-    views = result._views(show_face) if report else None
 
     def save_scans_and_maps() -> None:
         result.warped.save(folder / names["warped"])
@@ -205,6 +203,7 @@ def write_result(
 
     with ThreadPoolExecutor(1) as pool:  # beside the picture, which matplotlib draws in one thread: 1 s of wall clock
         saving = pool.submit(save_scans_and_maps)
+        views = result._views(show_face) if report else None
         # What lies between the fixed and the affinely aligned image, which are drawn.
         bend = forward._replace(post=np.linalg.inv(forward.pre)).on_grid(fixed.grid)
         save_results(

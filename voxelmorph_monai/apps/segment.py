@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from voxelmorph_monai.anatomy import STRUCTURES, load_anatomy, segment
 from voxelmorph_monai.anatomy_transforms import SEGMENTATION_FILES, save_anatomy
-from voxelmorph_monai.apps.shipped import choose_device, shipped_bundle
+from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
 from voxelmorph_monai.io.atomic import atomic, atomic_folder, require_replaceable
 from voxelmorph_monai.io.formats import scan_name
 from voxelmorph_monai.io.tables import read_table
@@ -53,7 +53,7 @@ def segment_file(
     elif output.exists() and not overwrite:
         raise FileExistsError(f"{output} is there already: name another file, or replace it (--overwrite).")
     image = Scan.read(scan)
-    network = load_anatomy(weights or shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt")
+    network = load_anatomy(weights or shipped_anatomy())
     found = segment(image, network.to(choose_device(device)))
     if only_labels:
         found.labels.save(output)

@@ -16,6 +16,7 @@ __all__ = [
     "choose_device",
     "load_network",
     "network_of",
+    "shipped_anatomy",
     "shipped_bundle",
     "shipped_weights",
     "weights_file",
@@ -31,6 +32,11 @@ def shipped_bundle(name: str) -> Path:
 def shipped_weights() -> Path:
     """Bundled weights for skull-stripped brains (preset ``wide``); the bundle's README reports their accuracy."""
     return shipped_bundle("brain_t1_registration") / "models" / "model.pt"
+
+
+def shipped_anatomy() -> Path:
+    """Bundled weights that recognise the anatomy of a head; see :func:`~voxelmorph_monai.anatomy.load_anatomy`."""
+    return shipped_bundle("brain_anatomy_segmentation") / "models" / "model.pt"
 
 
 def choose_device(device: str | None) -> str:
