@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Affine",
     "ImageGrid",
     "apply_affine",
     "check_affine",
     "check_same_grid",
     "corner_distance",
+    "even_rotations",
     "half_map",
     "in_plane",
     "inside",
@@ -130,6 +132,20 @@ def apply_affine(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDA
     """Map ``points`` ``(3, ...)`` by a 4 x 4 matrix."""
     shift = matrix[:3, 3].reshape(3, *[1] * (points.ndim - 1))
     return np.tensordot(matrix[:3, :3], points, axes=1) + shift
+
+
+def even_rotations(number: int) -> NDArray[np.float64]:
+    """Evenly spread rotations ``(number, 3, 3)``, the identity first: super-Fibonacci spiral (Alexa, CVPR 2022)."""
+    s = np.arange(number - 1) + 0.5
+    inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
+    a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
+    x, y, z, w = inner * np.sin(a), inner * np.cos(a), outer * np.sin(b), outer * np.cos(b)  # quaternions
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.concatenate([np.eye(3)[None], np.moveaxis(np.array(rows), -1, 0)])
 
 
 def slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:

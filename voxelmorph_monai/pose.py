@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelmorph_monai.affines import Affine, apply_affine
+from voxelmorph_monai.affines import Affine, apply_affine, even_rotations
 from voxelmorph_monai.blocks import sample
 from voxelmorph_monai.lazy import lazy
 
@@ -192,15 +192,6 @@ def _read(image: Tensor, affine: Affine, places: NDArray[np.float64]) -> Tensor:
     return sample(image[None], index.view(1, 3, -1, 1, 1), padding_mode="zeros")[0, :, :, 0, 0]
 
 
-def _rotations(number: int) -> NDArray[np.float64]:
-    """Evenly spread rotations: the super-Fibonacci spiral of Alexa (CVPR 2022), the identity first."""
-    s = np.arange(number - 1) + 0.5
-    inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
-    a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
-    spiral = np.stack([inner * np.sin(a), inner * np.cos(a), outer * np.sin(b), outer * np.cos(b)], axis=1)
-    return np.concatenate([np.eye(3)[None], spatial.Rotation.from_quat(spiral).as_matrix()])
-
-
 class _Tissues:
     """MNI152's tissues on 8 mm, ready for the regression of an image on them."""
 
@@ -241,7 +232,7 @@ def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
     litres = float(brain.double().sum()) * abs(np.linalg.det(affine[:3, :3])) * 1e-6
     scale = (litres / tissues.litres) ** (1 / 3)
     shown = F.avg_pool3d(torch.stack([image * brain, brain])[None], 3, 1, 1)[0]  # about as blurred as the template
-    rotations = _rotations(_NUM_ROTATIONS)
+    rotations = even_rotations(_NUM_ROTATIONS)
     some = slice(None, None, _EVERY)
     away = scale * rotations @ (tissues.points.points[:, some].double().numpy() - tissues.centre[:, None])
     places = np.moveaxis(away, 1, 0).reshape(3, -1) + centre[:, None]

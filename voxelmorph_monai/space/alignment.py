@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import Affine, require_right_angles, spacing
+from voxelmorph_monai.affines import Affine, even_rotations, require_right_angles, spacing
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.space.mutual_information import Copy, MutualInformation, coarsen, is_shown, maximise
 from voxelmorph_monai.space.scan import Plane, Scan
 
 __all__ = ["align", "header_map", "register_affine"]
 
-ndimage, rotations = lazy("scipy.ndimage"), lazy("scipy.spatial.transform")
+ndimage = lazy("scipy.ndimage")
 
 _SIZES = {2: (0.032, 0.016, 0.008), 3: (0.064, 0.032, 0.016)}  # sides: a brain is about 20 voxels wide at first
 _REACH = 0.14  # sides, around what the fixed image shows: what is compared
@@ -49,18 +49,11 @@ def _side(array: NDArray[Any], affine: Affine) -> float:
 
 
 def _rotations(number: int, spatial_dims: int) -> NDArray[Any]:
-    """Evenly spread rotations ``(number, D, D)``, the identity first.
-
-    In 3-D they lie on the super-Fibonacci spiral of Alexa (CVPR 2022).
-    """
-    if spatial_dims == 2:
-        angles = 2 * np.pi * np.arange(number) / number
-        return rotations.Rotation.from_euler("z", angles[:, None]).as_matrix()[:, :2, :2]
-    s = np.arange(number - 1) + 0.5
-    inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
-    a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
-    quaternions = np.stack([inner * np.sin(a), inner * np.cos(a), outer * np.sin(b), outer * np.cos(b)], axis=1)
-    return np.concatenate([np.eye(3)[None], rotations.Rotation.from_quat(quaternions).as_matrix()])
+    """Evenly spread rotations ``(number, D, D)``, the identity first."""
+    if spatial_dims == 3:
+        return even_rotations(number)
+    angles = 2 * np.pi * np.arange(number) / number
+    return np.moveaxis(np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]]), -1, 0)
 
 
 def _ends(copy: Copy) -> NDArray[Any]:
