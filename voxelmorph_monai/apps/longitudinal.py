@@ -131,8 +131,7 @@ def longitudinal(
     rigid = _rigid(scaled)
     grid = grid_around(scaled, rigid, spacing)
     side = float(grid.affine[0, 0])
-    # cubic: a linear interpolation blurs one visit more than the other, and what is round gets smaller by it
-    placed = [resample(scan, grid, mapping, order=3).array for scan, mapping in zip(scaled, rigid, strict=True)]
+    placed = [resample(scan, grid, mapping).array for scan, mapping in zip(scaled, rigid, strict=True)]
     arrays = _harmonised(placed, side)
     mask: Tensor | None = None
     if excluded is not None:

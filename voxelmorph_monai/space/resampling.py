@@ -43,7 +43,7 @@ def resample(
         scan: what to sample; the result has its type.
         grid: the other grid.
         mapping: 4 x 4, from points of the other grid to points of the scan (RAS, mm).
-        order: 1 linear; 0 nearest neighbour, which invents no label; 3 cubic, which blurs nothing and may overshoot.
+        order: 1 linear; 0 nearest neighbour, which invents no label.
         outside: the value beyond the outermost voxels of the scan.
     """
     to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
