@@ -295,6 +295,7 @@ class Run:
     def __init__(self, settings: Settings, show: Callable[[str], None]) -> None:
         self.settings = settings
         self.show = show
+        self.shown = ""
         self.start = time.monotonic()
         self.ceiling: dict[str, float] = call("ceilings", settings.product)
         self.costs: dict[str, Cost | None] = {}
@@ -309,8 +310,13 @@ class Run:
             self.failed[name] = result
         else:
             self.turns.setdefault(name, []).append(result)
-        self.show(self.block())
+        self.update()
         return seconds
+
+    def update(self) -> None:
+        """Show what has been measured so far."""
+        self.shown = self.block()
+        self.show(self.shown)
 
     def all(self) -> None:
         """First turns, growth, further turns."""
@@ -322,7 +328,7 @@ class Run:
             self.rungs[name] = {}
             for n in self.settings.ladder:
                 self.rungs[name][n], _ = timed_call("measure", name, (n, n, n))
-                self.show(self.block())
+                self.update()
         for _ in range(1, self.settings.rounds):
             for name in self.turns:
                 if time.monotonic() - self.start + took[name] < self.settings.seconds:
@@ -383,7 +389,7 @@ def main() -> int:
         show=partial(put, page=options.output, marks=MARKS) if options.output else lambda block: None,
     )
     run.all()
-    print(run.block())
+    print(run.shown)
     return 0 if all(equal for _, equal in run.lines()) else 1
 
 
