@@ -5,9 +5,10 @@ used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
 """
 
 from importlib import import_module
+from threading import Thread
 from typing import Any
 
-__all__ = ["lazy"]
+__all__ = ["begin_to_import", "lazy"]
 
 
 class _Lazy:
@@ -18,6 +19,11 @@ class _Lazy:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(import_module(self._name), attribute)
+
+
+def begin_to_import(name: str) -> None:
+    """Import a module in a thread, where what comes first leaves Python free: so it is there when it is needed."""
+    Thread(target=import_module, args=(name,), daemon=True).start()
 
 
 def lazy(name: str) -> Any:
