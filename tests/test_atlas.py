@@ -258,7 +258,7 @@ def test_a_refusal_reaches_the_client_of_monai_label(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_overwritten_unless_it_is_a_segmentation_and_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match=rf"{tmp_path} exists already"):
+    with pytest.raises(FileExistsError, match=rf"{tmp_path} already exists"):
         SaveSegmentationd(tmp_path).check()
     SaveSegmentationd(tmp_path, overwrite=True).check()
     (tmp_path / "thesis.txt").write_text("")
@@ -345,7 +345,7 @@ def test_labelled_scans_make_a_bundle_that_segments_another(tmp_path: Path, name
     while error is not None:
         causes.append(str(error))
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    assert any("out exists already" in cause for cause in causes), causes
+    assert any("out already exists" in cause for cause in causes), causes
     probability = nib.load(tmp_path / "out" / "probability.nii.gz").get_fdata()
     assert probability.min() > 1 / 3 - 1e-6  # of three the largest one
     assert probability.max() <= 1
@@ -387,11 +387,11 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
             make_atlas_bundle(atlases, output, names=names)
     with pytest.raises(ValueError, match=rf"{labels} have no names"):
         make_atlas_bundle([(scan, labels)], output)
-    with pytest.raises(ValueError, match=rf"^{names} has no atlases"):
+    with pytest.raises(ValueError, match=rf"^{names} describes atlases"):
         make_atlas_bundle([], output, names=names)
     with pytest.raises(FileNotFoundError, match=r"nothing\.csv does not exist\. .*a table of names"):
         make_atlas_bundle([(scan, labels)], output, names=tmp_path / "nothing.csv")
-    with pytest.raises(FileExistsError, match=rf"{tmp_path} exists already"):
+    with pytest.raises(FileExistsError, match=rf"{tmp_path} already exists"):
         make_atlas_bundle([(scan, labels)], tmp_path, names=names)
     assert main(["make-atlas-bundle", str(scan), "--output", str(output)]) == 2
     assert "1 files are not pairs of a scan and its labels" in capsys.readouterr().err

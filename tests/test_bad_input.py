@@ -353,7 +353,7 @@ def test_outputs_that_would_harm_or_cannot_be_are_refused(
     for output, words, message in (
         ("labels.nii.gz", ["--overwrite"], "is not overwritten, because it is a file"),
         ("labels.nii.gz/out", [], "cannot create "),
-        ("theirs", [], "exists already"),
+        ("theirs", [], "already exists"),
         ("theirs", ["--overwrite"], "is not overwritten, because it holds "),
         (".", ["--overwrite"], " would replace the input "),
         ("moving.nii.gz", ["--overwrite"], " would replace the input "),

@@ -701,7 +701,7 @@ def test_a_second_evaluation_is_refused_before_the_work(bundle: Path, prepared: 
     options = {"dataset_dir": str(prepared), "output_dir": str(tmp_path), "num_labels": 4, "weights": "models/model.pt"}
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "pairs.csv").write_text("mine")
-    _fails("exists already", ["train.json", "evaluate.json"], **options)
+    _fails("already exists", ["train.json", "evaluate.json"], **options)
     assert (tmp_path / "evaluation" / "pairs.csv").read_text() == "mine"
     options |= {"overwrite": True, "weights": "vm2.pt", "label_mode": "linear"}
     done = workflow(["train.json", "vm2.yaml", "evaluate.json"], **options)

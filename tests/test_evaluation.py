@@ -111,7 +111,7 @@ def test_what_is_written_is_what_is_read(tmp_path) -> None:
 
 def test_nothing_is_replaced_silently(tmp_path) -> None:
     save_evaluation(tmp_path / "e", evaluation(), {})
-    with pytest.raises(FileExistsError, match=rf"{tmp_path / 'e'} exists already.*--overwrite"):
+    with pytest.raises(FileExistsError, match=rf"{tmp_path / 'e'} already exists.*--overwrite"):
         save_evaluation(tmp_path / "e", evaluation(), {})
     one = tabulate(PATHS[:1], {"hd95_mm": DICE[:1]}, STRUCTURES)
     save_evaluation(tmp_path / "e", one, {}, overwrite=True)

@@ -184,6 +184,6 @@ def check_same_grid(
     apart = corner_distance(first.affine, second.affine, shape)
     if not apart <= tolerance:
         raise ValueError(
-            f"{names[0]} and {names[1]} are not on one grid: their headers place a voxel {apart:.3g} mm apart, affines "
-            f"{first.affine.tolist()} and {second.affine.tolist()}. Correct a header, or resample one of them."
+            f"{names[0]} and {names[1]} are not on one grid: their headers place the same voxel {apart:.3g} mm apart, "
+            f"affines {first.affine.tolist()} and {second.affine.tolist()}. Correct a header, or resample one of them."
         )

@@ -280,7 +280,7 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
         ValueError: there is no head.
     """
     if scan.is_slice:
-        raise ValueError(f"{scan.name} is a single slice. The anatomy of a head is found in a volume.")
+        raise ValueError(f"{scan.name} is a single slice, but segmentation needs a volume.")
     view = _whole(scan.grid)
     image, view = _framed(see(scan, view), view)
     found: list[tuple[ImageGrid, Pose]] = []
@@ -295,7 +295,9 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
             found += [(_around(brain, view, rotation_of(pose.mapping) @ _LIA), pose) for pose in poses]
             found.sort(key=lambda each: -each[1].explained)
         elif not found:
-            raise ValueError(f"{scan.name} shows no head: what looks like a brain in it has {litres:.2g} litres.")
+            raise ValueError(
+                f"{scan.name} shows no head: what looks like a brain in it has a volume of {litres:.2g} litres."
+            )
         left = [pose for _, pose in found if all(_angle(rotation_of(pose.mapping), turn) > _ASKEW for turn in tried)]
         if not left or found[0][1].explained > _SURE:
             break
@@ -307,7 +309,7 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
         view = _grid(middle - half, middle + half, axes, COARSE, 1)
         image = see(scan, view)
     if found[0][1].explained < _LEAST_EXPLAINED:
-        raise ValueError(f"{scan.name} shows no head: nothing in it has the tissues of a brain in their places.")
+        raise ValueError(f"{scan.name} shows no head: nothing in it is arranged like the tissues of a brain.")
     others: list[tuple[ImageGrid, Pose]] = []
     for view, pose in found:
         if all(_angle(rotation_of(pose.mapping), rotation_of(other.mapping)) > _ASKEW for _, other in others):
@@ -341,7 +343,7 @@ def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
         seen = Anatomy(posteriors[1:].cpu(), np.asarray(closer.affine)).coarser(2)
         if likeness(seen, anatomy_of_mni152(), fit(seen, anatomy_of_mni152())) >= _LEAST_LIKE:
             return posteriors, closer
-    raise ValueError(f"{scan.name} shows no head: what looks like a brain in it has not the structures of one.")
+    raise ValueError(f"{scan.name} shows no head: what looks like a brain in it lacks the structures of one.")
 
 
 def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:

@@ -652,9 +652,9 @@ def _apply(args: argparse.Namespace) -> int:
     if args.vectors is not None or (args.image is not None and is_series(args.image)):
         return _apply_to_series(args)
     if args.bvec is not None:
-        raise ValueError("--bvec belongs to a series of volumes (--image), NIfTI of four axes.")
+        raise ValueError("--bvec needs a series of volumes as --image: a 4-D NIfTI file.")
     if args.volume is not None or args.coordinates == "tkr":
-        raise ValueError("--volume and --coordinates tkr are of surfaces.")
+        raise ValueError("--volume and --coordinates tkr apply only to surfaces.")
     if args.points is None and (args.reference is None or args.points_of or args.coordinates):
         raise ValueError("an image or label map needs --reference, and takes no --points-of or --coordinates.")
     if args.points is not None and (args.points_of is None or args.reference or args.interpolation):
@@ -709,7 +709,7 @@ def _apply_to_shape(args: argparse.Namespace) -> int:
         residual = apply_to_surface(args.transforms, args.surface, args.output, **options)
     else:
         if args.coordinates or args.volume:
-            raise ValueError("streamlines are in scanner RAS: --coordinates and --volume are of surfaces.")
+            raise ValueError("streamlines are in scanner RAS: --coordinates and --volume apply only to surfaces.")
         residual = apply_to_streamlines(args.transforms, args.streamlines, args.output, **options)
     _report(residual)
     return 0
@@ -767,7 +767,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.origin is None:
         return _compose(args)
     if args.reference is None or args.moving is None:
-        raise ValueError("a transform of FSL needs both images (--reference and --moving).")
+        raise ValueError("an FSL transform needs both images (--reference and --moving).")
     saving = _saving(args)
     save_chain(args.output, read_fsl_transform(args.input, saving["grid"], saving["moving_grid"]), **saving)
     return 0

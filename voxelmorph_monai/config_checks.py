@@ -193,7 +193,7 @@ def _leaves(value: object, id: str = "") -> Iterator[tuple[str, object]]:
 def _check_path(name: str, value: object) -> None:
     if isinstance(value, str):
         if not value:
-            raise ValueError(f"{name} is empty. Is a shell variable not set?")
+            raise ValueError(f"{name} is empty. Is a shell variable unset?")
         if value.startswith("~"):
             raise ValueError(
                 f"{name} is {value!r}. The shell expands ~, but not in quotes or after =. Write the full path; for a "

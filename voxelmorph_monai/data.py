@@ -110,7 +110,7 @@ def split_pairs(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]]
     for item in data:
         if "image" in item or not {"moving", "fixed"} <= set(item):
             raise ValueError(
-                f"{dict(item)} is neither a scan ('image') nor a pair ('moving', 'fixed'), or a mixture. Use one form "
+                f"{dict(item)} is neither a scan ('image') nor a pair ('moving', 'fixed'), or mixes them. Use one form "
                 "for the whole list."
             )
         moving, fixed = (

@@ -315,7 +315,7 @@ class SaveSubmission:
         """Check the folder before any work is done."""
         existing = next(self.output_dir.glob("disp_*.npz"), None)
         if existing is not None and not self.overwrite:
-            raise FileExistsError(f"{existing} exists already. Choose another output_dir, or set overwrite.")
+            raise FileExistsError(f"{existing} already exists. Choose another output_dir, or set overwrite.")
         idist.barrier()  # no process writes before all have checked
 
     def __call__(self, engine: Engine) -> None:

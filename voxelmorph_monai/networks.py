@@ -132,7 +132,7 @@ class VoxelMorph(nn.Module):
             raise ValueError(f"preset '{preset}' is unknown. Choose one of {', '.join(PRESETS)}.")
         unknown = set(changes) - set(Architecture._fields)
         if unknown:
-            raise ValueError(f"{sorted(unknown)} are no options of a network. Choose from {Architecture._fields}.")
+            raise ValueError(f"{sorted(unknown)} are not options of a network. Choose from {Architecture._fields}.")
         if in_channels < 2 or in_channels % 2:
             raise ValueError(f"in_channels is {in_channels}, but it counts the channels of two images: give 2, 4, ...")
         if smoothness_weight is not None and not 0 <= smoothness_weight <= 1:

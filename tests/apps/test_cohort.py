@@ -287,7 +287,7 @@ def test_all_faults_of_a_list_are_told_before_the_work(tmp_path: Path, listed: P
     assert str(caught.value).splitlines()[1:] == [
         f"  line 3: moving does not exist: {tmp_path / 'none.nii'}",
         f"  line 3: moving_labels does not exist: {tmp_path / 'none_labels.nii'}",
-        "  line 4: the name 'ONE' is that of line 2; give each pair its own",
+        "  line 4: the name 'ONE' is also used in line 2; give each pair its own",
         "  line 5: the same pair as in line 2",
         f"  line 6: {name('../four')}",
         f"  line 7: {name('.five')}",
@@ -295,7 +295,7 @@ def test_all_faults_of_a_list_are_told_before_the_work(tmp_path: Path, listed: P
         "  line 9: moving is empty",
         "  line 10: 3 cells for 4 columns",
         f"  line 12: moving lies in the output folder: {out / 'a' / 'x.nii'}",
-        "  line 14: the name 'b_to_f' is that of line 13; give each pair its own",
+        "  line 14: the name 'b_to_f' is also used in line 13; give each pair its own",
         f"  line 15: {name('x' * 201)}",
         f"  line 16: {name('ten.')}",
     ]

@@ -126,7 +126,7 @@ def test_what_is_written(tmp_path) -> None:
     table = pd.read_csv(tmp_path / "out" / "measures.csv", index_col=[0, 1, 2])
     pd.testing.assert_frame_equal(table, found.measures)
     assert list(found.measures.index.unique("run")) == ["run.1", "run.2"]
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         compare_runs([tmp_path / "run.1"], tmp_path / "out")
     with pytest.raises(ValueError, match=r"run\.1'\] names a folder twice"):
         compare_runs([tmp_path / "run.1", tmp_path / "run.1"], tmp_path / "other")

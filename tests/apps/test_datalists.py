@@ -69,7 +69,7 @@ def test_ixi_goes_on_where_it_was_interrupted(tmp_path):
     broken = source / "Test" / "subject_23.pkl"
     good = broken.read_bytes()
     broken.write_bytes(good[:100])
-    with pytest.raises(ValueError, match=rf"^{broken} is no pickled pair of arrays"):
+    with pytest.raises(ValueError, match=rf"^{broken} is not a pickled pair of arrays"):
         write_datalist("ixi", source, tmp_path / "ixi")
     assert not (tmp_path / "ixi" / "datalist.json").exists()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "ixi").rglob("*.nii.gz")}
@@ -353,7 +353,7 @@ def test_a_datalist_is_not_overwritten(tmp_path):
     source = images_and_labels(tmp_path / "mine")
     path = write_datalist("folder", source, tmp_path / "out")
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=rf"^{path} exists already"):
+    with pytest.raises(FileExistsError, match=rf"^{path} already exists"):
         write_datalist("folder", source, tmp_path / "out", seed=1)
     assert path.read_bytes() == before
 
@@ -414,7 +414,7 @@ class Attack:
 def test_programs_are_not_run(content, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_pickle(tmp_path / "a.pkl", content, protocol)
-    with pytest.raises(ValueError, match=r"a\.pkl is no pickled pair .*, and only arrays are allowed\."):
+    with pytest.raises(ValueError, match=r"a\.pkl is not a pickled pair .*, and only arrays are allowed\."):
         read_pickle("a.pkl")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pkl"]
 
@@ -428,8 +428,8 @@ def test_codecs_are_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (volumes(0)[0], r"a\.pkl is no pickled pair of arrays"),  # of 8 slices
-        (3, r"a\.pkl is no pickled pair of arrays"),
+        (volumes(0)[0], r"a\.pkl is not a pickled pair of arrays"),  # of 8 slices
+        (3, r"a\.pkl is not a pickled pair of arrays"),
         (
             (volumes(0)[0], volumes(0)[1][:-1]),
             r"holds float32 \[8, 6, 10\] and uint8 \[7, 6, 10\], .*of one shape \(X, Y, Z\)",

@@ -243,7 +243,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read as a Keras file.*conv3d_44"):
         import_weights(missing, tmp_path / "ours.pt")
     (tmp_path / "ours.pt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"ours\.pt exists already"):
+    with pytest.raises(FileExistsError, match=r"ours\.pt already exists"):
         import_weights(tmp_path / "vm1.h5", tmp_path / "ours.pt")
     assert (tmp_path / "ours.pt").read_text() == "mine"
 
@@ -254,7 +254,7 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("ours.pt: weights of preset miccai2018, for intensities in [0, 1]\n")
     load_weights(VoxelMorph("miccai2018"), str(tmp_path / "new" / "ours.pt"))
     assert main(["import-weights", str(path), str(tmp_path / "new" / "ours.pt")]) == 2
-    assert "ours.pt exists already" in capsys.readouterr().err
+    assert "ours.pt already exists" in capsys.readouterr().err
     assert main(["import-weights", str(path), str(tmp_path / "xy.pt"), "--xy"]) == 0
 
 

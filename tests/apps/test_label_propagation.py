@@ -157,4 +157,4 @@ def test_the_app_is_copied_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {path.name for path in (tmp_path / "app").iterdir()} == {"main.py", "requirements.txt"}
     assert f"start_server --app {tmp_path / 'app'} " in capsys.readouterr().out
     assert main(["label-app", str(tmp_path / "app")]) == 2
-    assert "app exists already" in capsys.readouterr().err
+    assert "app already exists" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_the_command_writes_what_was_found(
     assert read_transform(out / "to_visit_1.h5").GetInputSpaceDimension() == 3
     assert json.loads((out / "summary.json").read_text())["volumes_ml"]["17"] == grown.volumes["17"]
     assert cli.main(command) == 2
-    assert f"{out} exists already" in capsys.readouterr().err
+    assert f"{out} already exists" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
 
 

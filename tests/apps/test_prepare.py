@@ -283,8 +283,8 @@ def test_a_given_split_is_kept(tmp_path: Path, scans: Path, quick: list[str]) ->
         ("{", r"JSON object: Expecting"),
         ("[1]", r"JSON object: .*list"),
         ('{"training": 3}', r"JSON object: a section is not a list"),
-        ('{"training": ["a", "b", "b"]}', r"misses \[c, d, e, f, g\], repeats \[b\] and names \[\]"),
-        ('{"training": ["a","b","c","d","e","f","g"], "test": ["h"]}', r"misses \[\], repeats \[\] and names \[h\]"),
+        ('{"training": ["a", "b", "b"]}', r"Missing: \[c, d, e, f, g\]; repeated: \[b\]; unknown: \[\]"),
+        ('{"training": ["a","b","c","d","e","f","g"], "test": ["h"]}', r"Missing: \[\]; repeated: \[\]; unknown: \[h\]"),
         ('{"grid": ["a","b","c","d","e","f","g"]}', "has a section 'grid'"),
     ],
 )
@@ -422,7 +422,7 @@ def test_inputs_that_cannot_be_found_are_refused(tmp_path: Path, scans: Path) ->
     with pytest.raises(ValueError, match=r"a_labels\.nii\.gz does not match '\*_t1\.nii\.gz'"):
         find(scans / "a_labels.nii.gz")
     for pattern in ("t1.nii.gz", "**/*.nii.gz", "/data/*.nii.gz"):
-        with pytest.raises(ValueError, match="^" + re.escape(f"'{pattern}' is no pattern")):
+        with pytest.raises(ValueError, match="^" + re.escape(f"'{pattern}' cannot be a pattern")):
             find(scans, images=pattern)
     (scans / "b_labels.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"labels; these files do not exist: .*b_labels\.nii\.gz"):
@@ -474,9 +474,9 @@ def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:
         ({"seed": -1}, r"^seed is -1\."),
         ({"validation": 0.7, "test": 0.4}, r"^validation is 0\.7 and test is 0\.4\."),
         ({"validation": -0.1}, r"^validation is -0\.1 and test is 0\.1\."),
-        ({"grid": WorkingGrid((0, 10, 10))}, "cannot be: give 3 sizes above 0 and a spacing above 0"),
-        ({"grid": WorkingGrid((10, 10), 20.0)}, "cannot be: give 3 sizes above 0 and a spacing above 0"),  # type: ignore[arg-type]
-        ({"grid": WorkingGrid(spacing=float("nan"))}, "cannot be: give 3 sizes above 0 and a spacing above 0"),
+        ({"grid": WorkingGrid((0, 10, 10))}, "possible. Give 3 sizes above 0 and a spacing above 0"),
+        ({"grid": WorkingGrid((10, 10), 20.0)}, "possible. Give 3 sizes above 0 and a spacing above 0"),  # type: ignore[arg-type]
+        ({"grid": WorkingGrid(spacing=float("nan"))}, "possible. Give 3 sizes above 0 and a spacing above 0"),
         ({"grid": WorkingGrid((80, 96, 112))}, r"a grid of \[80\.0, 96\.0, 112\.0\] mm is too small for the template"),
         # Axes in another order: 224 voxels from left to right, 160 to the front where the brain is 180 mm long.
         ({"grid": WorkingGrid((224, 192, 160))}, "too small for the template's brain"),

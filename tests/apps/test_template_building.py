@@ -169,7 +169,7 @@ def test_bad_lists_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("moving\na.nii.gz\n", "needs image"),
         ("\n".join(lines[:2]) + "\n", "lists 1 scans"),
         ("\n".join([*lines, lines[1]]) + "\n", "twice"),
-        ("\n".join([*lines[:2], "s1.nii.gz,"]) + "\n", "some scans only"),
+        ("\n".join([*lines[:2], "s1.nii.gz,"]) + "\n", "labels for only some"),
     ):
         scans.write_text(text)
         assert cli.main(["template", str(scans), "--output", str(tmp_path / "out")]) == 2
@@ -181,5 +181,5 @@ def test_another_group_needs_another_folder(built: Path, tmp_path: Path) -> None
     scans = write(tmp_path / "scans", order=range(2))
     with pytest.raises(ValueError, match="other scans or options"):
         build_template(scans, built, **OPTIONS)
-    with pytest.raises(ValueError, match="other things"):
+    with pytest.raises(ValueError, match="not made by .vxm template."):
         build_template(scans, tmp_path / "scans", **OPTIONS)

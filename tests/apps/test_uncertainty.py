@@ -186,7 +186,7 @@ def test_what_is_written(files: dict[str, Path], tmp_path: Path) -> None:
     label = nib.load(tmp_path / "out" / "label.nii.gz").get_fdata()
     right = sum(row["count"] * row["accuracy"] for row in rows)
     assert right == pytest.approx((label == scan(2)[1])[sum(shares) > 0].sum())
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         uncertainty_files(files["image1"], files["image2"], tmp_path / "out", **options)
     bare = uncertainty_files(files["image1"], files["image2"], tmp_path / "bare", **options)
     assert bare["calibration"] is None

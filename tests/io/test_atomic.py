@@ -90,13 +90,13 @@ def test_what_may_be_written(tmp_path: Path) -> None:
     for overwrite in (None, False, True):
         require_new(new, overwrite)
     require_new(file, True)
-    with pytest.raises(FileExistsError, match=r"a\.csv exists already\. [^-]*$"):
+    with pytest.raises(FileExistsError, match=r"a\.csv already exists\. [^-]*$"):
         require_new(file)
-    with pytest.raises(FileExistsError, match=r"a\.csv exists already\. .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"a\.csv already exists\. .*--overwrite"):
         require_new(file, False)
     require_replaceable(new, False, "he", ["a.csv"])
     require_replaceable(folder, True, "he", ["a.csv", "*.png"])
-    with pytest.raises(FileExistsError, match=r"folder exists already\. .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"folder already exists\. .*--overwrite"):
         require_replaceable(folder, False, "he", ["a.csv", "*.png"])
     for path, patterns in ((folder, ["a.csv"]), (file, ["a.csv"])):
         with pytest.raises(ValueError, match=f"{path.name} is not overwritten, because it "):

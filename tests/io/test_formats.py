@@ -165,7 +165,7 @@ def test_a_2d_image_is_a_slice(tmp_path: Path, name: str) -> None:
 
 def test_a_2d_image_off_its_plane_is_refused(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(noise()[..., 0], oblique()), tmp_path / "image.nii")
-    with pytest.raises(ValueError, match=r"image\.nii is a 2-D image off a plane of constant z"):
+    with pytest.raises(ValueError, match=r"image\.nii is a 2-D image that does not lie in a plane of constant z"):
         open_volume(tmp_path / "image.nii", planar=True)
     save_image(tmp_path / "slice.nii", noise()[..., :1], oblique())  # a slice may
     assert open_volume(tmp_path / "slice.nii", planar=True)[0].shape == (9, 12, 1)

@@ -78,9 +78,9 @@ def test_which_way() -> None:
     far = Ends(F, elsewhere(M, 500))
     assert not is_backwards(far, elsewhere(finer, 500), ImageGrid((9, 9, 9), OBLIQUE), names)
     assert is_backwards(far, ImageGrid((9, 9, 9), OBLIQUE), elsewhere(finer, 500), names)
-    with pytest.raises(ValueError, match="b lies elsewhere"):
+    with pytest.raises(ValueError, match="b overlaps neither"):
         is_backwards(far, elsewhere(finer, 500), elsewhere(F, 2000), names)
-    with pytest.raises(ValueError, match="a lies elsewhere"):
+    with pytest.raises(ValueError, match="a overlaps neither"):
         is_backwards(far, elsewhere(finer, -500), F, names)
 
 
@@ -110,7 +110,7 @@ def test_apply_refuses_an_image_of_another_pair(capsys: pytest.CaptureFixture[st
         )
         == 2
     )
-    assert "far.nii.gz lies elsewhere" in capsys.readouterr().err
+    assert "far.nii.gz overlaps neither" in capsys.readouterr().err
     assert not Path("a.nii.gz").exists()
 
 

@@ -184,13 +184,13 @@ def test_the_result_depends_neither_on_the_number_of_threads_nor_on_earlier_call
 
 def test_what_cannot_be_registered_is_refused() -> None:
     image = np.ones((5, 6, 7), np.float32), np.eye(4)
-    with pytest.raises(ValueError, match="'rigid' or 'affine', not 'similarity'"):
+    with pytest.raises(ValueError, match=r"kind is 'similarity'\. .*'rigid' or 'affine'"):
         register_affine(image, image, kind="similarity")
-    with pytest.raises(ValueError, match=r"moving must be \(X, Y, Z\) and not 0 everywhere, got \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"moving has shape \(5, 6\), .* \(4, 4\)\. .* 3 x 3"):
         register_affine((np.ones((5, 6)), np.eye(4)), image)
-    with pytest.raises(ValueError, match=r"fixed must be \(X, Y, Z\) and not 0 everywhere, got \(5, 6, 7\)"):
+    with pytest.raises(ValueError, match=r"fixed has shape \(5, 6, 7\), 0 voxels above 0"):
         register_affine(image, (np.zeros((5, 6, 7)), np.eye(4)))
-    with pytest.raises(ValueError, match="moving shows the same intensity everywhere"):
+    with pytest.raises(ValueError, match="moving has the same intensity everywhere"):
         register_affine(image, image)
     with pytest.raises(ValueError, match="axes of moving are not at right angles"):
         register_affine((image[0], pose(0, 0, shear=0.1)), image)

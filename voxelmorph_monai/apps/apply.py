@@ -48,7 +48,7 @@ def read_grid(path: str | Path, series: int | None = None) -> ImageGrid:
 
 def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
     if not str(output).endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{output} is no name for an image, which is saved as .nii or .nii.gz.")
+        raise ValueError(f"{output} does not end in .nii or .nii.gz, but images are saved as NIfTI. Rename it.")
     check_output(Path(output), overwrite, inputs)
 
 
@@ -68,7 +68,7 @@ def open_chain(transforms: Sequence[str], *images: str | Path | None) -> "Chain"
 def _interpolation(kind: str, interpolation: str | None) -> str:
     """The interpolation to use; raises ValueError where there is no such kind of image or interpolation."""
     if kind not in ("image", "labels"):
-        raise ValueError(f"'{kind}' is no kind of image; choose from image, labels.")
+        raise ValueError(f"kind is '{kind}'. Choose image or labels.")
     known = INTERPOLATIONS if kind == "image" else LABEL_INTERPOLATIONS
     if interpolation not in (None, *known):
         raise ValueError(f"interpolation '{interpolation}' does not exist for {kind}; choose from {', '.join(known)}.")
@@ -220,8 +220,8 @@ def jacobian_file(
         folds = int((determinant <= 0).sum())
         if folds:
             raise ValueError(
-                f"the logarithm does not exist: the transform folds in {folds} of {determinant.size} voxels. Write the "
-                "determinant itself."
+                f"the logarithm is not defined: the transform folds in {folds} of {determinant.size} voxels. Write the "
+                "determinant instead."
             )
         determinant = np.log(determinant)
     save_image_like(output, determinant, reference)
@@ -252,7 +252,7 @@ def apply_to_points(
         Residual of what was inverted numerically, in mm.
     """
     if drawn_in not in SIDES:
-        raise ValueError(f"'{drawn_in}' is no image that points are drawn in; choose from {', '.join(SIDES)}.")
+        raise ValueError(f"points cannot be drawn in '{drawn_in}'. Choose one of {', '.join(SIDES)}.")
     given = point_files.read_points(points, coordinates)
     ending = "".join(Path(points).suffixes[-2:]) if str(points).endswith(".json") else Path(points).suffix
     if not str(output).endswith(ending):

@@ -91,14 +91,14 @@ def turn_gradients(gradients: NDArray[Any], transform: Transform, moving: Affine
     parts = chains.flatten(transform)
     if not all(part.IsLinear() for part in parts):
         raise ValueError(
-            "gradients are one list for all voxels, but this transform turns each voxel otherwise: apply its linear "
-            "part to the series, or fit the model first and apply all of it to what was fitted."
+            "one list of gradients serves all voxels, but this transform rotates each voxel differently. Apply its "
+            "linear part to the series, or fit the model first and apply the whole transform to the fitted maps."
         )
     matrix = np.eye(4)
     for part in parts:
         matrix = chains.matrix_of(part) @ matrix
     if np.linalg.det(matrix[:3, :3]) < 0:
-        raise ValueError("the transform turns left into right, which no rotation of gradients does.")
+        raise ValueError("the transform swaps left and right, which no rotation of the gradients can do.")
     rotation = linalg.polar(matrix[:3, :3])[0]
     frames = []
     for affine in (moving, fixed):
@@ -112,7 +112,7 @@ def _read_gradients(path: str | Path, count: int) -> NDArray[Any]:
     try:
         gradients = np.loadtxt(path, ndmin=2)
     except ValueError as error:
-        raise ValueError(f"{path} is no table of gradients: {error}.") from error
+        raise ValueError(f"{path} is not a table of gradients: {error}.") from error
     if gradients.shape != (3, count):
         raise ValueError(
             f"{path} has {gradients.shape[0]} rows and {gradients.shape[1]} columns, but a series of {count} volumes "
@@ -123,7 +123,7 @@ def _read_gradients(path: str | Path, count: int) -> NDArray[Any]:
 
 def _check(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> Path:
     if not str(output).endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{output} is no name for an image, which is saved as .nii or .nii.gz.")
+        raise ValueError(f"{output} does not end in .nii or .nii.gz, but images are saved as NIfTI. Rename it.")
     check_output(Path(output), overwrite, inputs)
     return Path(output)
 
@@ -218,9 +218,7 @@ def apply_to_vectors(
         raise ValueError(f"{moving} has shape {shape}, but an image of vectors has (X, Y, Z, 3) or (X, Y, Z, 1, 3).")
     said = {1006: "RAS", 1007: "LPS"}.get(int(image.header["intent_code"]))
     if said is None and coordinates not in ("RAS", "LPS"):
-        raise ValueError(
-            f"{moving} does not say along which axes its vectors count: say it (--coordinates RAS or LPS)."
-        )
+        raise ValueError(f"{moving} does not say along which axes its vectors point. Pass --coordinates RAS or LPS.")
     if said is not None and coordinates not in (None, said):
         raise ValueError(f"{moving} says that it is in {said}, which contradicts --coordinates {coordinates}.")
     own = ImageGrid(shape[:3], image.affine)

@@ -31,20 +31,20 @@ def _mover(
     transforms: Sequence[str], shape: str | Path, output: str | Path, made_from: str, overwrite: bool
 ) -> tuple[Mover, float]:
     if made_from not in ("fixed", "moving"):
-        raise ValueError(f"'{made_from}' is no image that shapes are made from; choose from fixed, moving.")
+        raise ValueError(f"shapes cannot be made from '{made_from}'. Choose fixed or moving.")
     if Path(shape).suffix.lower() != Path(output).suffix.lower():
         raise ValueError(f"{output} does not end in '{Path(shape).suffix}', but shapes keep their format. Rename it.")
     check_output(Path(output), overwrite, [shape, *transforms])
     found = read_chain(transforms)
     if found.spatial_dims == 2:
-        raise ValueError(f"{shape} is in 3-D, but the transforms are of 2-D images.")
+        raise ValueError(f"{shape} is in 3-D, but the transforms are for 2-D images.")
     return Mover(found.transform, made_from), found.residual
 
 
 def _tell(mover: Mover, shape: str | Path, what: str) -> None:
     if mover.outside:
         _LOGGER.warning(
-            "%s: %d %s lie beyond the grid of the displacement, where it continues with its border value.",
+            "%s: %d %s lie outside the grid of the displacement, where its value at the border was used.",
             shape,
             mover.outside,
             what,

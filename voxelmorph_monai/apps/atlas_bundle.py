@@ -261,8 +261,8 @@ def make_atlas_bundle(
     require_new(output)
     if not atlases and (names or licence):
         raise ValueError(
-            f"{names or licence} has no atlases to describe. Give atlases, or neither names nor licence: those of "
-            "MNI152 are included."
+            f"{names or licence} describes atlases, but none are given. Give atlases, or neither names nor licence: "
+            "those of MNI152 are included."
         )
     if atlases and names is None:
         raise ValueError(

@@ -45,6 +45,7 @@ def bids_names(moving: Path, fixed: Path) -> dict[str, str]:
     }
     if len(set(names.values())) < len(names):
         raise ValueError(
-            f"{moving} is named as a {suffix}, so files named after it would have one name. Rename it like sub-01_T1w."
+            f"{moving} is named as a {suffix}, so all files named after it would get the same name. Rename it like "
+            "sub-01_T1w."
         )
     return names

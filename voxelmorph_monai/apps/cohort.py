@@ -119,7 +119,9 @@ def _read_list(path: Path, output: Path) -> list[_Pair]:
         if same_files != line:
             errors.append(f"line {line}: the same pair as in line {same_files}")
         elif same_name != line:
-            errors.append(f"line {line}: the name '{pair.name}' is that of line {same_name}; give each pair its own")
+            errors.append(
+                f"line {line}: the name '{pair.name}' is also used in line {same_name}; give each pair its own"
+            )
         pairs.append(pair)
     if errors:
         more = [f"and {len(errors) - _MAX_ERRORS} more"] if len(errors) > _MAX_ERRORS else []
@@ -186,8 +188,8 @@ def _require_ours(output: Path, pairs: Sequence[_Pair], options: Mapping[str, An
     ]
     if strange:
         raise ValueError(
-            f"{output / strange[0]} is in the way: a pair has this name, but no registration made the folder. Move it, "
-            "or rename the pair."
+            f"{output / strange[0]} is in the way: a pair has this name, but the folder was not made by a "
+            "registration. Move it, or rename the pair."
         )
     if not any((output / pair.name).exists() for pair in pairs):  # no results of other options
         return
@@ -196,8 +198,8 @@ def _require_ours(output: Path, pairs: Sequence[_Pair], options: Mapping[str, An
     if changed and not overwrite:
         differences = ", ".join(f"{name} was {recorded.get(name)}, now {options[name]}" for name in changed)
         raise ValueError(
-            f"{output} holds results of other options: {differences}. Use the same options, another output folder, or "
-            "--overwrite to register all pairs again."
+            f"{output} holds results with other options: {differences}. Use the same options, another output folder, "
+            "or --overwrite to register all pairs again."
         )
 
 

@@ -284,7 +284,7 @@ def read_pickle(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int32
         image, label = (np.asarray(array) for array in content)
         is_number = image.dtype.kind in "fiu" and label.dtype.kind in "fiu"
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is no pickled pair of arrays (image, labels): {error}.") from error
+        raise ValueError(f"{path} is not a pickled pair of arrays (image, labels): {error}.") from error
     if not is_number or image.ndim != 3 or image.shape != label.shape:
         raise ValueError(
             f"{path} holds {image.dtype} {list(image.shape)} and {label.dtype} {list(label.shape)}, not an image and "
@@ -354,7 +354,7 @@ def write_datalist(
         raise ValueError(f"layout '{layout}' is unknown. Choose one of {', '.join(LAYOUTS)}.")
     path = output / "datalist.json"
     if path.exists():
-        raise FileExistsError(f"{path} exists already. Choose another output folder, or remove it.")
+        raise FileExistsError(f"{path} already exists. Choose another output folder, or remove it.")
     sections = _split(LAYOUTS[layout](source), folds, fold, seed)
     missing = [str(file) for file in _files(sections) if not file.is_file()]
     if missing:

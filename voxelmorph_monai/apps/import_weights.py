@@ -227,7 +227,9 @@ def import_weights(source: str | Path, output: str | Path, *, xy: bool = False) 
     if source.suffix in (".h5", ".hdf5"):
         preset, state = _from_keras(source, xy)
     elif xy:
-        raise ValueError(f"weights {source} are no Keras file (.h5), but xy applies only to those of the MICCAI paper.")
+        raise ValueError(
+            f"weights {source} are not a Keras file (.h5), but xy applies only to those of the MICCAI paper."
+        )
     else:
         preset, state = _from_checkpoint(source)
     output.parent.mkdir(parents=True, exist_ok=True)

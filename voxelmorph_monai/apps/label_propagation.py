@@ -160,7 +160,7 @@ def propagate(studies: Sequence[Study], fixed: str | Path, numbers: Mapping[str,
         FileNotFoundError: a file does not exist.
     """
     if not studies:
-        raise ValueError(f"there is no study to take labels for {fixed} from. Give at least one.")
+        raise ValueError(f"there is no study to copy labels from to {fixed}. Give at least one.")
     image = Scan.read(fixed)
     maps, warped = [], []
     for study in studies:

@@ -78,7 +78,9 @@ def _abbreviate(names: Sequence[Any]) -> str:
 def _match(entries: Sequence[Path], pattern: str) -> dict[tuple[Path, str], Path]:
     """Find files that match ``pattern``, by the folder where it starts and the part of the path that ``*`` matches."""
     if "*" not in pattern or "**" in pattern or Path(pattern).is_absolute():
-        raise ValueError(f"'{pattern}' is no pattern of scans. Give a relative path with '*' for the name of a scan.")
+        raise ValueError(
+            f"'{pattern}' cannot be a pattern of scans. Give a relative path with '*' for the name of a scan."
+        )
     first, *others = (re.escape(part) for part in pattern.split("*"))
     matcher = re.compile(first + "([^/.][^/]*)" + r"\1".join(others))
     depth = len(Path(pattern).parts)
@@ -217,8 +219,8 @@ def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
         extra, missing = sorted(set(listed) - set(names)), sorted(set(names) - set(listed))
         twice = sorted({name for name in listed if listed.count(name) > 1})
         raise ValueError(
-            f"{split} does not list each scan once: it misses [{_abbreviate(missing)}], repeats [{_abbreviate(twice)}] "
-            f"and names [{_abbreviate(extra)}], which are no scans."
+            f"{split} does not list each scan once. Missing: [{_abbreviate(missing)}]; repeated: "
+            f"[{_abbreviate(twice)}]; unknown: [{_abbreviate(extra)}]."
         )
     return {"training": [], "validation": [], "test": [], **sections}
 

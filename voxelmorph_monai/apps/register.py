@@ -100,7 +100,7 @@ def _shown(scan: Scan, mask: Scan | None, space: str) -> Scan:
             )
         scan = found
     if not scan.shows_something:
-        raise ValueError(f"{scan.name} shows nothing: no voxel lies above its background, {scan.background:g}.")
+        raise ValueError(f"{scan.name} is empty: no voxel is above its background, {scan.background:g}.")
     if space == "mni152":
         check_brain(scan)
     return scan
@@ -112,8 +112,8 @@ def _check_overlap(moving: Scan, fixed: Scan, mapping: Affine) -> None:
     common = max(of_fixed, fraction_inside(moving, fixed.grid, np.linalg.inv(mapping)))
     if common < _LEAST_IN_COMMON:
         raise ValueError(
-            f"{moving.name} and {fixed.name} have only {common:.0%} in common once they are aligned, less than "
-            f"{_LEAST_IN_COMMON:.0%}: they must overlap. Do their headers place them where they were scanned?"
+            f"{moving.name} and {fixed.name} overlap by only {common:.0%} once they are aligned; at least "
+            f"{_LEAST_IN_COMMON:.0%} is needed. Check the positions in their headers."
         )
 
 

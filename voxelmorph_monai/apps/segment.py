@@ -51,7 +51,7 @@ def segment_file(
     if not only_labels:
         require_replaceable(output, overwrite, "a segmentation", (*SEGMENTATION_FILES, BRAIN))
     elif output.exists() and not overwrite:
-        raise FileExistsError(f"{output} is there already: name another file, or replace it (--overwrite).")
+        raise FileExistsError(f"{output} already exists. Choose another output, or --overwrite to replace it.")
     image = Scan.read(scan)
     network = load_anatomy(weights or shipped_anatomy())
     found = segment(image, network.to(choose_device(device)))
@@ -87,12 +87,15 @@ def read_list(path: str | Path) -> dict[str, Path]:
     """
     columns, rows = read_table(Path(path), "a list of scans")
     if not {"scan"} <= set(columns) <= {"scan", "name"} or not rows:
-        raise ValueError(f"{path} has the columns {', '.join(columns)}. Give scan and, if you like, name, and scans.")
+        raise ValueError(
+            f"{path} has {len(rows)} lines and the columns {', '.join(columns)}. Give at least one line, and the "
+            "columns scan and, optionally, name."
+        )
     scans: dict[str, Path] = {}
     for line, row in rows:
         cells = dict(zip(columns, row, strict=False))
         if len(row) != len(columns) or not cells["scan"]:
-            raise ValueError(f"{path}, line {line}: {len(columns)} cells, of which one names a scan, make a line.")
+            raise ValueError(f"{path}, line {line}: give {len(columns)} cells, one of them the path of a scan.")
         _add(scans, cells.get("name"), Path(path).parent / cells["scan"], f"{path}, line {line}")
     return scans
 
@@ -100,7 +103,7 @@ def read_list(path: str | Path) -> dict[str, Path]:
 def _add(scans: dict[str, Path], name: str | None, scan: Path, where: str) -> None:
     name = name or scan_name(str(scan))
     if name in scans:
-        raise ValueError(f"{where}: another scan is called {name} too. Give each a name of its own, by a list.")
+        raise ValueError(f"{where}: another scan is also called {name}. Give each its own name, in a list (--list).")
     if Path(name).name != name or name in ("..", "volumes.csv"):
         raise ValueError(f"{where}: {name} cannot be the name of a folder.")
     scans[name] = scan

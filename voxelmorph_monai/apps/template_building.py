@@ -80,9 +80,9 @@ def _read_members(path: Path) -> list[_Member]:
     if twice:
         raise ValueError(f"{path} lists {twice[0].image} twice, or a copy of it, which would count double.")
     if len(members) < 2:
-        raise ValueError(f"{path} lists {len(members)} scans; a group has two or more.")
+        raise ValueError(f"{path} lists {len(members)} scans; a group needs two or more.")
     if len({member.labels is None for member in members}) > 1:
-        raise ValueError(f"{path} has labels of some scans only: give those of all, or of none.")
+        raise ValueError(f"{path} has labels for only some of the scans. Give them for all, or for none.")
     return members
 
 
@@ -190,10 +190,10 @@ def _same_group(output: Path, told: dict[str, Any]) -> None:
     from_before = output / "template.json"
     if from_before.exists():
         if json.loads(from_before.read_text()) != told:
-            raise ValueError(f"{output} holds a template of other scans or options: name another folder.")
+            raise ValueError(f"{output} holds a template of other scans or options. Choose another folder.")
         return
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} holds other things: name a new folder.")
+        raise ValueError(f"{output} was not made by 'vxm template', and is not empty. Choose another folder.")
     output.mkdir(parents=True, exist_ok=True)
     write_json(from_before, told)
 

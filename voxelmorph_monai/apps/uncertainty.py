@@ -107,7 +107,9 @@ def _check(network: Registration | None, num_samples: int, seed: int) -> None:
         given = (
             "there is no network" if network is None else f"the preset {network.network.preset} is not probabilistic"
         )
-        raise ValueError(f"{given}. Uncertainty needs weights of a probabilistic one, such as preset diffeomorphic.")
+        raise ValueError(
+            f"{given}. Uncertainty needs the weights of a probabilistic network, for example of preset diffeomorphic."
+        )
     if not 2 <= num_samples <= 65535:
         raise ValueError(f"num_samples is {num_samples}. Give a number from 2 to 65535.")
     if seed < 0:

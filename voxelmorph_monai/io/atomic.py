@@ -78,7 +78,7 @@ def require_new(path: str | Path, overwrite: bool | None = None) -> None:
     """Raise FileExistsError if ``path`` exists and must not be overwritten (None: there is no such option)."""
     if Path(path).exists() and not overwrite:
         choice = "" if overwrite is None else ", or --overwrite to replace it"
-        raise FileExistsError(f"{path} exists already. Choose another output{choice}.")
+        raise FileExistsError(f"{path} already exists. Choose another output{choice}.")
 
 
 def require_replaceable(folder: str | Path, overwrite: bool | None, maker: str, patterns: Iterable[str]) -> None:

@@ -107,7 +107,7 @@ def _quaternion(header: nib.Nifti1Header, path: Path) -> NDArray[np.float64]:
     rest = 1 - bcd @ bcd
     if not rest >= -_ROUNDED:
         raise ValueError(
-            f"{path} has a qform that is no rotation: the squares of quatern_b, quatern_c and quatern_d add up to "
+            f"{path} has a qform that is not a rotation: the squares of quatern_b, quatern_c and quatern_d add up to "
             f"{1 - rest:.7g}, more than 1. Correct them, or set qform_code to 0 if the sform is right."
         )
     quaternion = np.array([np.sqrt(rest) if rest >= 1e-7 else 0, *bcd])  # below it ITK sees rounding
@@ -153,12 +153,12 @@ def check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> N
     sides[~np.isfinite(sides) | (sides == 0)] = 1  # like ITK and nibabel
     if (sides < 0).any():
         raise ValueError(
-            f"{path} has a negative size in pixdim ({_times(sides)}), which some programs take for a flip and others "
-            "for its absolute value. Make it positive."
+            f"{path} has a negative size in pixdim ({_times(sides)}), which some programs treat as a flip, while others "
+            "ignore the sign. Make it positive."
         )
     if header["pixdim"][0] < 0 and header["pixdim"][0] != -1 and codes["qform"] > 0:
         raise ValueError(
-            f"{path} has pixdim[0] {header['pixdim'][0]:g}, which some programs take for -1 and others for 1. Set it "
+            f"{path} has pixdim[0] {header['pixdim'][0]:g}, which some programs read as -1 and others as 1. Set it "
             "to one of these."
         )
     if codes["sform"] <= 0:

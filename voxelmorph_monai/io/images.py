@@ -146,7 +146,7 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
 
 def _check_ending(path: str | Path) -> None:
     if not str(path).endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path} does not end in .nii or .nii.gz, as images are written here.")
+        raise ValueError(f"{path} does not end in .nii or .nii.gz, but images are saved as NIfTI. Rename it.")
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:

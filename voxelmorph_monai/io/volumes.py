@@ -65,7 +65,7 @@ def _open_nibabel(path: Path) -> tuple[Volume, Affine]:
     with reading(path), silent_stderr():
         image = load_nibabel(path)
         if not isinstance(image, SpatialImage):
-            raise TypeError(f"{type(image).__name__} has no place in space.")
+            raise TypeError(f"{type(image).__name__} has no position in space.")
         dtype, shape = image.get_data_dtype(), tuple(image.shape)
     if dtype.kind not in "iuf":
         raise ValueError(f"{path} is not a scalar image: its voxels are {dtype}.")
@@ -83,8 +83,8 @@ def _open_nibabel(path: Path) -> tuple[Volume, Affine]:
         raise ValueError(f"{path} has no position: an ANALYZE file has one only in an SPM .mat file beside it.")
     if len(image.shape) == 2 and (np.abs(image.affine[2, :2]) > 1e-3 * np.abs(image.affine[:2, :2]).max()).any():
         raise ValueError(
-            f"{path} is a 2-D image off a plane of constant z: its affine is {image.affine.tolist()}. Save it as a "
-            "volume of one slice."
+            f"{path} is a 2-D image that does not lie in a plane of constant z: its affine is {image.affine.tolist()}. "
+            "Save it as a volume of one slice."
         )
     stored: Any = image.dataobj
     return stored if tuple(image.shape) == shape[:3] else _NibabelVolume(stored, shape[:3]), image.affine

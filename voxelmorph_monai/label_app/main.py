@@ -117,9 +117,7 @@ class Settings(NamedTuple):
             raise ValueError(f"weights '{weights}' do not exist. Name a file, or none.")
         preset = _one_of("preset", conf.get("preset", PRESET), list(PRESETS))
         if weights is None and preset != PRESET:
-            raise ValueError(
-                f"the bundled weights do not fit preset {preset}, as they have {PRESET}. Give weights, a file or none."
-            )
+            raise ValueError(f"the bundled weights are for preset {PRESET}, not {preset}. Give other weights, or none.")
         choose_device(device)
         size = tuple(_number("size", n, 8, 1024, int) for n in conf.get("size", "160,192,224").split(","))
         grid = WorkingGrid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100))

@@ -211,7 +211,9 @@ def resample_image(
             last two reach beyond the image's lowest and highest intensity.
     """
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"'{interpolation}' is no interpolation of images; choose from {', '.join(INTERPOLATIONS)}.")
+        raise ValueError(
+            f"'{interpolation}' is not an interpolation of images. Choose one of {', '.join(INTERPOLATIONS)}."
+        )
     resample = itk.ResampleImageFilter[_scalars(), _scalars()].New()
     resample.SetInput(to_itk(image.array.astype(np.float32, copy=False), image.affine))
     resample.SetTransform(transform)
@@ -247,7 +249,7 @@ def resample_labels(
     """
     if interpolation not in LABEL_INTERPOLATIONS:
         known = ", ".join(LABEL_INTERPOLATIONS)
-        raise ValueError(f"'{interpolation}' is no interpolation of label maps; choose from {known}.")
+        raise ValueError(f"'{interpolation}' is not an interpolation of label maps. Choose one of {known}.")
     array, to_voxels = labels.array, np.linalg.inv(labels.affine) @ grid.affine
     flat = torch.from_numpy(array.astype(np.int64)).flatten()
     resampled = np.zeros(grid.size, dtype=array.dtype)
@@ -382,7 +384,7 @@ def invert_points(transform: Transform, points: NDArray[np.floating[Any]]) -> tu
     if missed.size and not missed.max() <= _MISS:
         worst = int(missed.argmax())
         raise ValueError(
-            f"no point is taken to {np.asarray(points)[worst].round(3).tolist()} (RAS, mm): the closest misses it by "
+            f"no point maps to {np.asarray(points)[worst].round(3).tolist()} (RAS, mm): the closest misses it by "
             f"{missed[worst]:.3g} mm. The transform folds there, or does not reach it."
         )
     return found, float(missed.max(initial=0.0))

@@ -102,8 +102,8 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
     meaning = meaning_of(header, path)
     if vectors is None or shape[3] != 1 or sorted(shape[:3])[1] < 2 or (shape[4] == 2 and shape[2] > 1):
         raise ValueError(
-            f"{path} has shape {shape}, which is no displacement: that is (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) for a "
-            "2-D image."
+            f"{path} has shape {shape}, but a displacement field has (X, Y, Z, 1, 3), or (X, Y, 1, 1, 2) for a 2-D "
+            "image."
         )
     if meaning is None:
         raise ValueError(
@@ -117,7 +117,7 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
     affine = affine if shape[4] == 3 else in_plane(affine)
     if not np.isfinite(vectors).all():
         count = int((~np.isfinite(vectors)).sum())
-        raise ValueError(f"{path} holds {count} numbers that are NaN or Inf, so that it does not map every voxel.")
+        raise ValueError(f"{path} holds {count} numbers that are NaN or Inf, so it does not map every voxel.")
     places = _places(vectors.shape[:-1], affine)
     if meaning.positions:
         vectors = vectors - places

@@ -68,19 +68,19 @@ def meaning_of(header: Any, path: Path) -> Meaning | None:
         raise _refuse_niftyreg(path, "control points")
     if not name and re.fullmatch(_SPM_VELOCITY, note):
         raise ValueError(
-            f"{path} holds velocities of SPM (DARTEL's flow field or Shoot's), not positions. Let SPM integrate them "
+            f"{path} holds SPM velocities (DARTEL's flow field or Shoot's), not positions. Let SPM integrate them "
             "first: Deformations, Dartel flow or Shooting, Save Deformation, which writes y_*.nii."
         )
     if name == "Mapping" or (not name and re.fullmatch(_SPM_DEFORMATION, note)):
         return _POSITIONS
     if name and not (code == 1006 and "disp" in name.lower()):  # which says the same twice
         raise ValueError(
-            f"{path} is marked '{name}' (intent_name), a kind of field that is not known here. Let the program that "
+            f"{path} is marked '{name}' (intent_name), a kind of field that is not supported. Let the program that "
             "wrote it write displacements for ITK."
         )
     if code in _FSL:
         raise ValueError(
-            f"{path} is a warp of FSL (intent {code}), which counts in voxels of two images. Name them: vxm convert "
+            f"{path} is an FSL warp (intent {code}), which depends on the voxels of two images. Name both: vxm convert "
             f"{path.name} OUTPUT.nii.gz --from fsl --reference FIXED --moving MOVING."
         )
     return {1006: _ALONG_RAS, 1007: _ALONG_LPS}.get(code)
@@ -100,6 +100,6 @@ def check_displacements(vectors: NDArray[np.float64], points: NDArray[np.float64
         off = positions - points
         if np.linalg.norm(off - off.mean(axes)) < _LOOKS_ALIKE * extent:
             raise ValueError(
-                f"{path} seems to hold positions, not displacements: its vectors grow with the place of the voxel. "
-                "If they are positions, subtract the places of the voxels first."
+                f"{path} seems to hold positions, not displacements: its vectors grow with the position of the "
+                "voxel. If they are positions, subtract those of the voxels first."
             )

@@ -221,10 +221,10 @@ def read_transform(path: str | Path) -> Transform:
         return _read_itk(path)
     if path.suffix in _OTHERS:
         raise ValueError(
-            f"{path} is a warp of FreeSurfer, which only FreeSurfer can convert: mri_warp_convert --inm3z (or "
+            f"{path} is a FreeSurfer warp, which only FreeSurfer can convert: mri_warp_convert --inm3z (or "
             "--inmgzwarp) FILE --outitk FILE.nii.gz."
         )
-    raise ValueError(f"{path} has no ending of a transform: {', '.join(_READ)}.")
+    raise ValueError(f"{path} does not end like a transform file: {', '.join(_READ)}.")
 
 
 def read_chain(names: Sequence[str]) -> Chain:
@@ -266,12 +266,12 @@ def _form_of(path: Path, form: str | None) -> str:
     possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
     if form is None and not possible:
         raise ValueError(
-            f"{path} has no ending of a transform: use one of {', '.join(_READ)}, or say the format (--to)."
+            f"{path} does not end like a transform file. Use one of {', '.join(_READ)}, or name the format (--to)."
         )
     if form is None:
         return possible[0]
     if form not in FORMATS:
-        raise ValueError(f"'{form}' is no format of transforms; choose from {', '.join(FORMATS)}.")
+        raise ValueError(f"'{form}' is not a transform format. Choose one of {', '.join(FORMATS)}.")
     if form not in ("ants", *possible):
         raise ValueError(f"{path} does not fit format {form}, whose files end in {', '.join(_ENDINGS[form])}.")
     return form
@@ -334,7 +334,7 @@ def _save_foreign(
     parts = flatten(transform)
     linear = len(parts) == 1 and parts[0].IsLinear()
     if not linear and not path.name.endswith(_NIFTI):
-        raise ValueError(f"{path} cannot hold the transform, which is not linear: {path.suffix} of {form} is a matrix.")
+        raise ValueError(f"{path} cannot hold the transform, which is not linear: {form} {path.suffix} is a matrix.")
     if form == "lta":
         save_lta(path, matrix_of(parts[0]), fixed, moving)
     elif path.name.endswith(_NIFTI):

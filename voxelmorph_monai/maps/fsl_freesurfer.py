@@ -28,7 +28,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"transforms of FSL and FreeSurfer need fslpy and nitransforms: pip install 'voxelmorph_monai[transforms]' "
+            f"FSL and FreeSurfer transforms need fslpy and nitransforms: pip install 'voxelmorph_monai[transforms]' "
             f"({error})."
         ) from error
 
@@ -47,9 +47,9 @@ def _read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
     try:
         matrix = flirt.readFlirt(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no FLIRT matrix, which is 4 x 4 numbers as text: {error}.") from error
+        raise ValueError(f"{path} is not a FLIRT matrix, which is 4 x 4 numbers as text: {error}.") from error
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-6:
-        raise ValueError(f"{path} is no FLIRT matrix, 4 x 4 numbers with an inverse: {matrix.tolist()}.")
+        raise ValueError(f"{path} is not a FLIRT matrix, which is 4 x 4 numbers with an inverse: {matrix.tolist()}.")
     return np.linalg.inv(flirt.fromFlirt(matrix, _nifti(moving), _nifti(fixed), "world", "world"))
 
 
@@ -121,7 +121,7 @@ def read_lta(path: Path) -> Affine:
         matrix = read.to_ras() if kind in (0, 1) else None
     except (AssertionError, LookupError, ValueError, np.linalg.LinAlgError) as error:
         reason = str(error) or "its lines are others"
-        raise ValueError(f"{path} is no linear transform of FreeSurfer with an inverse: {reason}.") from error
+        raise ValueError(f"{path} is not a linear FreeSurfer transform with an inverse: {reason}.") from error
     if matrix is None:
         raise ValueError(f"{path} is of type {kind}; only types 0 (voxels to voxels) and 1 (RAS to RAS) are read.")
     return matrix

@@ -100,8 +100,8 @@ def is_backwards(ends: Ends, image: ImageGrid, reference: ImageGrid, names: tupl
     for grid, name in zip((image, reference), names, strict=True):
         if known and not _overlap(grid, ends.fixed) and not _overlap(grid, ends.moving):
             raise ValueError(
-                f"{name} lies elsewhere than both scans that the transform was made from: it overlaps neither. Is it "
-                "the transform of another pair?"
+                f"{name} overlaps neither of the scans that the transform was made from. Does the transform belong to "
+                "another pair?"
             )
     if _same(image, ends.moving) or _same(reference, ends.fixed):
         return False
@@ -123,7 +123,7 @@ def fits_backwards(names: Sequence[str], image: ImageGrid, reference: ImageGrid,
     backwards = is_backwards(Ends(first.fixed, last.moving), image, reference, of)
     if backwards:
         _LOGGER.warning(
-            "%s fits only backwards: %s lies on the fixed side and %s on the moving one. The inverse is used.",
+            "%s fits only in reverse: %s lies on the fixed side and %s on the moving side. The inverse was used.",
             " ".join(map(str, names)),
             *of,
         )

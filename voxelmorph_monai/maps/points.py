@@ -55,7 +55,9 @@ def _rows(path: Path, text: str) -> _Rows:
     try:
         return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise ValueError(f"{path} is no table of points: line {reader.line_num} cannot be read ({error}).") from error
+        raise ValueError(
+            f"{path} is not a table of points: line {reader.line_num} cannot be read ({error})."
+        ) from error
 
 
 def _csv_text(rows: Sequence[Sequence[str]]) -> str:
@@ -148,7 +150,7 @@ def _ending(path: Path) -> str:
     for ending in _READERS:
         if path.name.endswith(ending):
             return ending
-    raise ValueError(f"{path} is no file of points: these end in {', '.join(_READERS)}.")
+    raise ValueError(f"{path} is not a file of points: these end in {', '.join(_READERS)}.")
 
 
 def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:

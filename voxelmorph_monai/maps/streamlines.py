@@ -131,7 +131,9 @@ def _trx(path: Path, target: Path, move: _Move, grid: ImageGrid | None) -> int:
                 written.writestr("header.json", json.dumps(header))
             elif member.filename.startswith("positions.3."):
                 if member.file_size != counts[0] * 3 * np.dtype(kind).itemsize:
-                    raise ValueError(f"{path} is cut short: it has other than the {counts[0]} points of its header.")
+                    raise ValueError(
+                        f"{path} is cut short: it lacks some of the {counts[0]} points that its header promises."
+                    )
                 name = zipfile.ZipInfo("positions.3.float32", member.date_time)
                 name.compress_type = member.compress_type
                 with given.open(member) as source, written.open(name, "w", force_zip64=True) as output:
@@ -166,7 +168,7 @@ def move_streamlines(path: str | Path, output: str | Path, move: _Move, grid: Im
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{path} is no file of streamlines: these end in {', '.join(ENDINGS)}.")
+        raise ValueError(f"{path} is not a file of streamlines: these end in {', '.join(ENDINGS)}.")
     write = _trx if path.suffix.lower() == ".trx" else _by_nibabel
     with atomic(output) as temporary:
         return write(path, temporary, move, grid)

@@ -175,7 +175,9 @@ def _gifti_type(array: NDArray[Any]) -> NDArray[Any]:
         return array.astype(np.float32)
     wanted: Any = _INTEGERS.get(kind, np.int32)
     if array.size and (array.max() > np.iinfo(wanted).max or array.min() < np.iinfo(wanted).min):
-        raise ValueError(f"an array of {array.dtype} has numbers that no type of GIFTI holds: up to {array.max()}.")
+        raise ValueError(
+            f"GIFTI has no type for the numbers in an array of {array.dtype}: they go up to {array.max()}."
+        )
     return array.astype(wanted)
 
 
@@ -192,7 +194,7 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
     if frame is None and spaces <= {b"NIFTI_XFORM_UNKNOWN", b"0"} and any(centre):
         raise ValueError(
             f"{path} does not say whether its vertices are in scanner RAS or in FreeSurfer's tkr RAS: it names no data "
-            f"space, but a volume centred at {centre} (VolGeomC). Say it: --coordinates RAS or tkr."
+            f"space, but a volume centred at {centre} (VolGeomC). Pass --coordinates RAS or tkr."
         )
     said = frame or "RAS"
     if said == "tkr" and volume is None:
@@ -285,7 +287,7 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
     if found and frame not in (None, found[1]):
         raise ValueError(f"{path} says that it is in {found[1]}, which contradicts --coordinates {frame}.")
     said = found[1] if found else frame or "LPS"
-    note = "" if found or frame else f"{path} does not say its frame: LPS is assumed, as 3D Slicer and ITK write"
+    note = "" if found or frame else f"{path} names no coordinate system: LPS is assumed, as in 3D Slicer and ITK"
     matrix = _frame_matrix(said, volume, path)
 
     def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
@@ -328,7 +330,7 @@ def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid |
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     if frame not in (None, *FRAMES):
-        raise ValueError(f"'{frame}' is no frame of coordinates; choose from {', '.join(FRAMES)}.")
+        raise ValueError(f"'{frame}' is not a coordinate system. Choose one of {', '.join(FRAMES)}.")
     ending = path.suffix.lower()
     read = _read_gifti if ending == ".gii" else _read_mesh if ending in _MESHES else _read_freesurfer
     surface = read(path, frame, volume)

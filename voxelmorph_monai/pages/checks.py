@@ -106,12 +106,12 @@ def _of_place(lattice: _Lattice) -> Iterator[Concern]:
             "the warped scan is empty.",
         )
     if not shown.any() or not other.any():
-        yield Concern("place", "The warped scan shows nothing where the fixed scan does: they do not overlap.")
+        yield Concern("place", "The warped scan is empty where the fixed scan is not: they do not overlap.")
         return
     vector = lattice.points[:, shown].mean(axis=1) - lattice.points[:, other].mean(axis=1)
     both = 2 * (shown & other).sum() / (shown.sum() + other.sum())
     if np.linalg.norm(vector) > _FAR or both < _LITTLE:
-        text = f"What the two scans show coincides by {both:.0%} only (Dice)"
+        text = f"The two scans overlap by only {both:.0%} (Dice)"
         if np.linalg.norm(vector) > _FAR:
             text += f": the warped scan would have to move {_where(vector)}"
         yield Concern("place", f"{text}. The alignment may have failed, or one scan shows more of the body.")
@@ -154,8 +154,8 @@ def _of_linear(linear: NDArray[np.floating[Any]]) -> Iterator[Concern]:
     if np.linalg.det(matrix) < 0:
         yield Concern(
             "mirrored",
-            "The map mirrors the scan: its determinant is negative, so that left and right, or another pair of sides, "
-            "are exchanged. One of the headers may have an axis inverted.",
+            "The map mirrors the scan: its determinant is negative, so left and right, or another pair of sides, are "
+            "swapped. One of the headers may have an inverted axis.",
         )
         return
     u, scales, vt = np.linalg.svd(matrix)
@@ -163,7 +163,7 @@ def _of_linear(linear: NDArray[np.floating[Any]]) -> Iterator[Concern]:
         sizes = ", ".join(f"{1 / scale:.2f}" for scale in scales)
         yield Concern(
             "scale",
-            f"The linear part makes the moving scan {sizes} times as large along its axes. Are the spacings in both "
+            f"The linear part scales the moving scan by {sizes} along its axes. Are the spacings in both "
             "headers right?",
         )
     angle = float(np.degrees(np.arccos(np.clip((np.trace(u @ vt) - 1) / 2, -1, 1))))
@@ -171,7 +171,7 @@ def _of_linear(linear: NDArray[np.floating[Any]]) -> Iterator[Concern]:
         yield Concern(
             "turn",
             f"The linear part turns the scan by {angle:.0f} degrees. Do the headers say how the patient lay, and is up "
-            "still up?",
+            "still up in the warped scan?",
         )
 
 
@@ -194,13 +194,15 @@ def _of_measures(measures: Mapping[str, Any], options: Mapping[str, Any], side: 
     if folds > _FOLDS:
         yield Concern(
             "folds",
-            f"The map folds in {folds:.2g} % of the voxels: there, several places go to one, which no tissue can.",
+            f"The map folds in {folds:.2g} % of the voxels: several places map to one there, which is impossible for "
+            "tissue.",
         )
     miss = measures["inverse_consistency_mm"]
     if miss > max(_MISS, side):
         yield Concern(
             "inverse",
-            f"There and back, points miss where they started by {miss:.1f} mm on average: the inverse is not one.",
+            f"Mapped there and back, points end {miss:.1f} mm from where they started, on average: the inverse is "
+            "wrong.",
         )
     dice = measures.get("dice")
     if dice and dice["after"]["mean"] < dice["before"]["mean"] - 0.01:
@@ -213,7 +215,7 @@ def _of_measures(measures: Mapping[str, Any], options: Mapping[str, Any], side: 
         yield Concern(
             "Dice",
             f"The images agree (correlation {after:.2f}), but their labels do not (mean Dice "
-            f"{dice['after']['mean']:.2f}): is one of the label files that of another scan?",
+            f"{dice['after']['mean']:.2f}): does one of the label files belong to another scan?",
         )
 
 
@@ -247,8 +249,8 @@ def _of_fit(labels: Array, image: Array, background: float, name: str) -> Iterat
     if empty > _LOOSE:
         yield Concern(
             "labels",
-            f"{empty:.0%} of the labelled voxels of the {name} scan lie where it shows nothing: the label file may be "
-            "that of another scan.",
+            f"{empty:.0%} of the labelled voxels of the {name} scan lie where it shows nothing: the label file may "
+            "belong to another scan.",
         )
 
 
@@ -274,8 +276,8 @@ def _of_sides(labels: Array, points: Array, name: str) -> Iterator[Concern]:
     if len(wrong) > len(known) / 2:
         yield Concern(
             "sides",
-            f"The labels of the {name} scan call left what its header puts on the right, in {len(wrong)} of "
-            f"{len(known)} pairs of structures: the label file, or the header, has left and right exchanged.",
+            f"The labels of the {name} scan call left what its header puts on the right in {len(wrong)} of "
+            f"{len(known)} pairs of structures: left and right are swapped in the label file or in the header.",
         )
 
 
@@ -297,8 +299,8 @@ def _of_exchange(moved: Array, fixed: Array) -> Iterator[Concern]:
         more = f", and {len(exchanged) - 3} more" if len(exchanged) > 3 else ""
         yield Concern(
             "sides",
-            f"Labels {', '.join(exchanged[:3])}{more} lie on each other's place: the sides, or the numbers, of one "
-            "label file contradict those of the other.",
+            f"Labels {', '.join(exchanged[:3])}{more} lie in each other's place: the two label files disagree about "
+            "the sides or the numbers.",
         )
 
 

@@ -212,7 +212,7 @@ def save_index(folder: str | Path) -> list[Entry]:
     folder = Path(folder)
     path = folder / INDEX
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise FileExistsError(f"{path} is there already, and not an index of registrations: move it away.")
+        raise FileExistsError(f"{path} already exists and is not an index of registrations. Move it away.")
     entries = find_entries(folder)
     names = "\n".join(sorted(entry.name for entry in entries))
     rows = [

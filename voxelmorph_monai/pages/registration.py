@@ -79,30 +79,30 @@ def _measures(summary: Mapping[str, Any], linear: float) -> list[_Row]:
     rows = [
         row(
             "Correlation of the images",
-            "1: alike; 0: not. Between two contrasts it may be low or negative although all is well.",
+            "1: alike; 0: not. For two contrasts it may be low or negative although all is well.",
             stages[2],
             *stages[:2],
         )
     ]
     if summary.get("dice"):
         dice = [_number(summary["dice"][stage]["mean"]) for stage in ("before", "affine", "after")]
-        rows.append(row("Dice, mean", "Overlap of the labels of both scans; 1: they coincide.", dice[2], *dice[:2]))
+        rows.append(row("Dice, mean", "Overlap of the labels of both scans; 1: complete.", dice[2], *dice[:2]))
     rows += [
         row(
             "Folded voxels",
-            "Where the map takes several places to one. Should be 0.",
+            "Where the map takes several places to the same one. Should be 0.",
             _number(summary["folding_percent"], 4, " %"),
         ),
         row(
             "Smoothness (SDlogJ)",
             "How much the change of volume varies from place to place; 0: not at all. Of two maps with the same "
-            "overlap, the one with the lower value is the better one.",
+            "overlap, the lower value is the better one.",
             _number(summary["sdlogj"]),
         ),
         row(
             "Inverse consistency",
-            "How far points end from where they started after they went there and back, on average. Below the side of "
-            "a voxel is good.",
+            "Mean distance between where points start and where they end, mapped there and back. Less than the side "
+            "of a voxel is good.",
             _number(summary["inverse_consistency_mm"], 2, " mm"),
         ),
         row(

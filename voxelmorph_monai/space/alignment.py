@@ -127,14 +127,18 @@ def register_affine(
         ValueError: an image cannot be aligned.
     """
     if kind not in ("rigid", "affine"):
-        raise ValueError(f"an alignment is 'rigid' or 'affine', not '{kind}'.")
+        raise ValueError(f"kind is '{kind}'. Use 'rigid' or 'affine'.")
     for name, (array, affine) in zip(names, (moving, fixed), strict=True):
         if array.ndim not in (2, 3) or affine.shape != (array.ndim + 1,) * 2 or not (array > 0).any():
-            raise ValueError(f"{name} must be (X, Y, Z) and not 0 everywhere, got {array.shape}.")
+            raise ValueError(
+                f"{name} has shape {array.shape}, {np.count_nonzero(array > 0)} voxels above 0, and an affine of shape "
+                f"{affine.shape}. Give (X, Y, Z) with 4 x 4, or (X, Y) with 3 x 3, and not 0 everywhere."
+            )
         require_right_angles(affine, name)
     if moving[0].ndim != fixed[0].ndim:
         raise ValueError(
-            f"{names[0]} and {names[1]} must both be 2-D or 3-D, got {moving[0].shape} and {fixed[0].shape}."
+            f"{names[0]} has shape {moving[0].shape} and {names[1]} has {fixed[0].shape}. Align two volumes, or two "
+            "slices."
         )
     dims = fixed[0].ndim
     if _same(moving, fixed):
@@ -145,7 +149,9 @@ def register_affine(
     coarse = copies[0]
     for name, copy in zip(names, coarse, strict=True):
         if not np.ptp(copy.array) > 0:
-            raise ValueError(f"{name} shows the same intensity everywhere, {copy.array.flat[0]:g}: nothing to go by.")
+            raise ValueError(
+                f"{name} has the same intensity everywhere, {copy.array.flat[0]:g}, so nothing can be aligned."
+            )
     poses = [*_poses(*coarse, 1.0 if kind == "rigid" else sides[0] / sides[1])]
     information = MutualInformation(*coarse, reach)
     scores = [information.glance(pose) for pose in poses]

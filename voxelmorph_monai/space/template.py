@@ -73,8 +73,8 @@ class WorkingGrid(NamedTuple):
         plane, axes, low, high = _extent(scan)
         if len(self.size) != len(axes) or min(self.size) < 1 or not 0 < self.spacing < np.inf:
             raise ValueError(
-                f"a grid of size {self.size} and spacing {self.spacing} cannot be: give {len(axes)} sizes above 0 and "
-                "a spacing above 0 (--size, --spacing)."
+                f"a grid of size {self.size} and spacing {self.spacing} is not possible. Give {len(axes)} sizes above "
+                "0 and a spacing above 0 (--size, --spacing)."
             )
         extent, needed = np.multiply(self.size, self.spacing), np.abs(axes.T @ (high - low))
         if (extent < needed).any():
