@@ -1,10 +1,9 @@
 r"""Anatomy of the head in any scan: which structure each voxel belongs to, and what is brain.
 
-The network looks twice. A coarse look at the whole field of view, 4 mm a voxel, finds the brain; which way is up
-follows from what it shows (:mod:`~voxelmorph_monai.pose`). The fine look, 2 mm a voxel, is at the brain alone and
-upright; its posteriors are then sampled at the voxels of the scan, whatever their grid. Both looks are trained on
-images that were drawn from label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`), so that no contrast is
-foreign to them.
+The network looks twice. A coarse look at the whole field of view, with voxels of 4 mm, finds the brain and which way is
+up (:mod:`~voxelmorph_monai.pose`). A fine look with voxels of 2 mm, at the brain only and upright, gives the
+posteriors, which are then sampled at the voxels of the scan, whatever their grid. Both looks are trained on images
+generated from label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`), so they work for any contrast.
 """
 
 from collections.abc import Sequence
@@ -51,14 +50,15 @@ ndimage = lazy("scipy.ndimage")
 
 
 class Structure(NamedTuple):
-    """A structure as FreeSurfer has it.
+    """A structure in FreeSurfer's numbering.
 
     Attributes:
-        number: in its label maps.
-        name: in its colour table.
+        number: its number in FreeSurfer's label maps.
+        name: its name in FreeSurfer's colour table.
         colour: red, green, blue, 0 to 255.
-        part: of the brain, as the coarse look tells them apart: 1 and 2 the left and the right half of the cerebrum, 3
-            and 4 of the cerebellum, 5 and 6 the nuclei and the lateral ventricle, 7 the brain stem, 8 what is between.
+        part: part of the brain that the coarse look tells apart: 1 and 2 the left and the right half of the cerebrum, 3
+            and 4 of the cerebellum, 5 and 6 the nuclei and the lateral ventricle, 7 the brain stem, 8 what lies between
+            them.
     """
 
     number: int
@@ -156,12 +156,12 @@ class _Block(nn.Module):
 
 
 class BlockUNet(nn.Module):
-    """U-Net that takes blocks of 2 x 2 x 2 voxels for channels, which makes it fast: no layer has the image's size.
+    """U-Net that treats blocks of 2 x 2 x 2 voxels as channels, which makes it fast: no layer has the image's size.
 
     Args:
-        num_classes: K.
+        num_classes: number of classes, K.
         widths: channels of each level, finest first, multiples of 4.
-        top: channels that the classes of a block are read from, a multiple of 8.
+        top: number of channels from which the classes of a block are predicted, a multiple of 8.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class BlockUNet(nn.Module):
         self.head = nn.Conv3d(top, num_classes * 8, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``(B, K, X, Y, Z)`` of ``image`` ``(B, 1, X, Y, Z)``, any size; what exceeds 1 is as bright as 1."""
+        """Logits ``(B, K, X, Y, Z)`` of ``image`` ``(B, 1, X, Y, Z)``, any size; intensities above 1 count as 1."""
         sx, sy, sz = image.shape[2], image.shape[3], image.shape[4]
         m = self.multiple
         image = F.pad(image.clamp(0.0, 1.0), [0, -sz % m, 0, -sy % m, 0, -sx % m])
@@ -201,11 +201,11 @@ class BlockUNet(nn.Module):
 class AnatomyNet(nn.Module):
     """The two looks at a head, coarse and fine.
 
-    Called, it gives the logits of the fine look.
+    Calling it returns the logits of the fine look.
 
     Attributes:
-        coarse: for images of 4 mm a voxel, in any pose: the brain and, where the head is upright, its parts.
-        fine: for images of 2 mm a voxel, about upright: axes to the left, down and to the front.
+        coarse: for images with voxels of 4 mm, in any pose: the brain and, where the head is upright, its parts.
+        fine: for images with voxels of 2 mm, roughly upright, whose axes run left, inferior, anterior.
     """
 
     def __init__(self) -> None:
@@ -214,16 +214,16 @@ class AnatomyNet(nn.Module):
         self.fine = BlockUNet()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``(B, 31, X, Y, Z)`` of ``image`` ``(B, 1, X, Y, Z)``, any size; what exceeds 1 is as bright as 1."""
+        """Logits ``(B, 31, X, Y, Z)`` of ``image`` ``(B, 1, X, Y, Z)``, any size; intensities above 1 count as 1."""
         return self.fine(image)
 
 
 class Segmentation(NamedTuple):
-    """What a scan shows.
+    """The anatomy found in a scan.
 
     Attributes:
-        labels: FreeSurfer's numbers on the grid of the scan, int16; 0 is what is not brain.
-        volumes: of each structure in mm3, by name, from the posteriors.
+        labels: FreeSurfer's numbers on the grid of the scan, int16; 0 outside the brain.
+        volumes: volume of each structure in mm3, by name, computed from the posteriors.
         posteriors: probability of each class in the voxels of the fine look, ``(K, *view.size)``, float32.
         view: the grid of the fine look.
     """
@@ -235,7 +235,7 @@ class Segmentation(NamedTuple):
 
     @property
     def anatomy(self) -> Anatomy:
-        """The posteriors of the structures in space: what :func:`~voxelmorph_monai.pose.fit` takes."""
+        """Posteriors of the structures and their position, the input of :func:`~voxelmorph_monai.pose.fit`."""
         return seen_anatomy(self.posteriors, self.view, self.labels.grid)
 
     @property
@@ -249,10 +249,10 @@ def segment(scan: ScanLike, network: AnatomyNet) -> Segmentation:
 
     Args:
         scan: what :meth:`~voxelmorph_monai.space.scan.Scan.of` takes.
-        network: trained, in evaluation mode.
+        network: the trained network, in evaluation mode.
 
     Raises:
-        ValueError: it is not one volume of finite numbers, or there is no head in it.
+        ValueError: the scan is not one volume of finite numbers, or shows no head.
     """
     scan = Scan.of(scan, "the scan")
     posteriors, view = look(scan, network)
@@ -261,23 +261,23 @@ def segment(scan: ScanLike, network: AnatomyNet) -> Segmentation:
 
 
 def find_head(scan: Scan, network: AnatomyNet) -> ImageGrid:
-    """Grid of 2 mm around the brain in a scan, upright as the head is: what the fine look is at.
+    """Find the grid for the fine look at a scan: voxels of 2 mm around the brain, upright with the head.
 
     Raises:
-        ValueError: there is no head.
+        ValueError: the scan shows no head.
     """
     return locate(scan, network)[0][0]
 
 
 @torch.no_grad()
 def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
-    """Grids of 2 mm around the brain in a scan, upright in one pose or another of the head: the likeliest first.
+    """Grids of 2 mm around the brain in a scan, one for each possible pose of the head, the likeliest first.
 
-    The coarse look finds the brain in any pose, but better in an upright head. So it looks again, along the likeliest
-    pose, until one explains what the brain shows.
+    The coarse look finds the brain in any pose, but better in an upright head. So it looks again in the likeliest
+    poses, until one of them explains the intensities in the brain.
 
     Raises:
-        ValueError: there is no head.
+        ValueError: the scan shows no head.
     """
     if scan.is_slice:
         raise ValueError(f"{scan.name} is a single slice, but segmentation needs a volume.")
@@ -336,7 +336,7 @@ def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
     """Posteriors ``(K, *size)`` of the brain in a scan, and the grid of 2 mm that they are on.
 
     Raises:
-        ValueError: there is no head.
+        ValueError: the scan shows no head.
     """
     for view, _ in locate(scan, network)[:_MAX_VIEWS]:
         posteriors, closer = _look_closely(scan, view, network)
@@ -374,9 +374,9 @@ def _device(network: AnatomyNet) -> torch.device:
 
 
 def see(scan: Scan, view: ImageGrid) -> Tensor:
-    """A scan on the grid ``view``, each voxel the mean of what it covers: ``(1, 1, *size)``, float32.
+    """Resample a scan on the grid ``view``; each voxel is the mean of what it covers: ``(1, 1, *size)``, float32.
 
-    What is bright is about 1; beyond the scan there is 0.
+    Bright tissue is about 1; outside the scan the value is 0.
     """
     image = torch.from_numpy(np.ascontiguousarray(scan.array - np.float32(scan.background), np.float32))[None, None]
     side = float(spacing(view.affine)[0])
@@ -399,7 +399,7 @@ def see(scan: Scan, view: ImageGrid) -> Tensor:
 def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[np.uint8], dict[str, float]]:
     """Classes of the voxels of ``grid``, and volumes (mm3, by name), from posteriors on the grid ``view``.
 
-    A voxel is brain where that is more likely than background, and then of the likeliest structure.
+    A voxel is brain if that is more likely than background, and then belongs to the likeliest structure.
     """
     known = posteriors * _within(view, grid).to(posteriors)  # beyond the scan there is neither brain nor background
     volumes = known[1:].flatten(1).double().sum(1) * float(np.prod(spacing(view.affine)))
@@ -408,7 +408,7 @@ def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArr
 
 
 def seen_anatomy(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Anatomy:
-    """Posteriors of the structures in space, and which voxels of them lie in the scan, whose grid is ``grid``."""
+    """Posteriors of the structures and their position, and which of their voxels lie in a scan on ``grid``."""
     return Anatomy(posteriors[1:].cpu(), np.asarray(view.affine), _within(view, grid))
 
 
@@ -420,12 +420,12 @@ def brain_mask(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[
 
 
 def to_freesurfer(classes: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """FreeSurfer's numbers of classes."""
+    """Convert classes to FreeSurfer's numbers."""
     return np.array([0, *(structure.number for structure in STRUCTURES)], np.int16)[classes]
 
 
 def clean(posteriors: Tensor) -> Tensor:
-    """Posteriors ``(K, *size)`` of one brain without holes: its largest part, and nothing far from it."""
+    """Clean the posteriors ``(K, *size)`` of a brain: keep its largest part, without holes and nothing far from it."""
     brain = _largest((posteriors[0] < 0.5).cpu().numpy())
     near = torch.from_numpy(ndimage.binary_dilation(brain)).to(posteriors.device)
     hole = torch.from_numpy(brain).to(posteriors.device) & (posteriors[0] >= 0.5)

@@ -1,8 +1,8 @@
-"""How numba compiles loops here.
+"""Compile loops with numba.
 
-A loop runs over some planes of a volume without Python's lock, so that several threads can share the planes. They are
-threads of Python's own (``threads``), made for each call: numba's would die when a process forks, and do not let two
-threads of the caller in at once. What is compiled lies in a cache on the disk.
+A loop runs over some planes of a volume without Python's lock, so that several threads can share the planes. These are
+Python threads (``threads``), created for each call: numba's own threads would die when a process forks, and cannot
+serve two calling threads at once. Compiled code is cached on disk.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ __all__ = ["compiled"]
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Have numba compile a function when it is first called with arguments of some types."""
+    """Compile a function with numba when it is first called with arguments of new types."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         return njit(cache=True, **options)(function)

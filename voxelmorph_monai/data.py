@@ -44,7 +44,7 @@ def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: the folder has no datalist.
-        ValueError: the datalist is no JSON, or has no such section.
+        ValueError: the datalist is not JSON, or has no such section.
     """
     datalist = Path(dataset_dir) / "datalist.json"
     if not datalist.is_file():

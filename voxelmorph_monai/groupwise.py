@@ -1,8 +1,8 @@
-r"""Shapes of several images at once, none of which comes first: means of maps, and what lies half-way.
+r"""The mean shape of several images, none of which is the reference: means and halves of maps.
 
 A map near the identity is the flow of a velocity, :math:`\phi = \exp(v)`. Velocities can be added, divided and
-averaged, and :math:`\exp(-v)` undoes :math:`\exp(v)`; so what is in the middle of several maps is where their
-velocities add up to 0 (Arsigny et al., MICCAI 2006). Fields are those of :mod:`~voxelmorph_monai.blocks`, in voxels.
+averaged, and :math:`\exp(-v)` undoes :math:`\exp(v)`; so the middle of several maps is where their velocities add up to
+0 (Arsigny et al., MICCAI 2006). Fields are those of :mod:`~voxelmorph_monai.blocks`, in voxels.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _velocity(moving: Tensor, fixed: Tensor, steps: int, similarity: str, mask: 
 def velocity_between(
     first: Tensor, second: Tensor, *, steps: int = 20, similarity: str = "lncc", mask: Tensor | None = None
 ) -> Tensor:
-    """Velocity from points of one image to those of another, both ``(1, 1, *spatial)``; swapped, it is minus that.
+    """Velocity from points of one image to those of another, both ``(1, 1, *spatial)``; swapping them negates it.
 
     Each is registered to the other, and the two velocities are averaged.
     """
@@ -64,8 +64,7 @@ def centred_velocities(
 ) -> list[Tensor]:
     """Velocities from the shape in the middle of all images ``(1, 1, *spatial)`` to each of them; their sum is 0.
 
-    Two images are registered to each other, more of them to their mean, as often as there are ``rounds``. Their order
-    does not matter.
+    Two images are registered to each other, more of them to their mean, ``rounds`` times. Their order does not matter.
     """
     if len(images) == 2:
         whole = velocity_between(images[0], images[1], steps=steps, similarity=similarity, mask=mask)

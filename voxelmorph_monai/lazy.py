@@ -1,4 +1,4 @@
-"""Libraries that take long to import, and that many a call does without: they are imported when they are first used.
+"""Import slow libraries when they are first used, because many calls do not need them.
 
 Seconds of processor time that an import takes beside torch: MONAI 4 to 8, ITK 0.3 and up to 9 once its classes are
 used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
@@ -27,7 +27,7 @@ def begin_to_import(name: str) -> None:
 
 
 def lazy(name: str) -> Any:
-    """Give the module with this dotted name, which is not imported yet.
+    """Return the module with this dotted name; it is imported when it is first used.
 
     >>> html = lazy("html.entities")
     >>> html.name2codepoint["eacute"]

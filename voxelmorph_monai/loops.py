@@ -1,9 +1,9 @@
-"""Loops over voxels that numba compiles: what torch's operators need several passes over memory for.
+"""Loops over voxels, compiled by numba, for what takes torch's operators several passes over memory.
 
-Each public function has a path of torch's operators beside it, where it is called from, which gives the same numbers
-up to rounding and which the tests compare it with. Tensors are those that ``kernels.loops`` lets through.
+For each public function, its caller has an equivalent with torch's operators, which gives the same numbers up to
+rounding; the tests compare the two. Tensors are those that ``kernels.loops`` accepts.
 
-A loop runs over some planes of the first spatial axis, which several threads share (``compiled``).
+A loop runs over a range of planes along the first spatial axis, so that threads can share the work (``compiled``).
 """
 
 from collections.abc import Callable, Sequence
@@ -257,14 +257,14 @@ def _rounds(fields: _Array, scale: float) -> list[list[tuple[int, int, int]]]:
 
 
 def sample(image: Tensor, ddf: Tensor) -> Tensor:
-    """``blocks.warp``, linear, continued with the border value."""
+    """``blocks.warp`` with linear interpolation and the border value outside."""
     out = image.new_empty(image.shape)
     _forward(image, ddf, out, 1.0, False)
     return out
 
 
 def square(ddf: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Compose ``scale`` times ``ddf`` with itself, in ``out`` if that is given."""
+    """Compose ``scale`` times ``ddf`` with itself, into ``out`` if that is given."""
     out = ddf.new_empty(ddf.shape) if out is None else out
     _forward(ddf, ddf, out, scale, True)
     return out
@@ -284,7 +284,7 @@ def _forward(image: Tensor, ddf: Tensor, out: Tensor, scale: float, add: bool) -
 def sample_backward(
     image: Tensor, ddf: Tensor, grad: Tensor, want_image: bool, want_ddf: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``sample`` by image and field, as far as they are wanted."""
+    """Gradients of ``sample`` with respect to image and field, as far as they are wanted."""
     of_image = image.new_zeros(image.shape) if want_image else None
     of_ddf = ddf.new_empty(ddf.shape) if want_ddf else None
     _backward(image, ddf, grad, of_image, of_ddf, 1.0, False)
@@ -292,7 +292,7 @@ def sample_backward(
 
 
 def square_backward(ddf: Tensor, grad: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Gradient of ``square``, in ``out`` if that is given."""
+    """Gradient of ``square``, into ``out`` if that is given."""
     out = ddf.new_zeros(ddf.shape) if out is None else out.zero_()
     _backward(ddf, ddf, grad, out, out, scale, True)
     return out
@@ -487,8 +487,8 @@ def correlation(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Mean over the voxels of two images of the squared correlation of the window around each, and its gradients.
 
-    ``scales`` is what to subtract from each channel of each image and to multiply it by, and ``wanted`` says by which
-    of the images to differentiate.
+    ``scales`` holds what to subtract from each channel of each image, and the factor to multiply it by. ``wanted`` says
+    which images need a gradient.
     """
     channels = [_volumes(x).reshape(-1, 1, *_volumes(x).shape[2:]) for x in images]
     size = channels[0].shape[2:]
@@ -599,7 +599,7 @@ def _force(image: Any, slope: Any, out: Any, first: int, last: int) -> None:
 
 
 def force(image: Tensor, slope: Tensor) -> Tensor:
-    """``refinement._gradient``."""
+    """The same as ``refinement._gradient``."""
     out = image.new_empty((len(image), image.ndim - 2, *image.shape[2:]))
     images, slopes, found = (_volumes(tensor) for tensor in (image, slope, out))
 
@@ -638,7 +638,7 @@ def _smooth(field: Any, weights: Any, out: Any, first: int, last: int) -> None:
 
 
 def smooth(field: Tensor, passes: Sequence[int], weights: Sequence[float]) -> Tensor:
-    """Convolve ``(B, C, *spatial)`` with ``[w, 1 - 2 w, w]`` along each axis, so many times."""
+    """Convolve ``(B, C, *spatial)`` with ``[w, 1 - 2 w, w]`` along each axis, as many times as ``passes`` says."""
     for number in range(max(passes)):
         source, out = field, torch.empty_like(field, memory_format=torch.contiguous_format)
         fields, found = _volumes(source), _volumes(out)
@@ -719,11 +719,11 @@ def _suspects(field: Any, volume: Any, out: Any, first: int, last: int) -> None:
 
 
 def suspects(ddf: Tensor, volume: float) -> Tensor:
-    """Voxels, as flat indices, among which are all that keep ``volume`` or less by central or forward differences.
+    """Flat indices of voxels, among them all that keep ``volume`` or less by central or forward differences.
 
     Args:
-        ddf: of one pair, ``(1, D, *spatial)``, 2 voxels or more along each axis.
-        volume: share of the volume of a voxel, 1 where nothing moves.
+        ddf: displacement of one pair, ``(1, D, *spatial)``, 2 voxels or more along each axis.
+        volume: fraction of the volume of a voxel, 1 where nothing moves.
     """
     fields = _volumes(ddf)
     found = np.empty(fields.shape[2:], bool)

@@ -1,4 +1,4 @@
-"""Pictures of a registration, for people who would rather look than read."""
+"""Pictures of a registration, and box plots of measures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,22 +101,22 @@ def save_registration_picture(
     title: str = "",
     slices: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG of three slices: moving, fixed, warped, what they differ by, deformed grid, change of volume.
+    """Write a PNG of three slices: moving, fixed, warped, their difference, deformed grid, change of volume.
 
-    Of a slice, one of whose axes has length 1, it shows that. The deformed grid lies on the moving image: its lines are
-    where the fixed image's rows and columns look.
+    For a slice, with one axis of length 1, it shows only that slice. The deformed grid lies on the moving image: its
+    lines are where the map takes the rows and columns of the fixed image.
 
     Args:
-        path: the PNG, written whole or not at all.
+        path: the PNG, written completely or not at all.
         moving: ``(X, Y, Z)``, on the fixed grid like all the others, intensities in [0, 1].
         fixed: ``(X, Y, Z)``.
         warped: ``(X, Y, Z)``.
         ddf: ``(3, X, Y, Z)`` in voxels.
-        determinant: ``(X, Y, Z)``, of the Jacobian; 1 keeps the volume, and what folds (<= 0) is drawn red.
-        affine: of the fixed grid (RAS, mm), so that right is drawn right whatever the orientation of the arrays.
+        determinant: Jacobian determinant ``(X, Y, Z)``; 1 keeps the volume, and folds (<= 0) are drawn red.
+        affine: affine of the fixed grid (RAS, mm), so that right is drawn right whatever the orientation of the arrays.
         title: a line above.
-        slices: numbers of the sagittal, coronal and axial one, from the left, the back and below (default: through the
-            left hemisphere, where a sagittal slice shows more than in the fissure, and through the middle).
+        slices: numbers of the sagittal, coronal and axial slice, from the left, the back and below (default: through
+            the left hemisphere, where a sagittal slice shows more than in the fissure, and through the middle).
     """
     change, source = _to_ras(affine)
     volumes: Sequence[Array] = [apply_orientation(v, change) for v in (moving, fixed, warped, determinant)]
@@ -159,13 +159,13 @@ def save_registration_picture(
 def save_box_plot(path: str | Path, series: "Mapping[str, pd.DataFrame]", *, label: str, title: str = "") -> None:
     """Write a PNG of box plots side by side: a box for each column of each of the ``series``.
 
-    A box spans the quartiles, its line is the median, whiskers reach to the last value within 1.5 times the box, what
-    lies further out is a point. NaN is left out.
+    A box spans the quartiles, its line is the median, whiskers reach to the last value within 1.5 times the box, and
+    values further out are points. NaN is left out.
 
     Args:
-        path: the PNG, written whole or not at all.
+        path: the PNG, written completely or not at all.
         series: tables by the name to show, with a row for each pair and the same columns.
-        label: of the axis of values.
+        label: label of the axis of values.
         title: a line above.
     """
     columns = next(iter(series.values())).columns

@@ -1,4 +1,4 @@
-"""What every registration leaves, whoever ran it: how good it is, in numbers and a picture, and its displacement."""
+"""The output that all registrations share: their quality in numbers and a picture, and the displacement."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +31,12 @@ Array = NDArray[np.floating[Any]]
 
 
 class Images(NamedTuple):
-    """What a registration is seen by: images ``(X, Y, Z)`` on the fixed grid, intensities in [0, 1].
+    """Images to show of a registration: ``(X, Y, Z)`` on the fixed grid, intensities in [0, 1].
 
     Attributes:
-        moving: the moving image before it was bent.
+        moving: the moving image before the deformation.
         fixed: the fixed image.
-        warped: the moving image after.
+        warped: the moving image after the deformation.
     """
 
     moving: Array
@@ -45,7 +45,7 @@ class Images(NamedTuple):
 
 
 def correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Pearson's correlation of two images over the whole grid: -1 to 1, and 0 where one of them shows nothing."""
+    """Pearson's correlation of two images over the whole grid: -1 to 1, and 0 if one of them shows nothing."""
     a, b = (image.astype(np.float64) - image.mean(dtype=np.float64) for image in (first, second))
     scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / scale if scale > 0 else 0.0
@@ -93,7 +93,7 @@ def _field(ddf: Array) -> torch.Tensor:
 def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
     """Jacobian determinant of a displacement ``(3, X, Y, Z)`` in voxels of a grid with this affine (RAS, mm).
 
-    Of a slice it is the change of area, from its own plane to the one that it is mapped to: ``(X, Y, 1)``.
+    For a slice it is the change of area, from its own plane to the one that it is mapped to: ``(X, Y, 1)``.
     """
     if 1 not in ddf.shape[1:]:
         loops = compiled_module("scan_loops")
@@ -113,10 +113,9 @@ def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
 
 
 def regularity(ddf: Array, determinant: Array | None = None) -> dict[str, float | None]:
-    """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and by how much its volumes vary (None: all fold).
+    """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and how much its volumes vary (None: all fold).
 
-    ``determinant`` is its :func:`volume_change`, where that is known already.
-    """
+    ``determinant`` is its :func:`volume_change`, if that is already known. """
     if 1 in ddf.shape[1:]:  # within the plane, wherever that is taken to
         determinant = jacobian_determinant(_field(ddf)).numpy()
     elif determinant is None:
@@ -142,17 +141,17 @@ def save_results(
     """Write ``displacement.nii.gz``, ``jacobian.nii.gz``, ``report.png`` and, last, ``summary.json``.
 
     Args:
-        folder: where to.
-        images: for the picture; None: without it.
+        folder: folder to write to.
+        images: images for the picture; None for no picture.
         ddf: ``(3, X, Y, Z)`` in voxels of the fixed grid, from its points to those of the moving image.
-        affine: of the fixed grid (RAS, mm).
-        summary: what to write; with ``correlation_before``, ``correlation_after`` and ``folding_percent``. Numbers that
-            are not finite become null.
+        affine: affine of the fixed grid (RAS, mm).
+        summary: summary to write, with ``correlation_before``, ``correlation_after`` and ``folding_percent``. Numbers
+            that are not finite become null.
         bend: the part of ``ddf`` that leads from ``images.fixed`` to ``images.moving`` (default: all of it).
-        determinant: :func:`volume_change` of ``ddf``, where that is known already.
-        names: of the files.
-        spatial_dims: 2 writes the files of a 2-D image.
-        slices: of the picture, see :func:`~voxelmorph_monai.pictures.save_registration_picture`.
+        determinant: :func:`volume_change` of ``ddf``, if that is already known.
+        names: names of the files.
+        spatial_dims: 2 to write the files of a 2-D image.
+        slices: slices of the picture, see :func:`~voxelmorph_monai.pictures.save_registration_picture`.
     """
     if determinant is None:
         determinant = volume_change(ddf, affine)

@@ -1,10 +1,10 @@
-"""Loops over the voxels of scans that numba compiles: interpolation along maps between grids, in one pass.
+"""Loops over the voxels of scans, compiled by numba: interpolation along maps between grids, in one pass.
 
-SciPy's operators, which are beside each function where it is called from, need several passes and the coordinates of
-all voxels in memory. Both give the same numbers up to rounding: coordinates and shares of voxels are in float64 here,
-too. Nothing needs torch, which takes longer to import than the loops take to run.
+The callers have equivalents with SciPy's operators, which need several passes and the coordinates of all voxels in
+memory. Both give the same numbers up to rounding: coordinates and weights are in float64 here, too. Nothing here needs
+torch, which takes longer to import than the loops take to run.
 
-Arrays are ``(X, Y, Z)`` in any order in memory; what is found has X fastest, as NIfTI files have it.
+Arrays are ``(X, Y, Z)`` in any order in memory; in results X is fastest, as in NIfTI files.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,7 +105,7 @@ def pull(
         size: of the grid.
         ddf: ``(3, *size)`` in voxels of the grid; None for no displacement.
         order: 1 linear, 0 nearest neighbour.
-        outside: the value further than ``reach`` voxels from the outermost ones, which are continued up to there.
+        outside: value more than ``reach`` voxels beyond the outermost ones, which are continued up to there.
         reach: in voxels.
     """
     found = np.empty(tuple(size), volume.dtype, order="F")
@@ -195,10 +195,10 @@ def _bend(
 
 
 def bend(ddf: _Array, to_field: _Array, linear: _Array, after: _Array, size: Sequence[int]) -> _Array:
-    """Sample a map, linear, bent, linear, on a grid: a displacement ``(3, *size)`` in float32.
+    """Sample a map, linear, nonlinear, linear, on a grid: a displacement ``(3, *size)`` in float32.
 
     Args:
-        ddf: ``(3, X, Y, Z)`` in voxels of its own grid; beyond it, it is 0.
+        ddf: ``(3, X, Y, Z)`` in voxels of its own grid, and 0 outside it.
         to_field: 4 x 4, from voxels of the grid to voxels of ``ddf``.
         linear: 4 x 4, the map without the displacement, from voxels of the grid to its voxels.
         after: 3 x 3, from displacements in voxels of ``ddf`` to those in voxels of the grid.
@@ -247,7 +247,7 @@ def _volume_change(ux: Any, uy: Any, uz: Any, out: Any, first: int, last: int) -
 
 
 def volume_change(ddf: _Array) -> _Array:
-    """Jacobian determinant ``(X, Y, Z)`` of ``ddf`` ``(3, X, Y, Z)``, as ``blocks.jacobian_determinant`` has it."""
+    """Jacobian determinant ``(X, Y, Z)`` of ``ddf`` ``(3, X, Y, Z)``, like ``blocks.jacobian_determinant``."""
     u = [np.ascontiguousarray(each.T) for each in ddf]
     out = np.empty(u[0].shape, u[0].dtype)
     _for_slabs(lambda first, last: _volume_change(*u, out, first, last), len(out))

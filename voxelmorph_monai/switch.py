@@ -1,7 +1,7 @@
-"""The one switch between compiled loops and the operators of torch, NumPy and SciPy beside them.
+"""The one switch between compiled loops and the equivalent operators of torch, NumPy and SciPy.
 
-Both give the same numbers up to rounding. The loops are not used on machines without ``numba``, and where the
-environment variable ``VXM_KERNELS`` is ``torch``.
+Both give the same numbers up to rounding. The loops are not used on machines without ``numba``, or if the environment
+variable ``VXM_KERNELS`` is ``torch``.
 """
 
 import os
@@ -24,5 +24,5 @@ def _import(name: str) -> Any:
 
 
 def compiled_module(name: str) -> Any:
-    """Give a module of compiled loops, ``"loops"`` or ``"scan_loops"``, or None where they are not to be used."""
+    """Return a module of compiled loops, ``"loops"`` or ``"scan_loops"``, or None if they are not to be used."""
     return _import(name) if enabled else None

@@ -1,4 +1,4 @@
-"""Threads of one call: how many, and what they do."""
+"""Run the work of one call in threads."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ _Result = TypeVar("_Result")
 
 
 def num_threads() -> int:
-    """How many threads to use: what OMP_NUM_THREADS says, as for torch, or one for each processor of this process."""
+    """Number of threads to use: OMP_NUM_THREADS, like for torch, or one for each processor of this process."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(os.environ.get("OMP_NUM_THREADS", "") or allowed)
 
 
 def run(work: Callable[[_Job], _Result], jobs: Sequence[_Job], threads: int) -> list[_Result]:
-    """Do ``work`` for each of ``jobs``, with so many threads at most; results are in the order of the jobs.
+    """Do ``work`` for each of ``jobs``, with at most ``threads`` threads; results are in the order of the jobs.
 
     >>> run(len, ["a", "bb"], 2)
     [1, 2]

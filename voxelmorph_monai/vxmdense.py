@@ -1,6 +1,6 @@
-"""``VxmDense`` of the package voxelmorph 0.2, by our network: for code and checkpoints that were made for that class.
+"""``VxmDense`` of the package voxelmorph 0.2, with our network, for code and checkpoints made for that class.
 
-It gives the same numbers, of networks of any width; two convolutions a level and probabilities are refused.
+It gives the same numbers, for networks of any width. Two convolutions per level and probabilities are not supported.
 """
 
 import math

@@ -284,7 +284,10 @@ def test_a_given_split_is_kept(tmp_path: Path, scans: Path, quick: list[str]) ->
         ("[1]", r"JSON object: .*list"),
         ('{"training": 3}', r"JSON object: a section is not a list"),
         ('{"training": ["a", "b", "b"]}', r"Missing: \[c, d, e, f, g\]; repeated: \[b\]; unknown: \[\]"),
-        ('{"training": ["a","b","c","d","e","f","g"], "test": ["h"]}', r"Missing: \[\]; repeated: \[\]; unknown: \[h\]"),
+        (
+            '{"training": ["a","b","c","d","e","f","g"], "test": ["h"]}',
+            r"Missing: \[\]; repeated: \[\]; unknown: \[h\]",
+        ),
         ('{"grid": ["a","b","c","d","e","f","g"]}', "has a section 'grid'"),
     ],
 )

@@ -846,9 +846,7 @@ def test_slabs_must_overlap(layers: int, fraction: float) -> None:
     options: dict[str, Any] = {"space": "fixed", "alignment": "none", "refine": False}
     if fraction < 0.25:
         for pair in ((lower, upper), (upper, lower)):
-            with pytest.raises(
-                ValueError, match=f"{pair[0].name} and {pair[1].name} overlap by only {fraction:.0%}"
-            ):
+            with pytest.raises(ValueError, match=f"{pair[0].name} and {pair[1].name} overlap by only {fraction:.0%}"):
                 register(*pair, **options)
         return
     warped = register(lower, upper, **options).warped.array

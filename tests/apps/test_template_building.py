@@ -181,5 +181,5 @@ def test_another_group_needs_another_folder(built: Path, tmp_path: Path) -> None
     scans = write(tmp_path / "scans", order=range(2))
     with pytest.raises(ValueError, match="other scans or options"):
         build_template(scans, built, **OPTIONS)
-    with pytest.raises(ValueError, match="not made by .vxm template."):
+    with pytest.raises(ValueError, match="not made by 'vxm template'"):
         build_template(scans, tmp_path / "scans", **OPTIONS)

@@ -1,8 +1,8 @@
 """Apply transforms to files: images, label maps and points.
 
 Images and points go opposite ways. A transform takes points of the fixed image (the reference) to points of the moving
-one, and so pulls the moving image onto the fixed grid. Points that were drawn in the moving image have to go the way of
-the image, which is against the transform: by its inverse.
+one, and so pulls the moving image onto the fixed grid. Points that were drawn in the moving image have to go the same
+way as the image, against the transform, so they are mapped by its inverse.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def read_grid(path: str | Path, series: int | None = None) -> ImageGrid:
     """Size and affine (RAS, mm) of an image; its voxels are not read. ``series`` chooses one in a DICOM folder.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not one 3-D volume, slice or 2-D image, its axes at right angles.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not one 3-D volume, slice or 2-D image with axes at right angles.
     """
     volume, affine = open_volume(path, planar=True, series=series)
     require_right_angles(affine, str(path))
@@ -53,10 +53,10 @@ def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[st
 
 
 def open_chain(transforms: Sequence[str], *images: str | Path | None) -> "Chain":
-    """Read transforms (:func:`~voxelmorph_monai.maps.files.read_chain`), whose dimensions the images must have.
+    """Read transforms (:func:`~voxelmorph_monai.maps.files.read_chain`) for images in the same number of dimensions.
 
     Raises:
-        ValueError: an image is in other dimensions; None stands for no image.
+        ValueError: an image has another number of dimensions (None: there is no image).
     """
     found: Chain = files.read_chain(transforms)
     for image in images:
@@ -109,7 +109,7 @@ def apply(
             :data:`~voxelmorph_monai.maps.spatial_map.LABEL_INTERPOLATIONS` (default: nearest).
 
     Raises:
-        TypeError: a scan is none.
+        TypeError: an input is not a scan.
         ValueError, FileNotFoundError: an input or an option cannot be used; the message says which and why.
     """
     interpolation = _interpolation(kind, interpolation)
@@ -139,8 +139,8 @@ def apply_to_image(
     """Resample an image or a label map on the grid of a reference; the output has the header of the reference.
 
     An image becomes float32, a label map keeps its type. Transforms that fit only the other way round are inverted
-    (:func:`~voxelmorph_monai.maps.grids.fits_backwards`). Transforms of 2-D images go with 2-D images and references,
-    all others with volumes or slices.
+    (:func:`~voxelmorph_monai.maps.grids.fits_backwards`). Transforms of 2-D images need 2-D images and references; all
+    others need volumes or slices.
 
     Args:
         transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
@@ -156,7 +156,7 @@ def apply_to_image(
         overwrite: replace ``output``.
 
     Returns:
-        Residual in mm of the displacements that were inverted, 0 where none was.
+        Residual in mm of the displacements that were inverted, 0 if there were none.
     """
     interpolation = _interpolation(kind, interpolation)
     _check_image_output(output, overwrite, [moving, reference, *transforms])
@@ -196,11 +196,11 @@ def jacobian_file(
         transforms: as in :func:`apply_to_image`.
         reference: as in :func:`apply_to_image`.
         output: as in :func:`apply_to_image`.
-        logarithm: write the natural logarithm, 0 where volume stays.
+        logarithm: write the natural logarithm, which is 0 where the volume does not change.
         overwrite: as in :func:`apply_to_image`.
 
     Raises:
-        ValueError: the logarithm of a transform that folds; and for wrong input.
+        ValueError: an input cannot be used, or the transform folds, so that its logarithm is not defined.
     """
     _check_image_output(output, overwrite, [reference, *transforms])
     grid = read_grid(reference)
@@ -236,20 +236,20 @@ def apply_to_points(
     coordinates: str | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Map points from one image to the other; the output has the format of the input, and all else that is in it.
+    """Map points from one image to the other; the output keeps the format of the input and its other content.
 
     Args:
         transforms: as in :func:`apply_to_image`.
         points: CSV with columns x, y and z, or ``.fcsv`` or ``.mrk.json`` of 3D Slicer.
-        output: file of the same ending.
+        output: file to write, with the same extension.
         drawn_in: ``"fixed"``: points of the fixed image go to the moving one, along the transform. ``"moving"``: points
-            of the moving image go to the fixed one, as the image does, by the inverse: exact for linear transforms,
-            otherwise searched point by point.
-        coordinates: of a CSV file, ``"RAS"`` or ``"LPS"``.
+            of the moving image go to the fixed one, like the image, by the inverse: exact for linear transforms,
+            otherwise found by a search for each point.
+        coordinates: coordinate system of a CSV file, ``"RAS"`` or ``"LPS"``.
         overwrite: replace ``output``.
 
     Returns:
-        Residual of what was inverted numerically, in mm.
+        Residual in mm of the numerical inverse, 0 if there was none.
     """
     if drawn_in not in SIDES:
         raise ValueError(f"points cannot be drawn in '{drawn_in}'. Choose one of {', '.join(SIDES)}.")

@@ -1,8 +1,8 @@
-r"""Apply transforms to images of many numbers a voxel: series of volumes, vectors, gradients of a diffusion scan.
+r"""Apply transforms to images with several numbers per voxel: series of volumes, vectors, diffusion gradients.
 
-A vector is turned as the tissue is. Where the transform :math:`T` takes points of the fixed image to the moving one, a
-vector :math:`v` at :math:`T(x)` becomes :math:`(DT(x))^{-1} v` at :math:`x`. The gradients of a series are one list for
-all voxels, so they can be turned only by a transform whose rotation is the same everywhere.
+A vector is rotated with the tissue. Where the transform :math:`T` takes points of the fixed image to the moving one, a
+vector :math:`v` at :math:`T(x)` becomes :math:`(DT(x))^{-1} v` at :math:`x`. A series has one list of gradients for all
+voxels, so they can be rotated only by a transform whose rotation is the same everywhere.
 """
 
 import gzip
@@ -74,10 +74,10 @@ def _fitting(names: Sequence[str], image: ImageGrid, reference: ImageGrid, of: t
 
 
 def turn_gradients(gradients: NDArray[Any], transform: Transform, moving: Affine, fixed: Affine) -> NDArray[Any]:
-    """Turn the gradients of a diffusion series ``(3, N)`` as the series is turned when it is resampled.
+    """Rotate the gradients of a diffusion series ``(3, N)`` as the series is rotated when it is resampled.
 
-    FSL counts them along the axes of the voxels, and turns the first one over where the determinant of the affine is
-    positive. Of an affine transform the rotation next to it counts (finite strain).
+    FSL states them along the axes of the voxels, and flips the first axis if the determinant of the affine is positive.
+    For an affine transform the nearest rotation is used (finite strain).
 
     Args:
         gradients: of the moving series, ``(3, N)``.
@@ -139,7 +139,7 @@ def apply_to_series(
     bvec: str | Path | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Resample all volumes of a series on the grid of a reference, one after the other: memory for one is enough.
+    """Resample all volumes of a series on the grid of a reference, one at a time, with memory for only one.
 
     Args:
         transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
@@ -152,7 +152,7 @@ def apply_to_series(
         overwrite: replace ``output``.
 
     Returns:
-        Residual in mm of the displacements that were inverted, 0 where none was.
+        Residual in mm of the displacements that were inverted, 0 if there were none.
     """
     target = _check(output, overwrite, [moving, reference, *transforms])
     gradients_file = target.with_name(target.name.removesuffix(".gz").removesuffix(".nii") + ".bvec")
@@ -197,15 +197,15 @@ def apply_to_vectors(
     interpolation: str = "linear",
     overwrite: bool = False,
 ) -> float:
-    """Resample an image of vectors and turn them as the tissue is turned; unit vectors stay unit vectors.
+    """Resample an image of vectors and rotate them with the tissue; unit vectors stay unit vectors.
 
     Args:
         transforms: as in :func:`apply_to_series`.
         moving: NIfTI image ``(X, Y, Z, 3)`` or ``(X, Y, Z, 1, 3)``.
         reference: as in :func:`apply_to_series`.
-        output: as in :func:`apply_to_series`, of the shape of ``moving``.
-        coordinates: axes of the vectors, ``"RAS"`` or ``"LPS"``; intents 1006 and 1007 tell it.
-        interpolation: as in :func:`apply_to_series`; ``"nearest"`` for directions whose sign means nothing.
+        output: as in :func:`apply_to_series`, with the shape of ``moving``.
+        coordinates: axes of the vectors, ``"RAS"`` or ``"LPS"``; not needed if the NIfTI intent is 1006 or 1007.
+        interpolation: as in :func:`apply_to_series`; ``"nearest"`` for directions whose sign has no meaning.
         overwrite: replace ``output``.
 
     Returns:

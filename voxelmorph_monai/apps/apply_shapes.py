@@ -1,6 +1,6 @@
-"""Apply transforms to surfaces and streamlines: files that hold many points and say in which space.
+"""Apply transforms to surfaces and streamlines: files with many points that state their space.
 
-They go the way of points: those made from the moving image go to the fixed one against the transform.
+They move like points: those made from the moving image go to the fixed one against the transform.
 """
 
 import logging
@@ -62,15 +62,16 @@ def apply_to_surface(
     volume: str | Path | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Move a surface from one image to the other; the output has the format of the input, and all else that is in it.
+    """Move a surface from one image to the other; the output keeps the format of the input and its other content.
 
     Args:
         transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
-        surface: GIFTI, FreeSurfer's, VTK, STL or PLY (:mod:`~voxelmorph_monai.maps.surfaces`).
+        surface: GIFTI, FreeSurfer, VTK, STL or PLY (:mod:`~voxelmorph_monai.maps.surfaces`).
         output: file of the same ending.
-        made_from: ``"fixed"``: along the transform, to the moving image; ``"moving"``: back, as the image goes.
-        coordinates: frame of a file that does not tell, ``"RAS"``, ``"LPS"`` or ``"tkr"``.
-        reference: the image in whose space the surface lies then; files of FreeSurfer describe it.
+        made_from: ``"fixed"``: the surface goes along the transform, to the moving image; ``"moving"``: it goes back,
+            like the image.
+        coordinates: coordinate system of a file that does not state it, ``"RAS"``, ``"LPS"`` or ``"tkr"``.
+        reference: the image in whose space the moved surface lies; FreeSurfer files describe it.
         volume: the image that a surface in tkr RAS was made from, where its file does not describe it.
         overwrite: replace ``output``.
 
@@ -103,7 +104,7 @@ def apply_to_streamlines(
         streamlines: ``.trk``, ``.tck`` or ``.trx``.
         output: file of the same ending.
         made_from: as in :func:`apply_to_surface`.
-        reference: the image in whose space they lie then, which TRK needs and TRX describes.
+        reference: the image in whose space the moved streamlines lie; TRK needs it, TRX describes it.
         overwrite: replace ``output``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Whole heads among the scans to register: where the brain is in them, what contrast they have, and how they lie."""
+"""Whole heads among the scans to register: find their brains, their contrast and their pose."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,9 +27,9 @@ class Head(NamedTuple):
     """A whole head in a scan.
 
     Attributes:
-        brain: the scan, and 0 outside its brain.
-        anatomy: its structures, 4 mm a voxel.
-        order: 0 white matter, 1 cortex, 2 ventricles, the brightest first.
+        brain: the scan with 0 outside its brain.
+        anatomy: its structures, with voxels of 4 mm.
+        order: the numbers 0 (white matter), 1 (cortex) and 2 (ventricles), the brightest first.
     """
 
     brain: Scan
@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
 
 def may_be_head(scan: Scan) -> bool:
-    """Whether a scan shows more than a brain, and is none of CT."""
+    """Whether a scan shows more than a brain, and is not a CT."""
     if scan.is_slice or scan.background < 0:
         return False
     litres = np.count_nonzero(scan.array > 0) * np.prod(scan.spacing) * 1e-6
@@ -53,7 +53,7 @@ def find_brain(scan: Scan, device: str | None = None) -> Head | None:
     """Find the brain in a scan of a head, of any contrast and in any pose; None if the scan may be a brain itself.
 
     Raises:
-        ValueError: there is no head in it, and it is no brain.
+        ValueError: the scan shows neither a head nor a brain.
     """
     if not may_be_head(scan):
         return None
@@ -83,10 +83,10 @@ def _order(brain: Scan, anatomy: Anatomy) -> tuple[int, ...]:
 def find_brains(
     scans: Sequence[Scan], masks: Sequence[Scan | None], options: Options
 ) -> tuple[list[Head | None], Options, list[str]]:
-    """Find the brains in those of two scans that are heads and have no mask, and leave out a network of T1 for others.
+    """Find the brains in those of two scans that are heads without a mask; use no T1 network for other contrasts.
 
     Returns:
-        The heads, None for a scan that is taken as it is; the options for their contrasts; and what to say of that.
+        The heads (None for a scan that is used as it is), the options for their contrasts, and notes on these.
 
     Raises:
         ValueError: a scan shows more than a brain, but no head.

@@ -1,4 +1,4 @@
-"""Label a scan by registering the most similar labelled scans to it; their labels vote.
+"""Label a scan: register the most similar labelled scans to it, and let their labels vote.
 
 This is multi-atlas segmentation (Heckemann et al., NeuroImage 2006) with atlases chosen for each scan. Structures are
 matched by name, not by value: separately drawn label maps rarely use the same numbers.

@@ -1,10 +1,10 @@
-r"""Change of volume between visits of one person, with no visit that the others are measured by.
+r"""Change of volume between visits of one person, without a reference visit.
 
-The visits are moved rigidly to a space in their middle, each resampled once, and their intensities are made alike.
-There they are registered to each other (two) or to their mean (more), so that the velocities from the shape in the
-middle to all visits add up to 0. With :math:`J_i` the Jacobian determinant of the map to visit :math:`i`, tissue at a
-point of that shape changed by :math:`J_i / J_1 - 1` since the first visit. A rigid motion changes no volume: all change
-is in the maps.
+The visits are moved rigidly to a space in their middle, each resampled once, and their intensities are matched. There
+they are registered to each other (two) or to their mean (more), so that the velocities from the shape in the middle to
+all visits add up to 0. With :math:`J_i` the Jacobian determinant of the map to visit :math:`i`, tissue at a point of
+that shape changed by :math:`J_i / J_1 - 1` since the first visit. A rigid motion changes no volume: all change is in
+the maps.
 """
 
 import csv
@@ -43,13 +43,13 @@ _WHOLE = "all that is shown"
 
 
 class Change(NamedTuple):
-    """What :func:`longitudinal` finds.
+    """Result of :func:`longitudinal`.
 
     Attributes:
         visits: the visits in the middle space, as they were registered; intensities in about [0, 1].
         maps: from points of the shape in the middle to points of each visit.
         change: local change of volume in percent since the first visit, for each of the later ones.
-        volumes: ml by structure and visit.
+        volumes: volumes in ml, by structure and visit.
     """
 
     visits: list[Scan]
@@ -105,12 +105,12 @@ def longitudinal(
 
     Args:
         visits: two or more volumes, brains or heads, in the order of time.
-        labels: of each visit, on its grid: for the change of each structure.
-        excluded: of each visit, on its grid, above 0 where nothing is compared, as in a lesion.
-        steps: of the refinement at each resolution.
+        labels: label map of each visit, on its grid, for the change of each structure.
+        excluded: mask of each visit, on its grid, above 0 where nothing is compared, for example in a lesion.
+        steps: number of refinement steps at each resolution.
         similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
         spacing: side of a voxel of the middle space in mm (default: that of the finest visit).
-        names: of the labels.
+        names: names of the labels.
 
     Raises:
         ValueError: the visits cannot be compared; the message says why.
@@ -184,21 +184,21 @@ def longitudinal_files(
     device: str | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Measure the change between visits in files, and write a folder, which appears whole or not at all.
+    """Measure the change between visits in files, and write a folder, completely or not at all.
 
-    It gets ``visit_N.nii.gz`` (each visit in the middle space), ``change_N.nii.gz`` (local change of volume in percent
-    since the first visit, in the shape in the middle), ``to_visit_N.h5`` (from there to the visit), ``structures.csv``
-    and ``summary.json``.
+    It contains ``visit_N.nii.gz`` (each visit in the middle space), ``change_N.nii.gz`` (local change of volume in
+    percent since the first visit, in the shape in the middle), ``to_visit_N.h5`` (from there to the visit),
+    ``structures.csv`` and ``summary.json``.
 
     Args:
         visits: files or DICOM folders, in the order of time.
         output: folder to write.
-        labels: of each visit.
-        anatomy: label each visit by the network of ``vxm segment`` instead.
-        excluded: masks of what is not compared, of each visit.
+        labels: label map of each visit.
+        anatomy: label each visit with the network of ``vxm segment`` instead.
+        excluded: mask of what is not compared, for each visit.
         overwrite: replace ``output``.
-        device: of the network of ``anatomy``.
-        options: of :func:`longitudinal`.
+        device: device for the network of ``anatomy``.
+        options: options of :func:`longitudinal`.
 
     Returns:
         The lines of ``structures.csv``.

@@ -80,11 +80,11 @@ class Options:
         steps: number of refinement steps at each resolution, without a time limit; every run gives the same result.
         similarity: ``"lncc"`` for two scans of one contrast, ``"mi"`` or ``"mind"`` for different ones, such as T1 and
             T2.
-        smoothness: of the refined displacement, ``"low"``, ``"default"``, ``"high"``, or a number of mm, which means
-            the same on every grid.
-        symmetric: the same treatment of both scans: exchanging them gives the inverse map. Takes twice the time.
+        smoothness: smoothness of the refined displacement, ``"low"``, ``"default"``, ``"high"``, or a number of mm,
+            which means the same on every grid.
+        symmetric: treat both scans alike, so that exchanging them gives the inverse map; takes twice the time.
         same_person: two scans of one person: rigid alignment of the one to the other, no network unless you give
-            weights, and a smoothness that leaves alone what has not changed, unless you give another.
+            weights, and, unless you give one, a smoothness with which only what has changed moves.
         space: ``"mni152"`` aligns both scans, brains or whole heads, to that template; ``"fixed"`` aligns
             a moving scan of anything to the fixed scan.
         alignment: ``"affine"``, ``"rigid"``, or ``"none"`` if the headers already align the scans.

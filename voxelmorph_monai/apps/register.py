@@ -52,7 +52,7 @@ class _Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
+        """Measure the time that is spent inside."""
         start = time.perf_counter()
         with tqdm(desc=name, bar_format="{desc} ...", leave=False, disable=None if self.progress else True):
             yield
@@ -328,13 +328,13 @@ def register(
     fixed one to that of the moving one.
 
     Args:
-        moving: scan to warp. Around what is to be registered it is 0, or, with ``space="fixed"``, the lowest of all far
-            below 0, as in CT.
+        moving: scan to warp. Its background is 0, or, with ``space="fixed"``, its lowest intensity if that is far below
+            0, as in CT.
         fixed: scan to warp it to.
         moving_labels: label map on the grid of the moving scan, to be warped too.
-        fixed_labels: label map on the grid of the fixed scan; with both of them the measures have Dice.
-        moving_mask: label map on the grid of the moving scan: the map is sought as if the scan showed nothing where
-            this is 0, which strips a skull. What is warped is the whole scan.
+        fixed_labels: label map on the grid of the fixed scan; with both, the measures include Dice.
+        moving_mask: label map on the grid of the moving scan. The registration treats the scan as empty where the mask
+            is 0, which strips a skull. The whole scan is warped.
         fixed_mask: the same for the fixed scan.
         weights: as in :class:`~voxelmorph_monai.apps.options.Options`, like the others.
         preset: as there.
@@ -353,9 +353,9 @@ def register(
         progress: show what is being done, if standard error is a terminal.
 
     Raises:
-        TypeError: a scan is none.
+        TypeError: an input is not a scan.
         ValueError: a scan or an option cannot be used; the message says which and why.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: a file does not exist.
     """
     options = Options(
         weights=weights,

@@ -63,28 +63,28 @@ def register_files(
     of the fixed scan to the moving one), ``displacement.nii.gz`` (the same as one field on the fixed grid),
     ``affine.txt`` (ITK, its linear part), ``jacobian.nii.gz`` (change of volume, affine part included), ``report.png``,
     ``report.html`` and ``summary.json``: correlation and Dice where the headers put the scans (``before``), after the
-    alignment (``affine``) and after all, over the fixed grid. The transforms of 2-D images are 2-D ones.
+    alignment (``affine``) and at the end (``after``), over the fixed grid. 2-D images get 2-D transforms.
 
     Args:
         moving: scan to warp.
         fixed: scan to warp it to.
         output: folder to write; it must not exist yet.
         moving_labels: label map on the grid of the moving scan.
-        fixed_labels: label map on the grid of the fixed scan; with both of them the summary has Dice.
-        moving_mask: what to register of the moving scan: a mask on its grid, above 0 there.
+        fixed_labels: label map on the grid of the fixed scan; with both, the summary includes Dice.
+        moving_mask: mask on the grid of the moving scan, above 0 where it is to be registered.
         fixed_mask: the same for the fixed scan.
         moving_series: number of the DICOM series if ``moving`` is a folder of several
             (:func:`~voxelmorph_monai.io.dicom.list_series`).
         fixed_series: the same for the fixed scan.
         options: how to register them.
         bids: name the files as BIDS derivatives of the moving scan.
-        overwrite: let ``output`` take the place of an earlier registration.
+        overwrite: replace an earlier registration in ``output``.
         report: write ``report.png`` and ``report.html``, to look at.
         show_face: show whole heads there; by default their faces are hidden.
         progress: show what is being done, if standard error is a terminal.
 
     Returns:
-        What is in ``summary.json``.
+        The content of ``summary.json``.
 
     Raises:
         ValueError: an input or an option cannot be used; the message says which and why.

@@ -1,4 +1,4 @@
-"""What a registration gives: the warped scan, the maps both ways, how good they are, and the files of all that."""
+"""The result of a registration: the warped scan, the maps in both directions, their quality, and files of these."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ FILES = {
 
 @dataclass(frozen=True, eq=False)
 class RegistrationResult:
-    """What :func:`~voxelmorph_monai.apps.register.register` finds.
+    """Result of :func:`~voxelmorph_monai.apps.register.register`.
 
     Attributes:
         moving: the moving scan.
@@ -56,12 +56,12 @@ class RegistrationResult:
         inverse: the map back, which warps fixed images.
         ddf: the whole forward map on the fixed grid, ``(3, X, Y, Z)`` in its voxels, affine part included.
         seconds: duration of each stage.
-        grid: size and spacing that the displacement was found on; None if there is none.
+        grid: size and spacing of the grid on which the displacement was found; None without a displacement.
         moving_labels: label map of the moving scan, if there is one.
         fixed_labels: label map of the fixed scan, if there is one.
-        warped_labels: the moving labels on the grid of the fixed scan, to the nearest voxel.
-        options: how it was registered, as the summary has it.
-        notes: what one should know of it, each a sentence.
+        warped_labels: the moving labels on the grid of the fixed scan, interpolated by nearest neighbour.
+        options: options of the registration, as in the summary.
+        notes: remarks on how it was registered, one sentence each.
     """
 
     moving: Scan
@@ -133,10 +133,10 @@ class RegistrationResult:
         return {**found, "warnings": [warning._asdict() for warning in warnings]}
 
     def report(self, path: str | Path, *, show_face: bool = False) -> None:
-        """Write one page, ``.html``, to look at: images to compare, numbers, warnings. It needs no other file.
+        """Write a report as one HTML page that needs no other file: images to compare, numbers, warnings.
 
         Args:
-            path: of the page.
+            path: file of the page, ``.html``.
             show_face: show whole heads; by default their faces are hidden.
         """
         summary = {**self.measures(), "options": dict(self.options)}
@@ -157,19 +157,19 @@ class RegistrationResult:
     def save(
         self, folder: str | Path, *, overwrite: bool = False, report: bool = True, show_face: bool = False
     ) -> dict[str, Any]:
-        """Write the files of ``vxm register`` into a new folder, which appears whole or not at all.
+        """Write the files of ``vxm register`` into a new folder, completely or not at all.
 
         Args:
-            folder: to write.
-            overwrite: let it take the place of an earlier registration.
+            folder: folder to write.
+            overwrite: replace an earlier registration in the folder.
             report: write ``report.png`` and ``report.html``.
             show_face: show whole heads there; by default their faces are hidden.
 
         Returns:
-            The summary, :meth:`measures` and how the registration was made.
+            The summary: :meth:`measures`, and how the scans were registered.
 
         Raises:
-            FileExistsError, ValueError: the folder cannot be written, or writing it would harm something.
+            FileExistsError, ValueError: the folder cannot be written, or writing it would damage other files.
         """
         output = Path(folder).absolute()
         check_output_folder(output, (), FILES.values(), overwrite)

@@ -1,4 +1,4 @@
-"""Segment the anatomy of heads: from files to files."""
+"""Segment the anatomy of heads in files."""
 
 import csv
 from collections.abc import Mapping
@@ -32,19 +32,19 @@ def segment_file(
     device: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Segment a scan and write what was found.
+    """Segment a scan and write the result.
 
     Args:
         scan: file or DICOM folder.
         output: new folder for labels, brain mask, brain, volumes and colours; or a NIfTI file for the labels only.
-        weights: of the network (default: those of the bundle ``brain_anatomy_segmentation``).
-        device: to compute on (default: a GPU if there is one).
+        weights: weights of the network (default: those of the bundle ``brain_anatomy_segmentation``).
+        device: device to compute on (default: a GPU if there is one).
         overwrite: replace ``output``.
 
     Raises:
-        FileNotFoundError: there is no such scan, or there are no such weights.
-        FileExistsError: the output is there already.
-        ValueError: it is no scan, or there is no head in it.
+        FileNotFoundError: the scan or the weights do not exist.
+        FileExistsError: the output exists.
+        ValueError: the file is not a scan, or the scan shows no head.
     """
     output = Path(output)
     only_labels = output.name.endswith((".nii", ".nii.gz"))
@@ -65,12 +65,12 @@ def segment_file(
 
 
 class Segmented(NamedTuple):
-    """What :func:`segment_files` did.
+    """Result of :func:`segment_files`.
 
     Attributes:
         table: path of ``volumes.csv``.
-        num_skipped: how many scans an earlier call had segmented.
-        errors: reason by name, for the scans that failed.
+        num_skipped: number of scans that an earlier call had segmented.
+        errors: reasons of failed scans, by name of the scan.
     """
 
     table: Path
@@ -79,11 +79,13 @@ class Segmented(NamedTuple):
 
 
 def read_list(path: str | Path) -> dict[str, Path]:
-    """Scans by name, from a CSV file with the column ``scan`` and maybe ``name``; paths are relative to its folder.
+    """Scans by name, from a CSV file with the column ``scan`` and optionally ``name``.
+
+    Paths in it are relative to its folder.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such list; the message says in which line.
+        FileNotFoundError: a file does not exist.
+        ValueError: the file is not such a list; the message names the line.
     """
     columns, rows = read_table(Path(path), "a list of scans")
     if not {"scan"} <= set(columns) <= {"scan", "name"} or not rows:
@@ -119,11 +121,11 @@ def segment_files(
 ) -> Segmented:
     """Segment many scans, each into a folder of its own, and put their volumes into one table, ``volumes.csv``.
 
-    Called again it goes on: a folder that is complete stays as it is. A scan that fails does not stop the others.
+    A second call continues: complete folders stay as they are. A scan that fails does not stop the others.
 
     Args:
-        scans: files or DICOM folders by the names of the folders that they get.
-        output: folder of the folders.
+        scans: files or DICOM folders, by the names of their output folders.
+        output: folder for these folders.
         weights: as for :func:`segment_file`.
         device: as there.
         overwrite: segment all of them again.
@@ -158,7 +160,7 @@ def by_name(scans: list[Path]) -> dict[str, Path]:
     """Scans by the names of their files; a folder without DICOM files stands for the scans in it.
 
     Raises:
-        ValueError: two have the same name, or a folder holds no scan.
+        ValueError: two scans have the same name, or a folder holds no scan.
     """
     found: dict[str, Path] = {}
     for scan in scans:

@@ -1,4 +1,4 @@
-r"""Build the template of a group: the scan that all of them have in the middle.
+r"""Build the template of a group of scans: their mean shape and mean intensity.
 
 Each round registers all scans to the current template, as ``vxm register --list`` does, and makes the next one: the
 shape is corrected by the mean of the linear maps and the mean of the velocities, the scans are resampled once, from
@@ -6,7 +6,7 @@ their own grids to the corrected shape, and their intensities are averaged witho
 (Avants et al., NeuroImage 2010). In round 0 the scans are only aligned, with the first of them or MNI152.
 
 Scans are taken in the order of a hash of their voxels: neither the order of the list nor a name changes the result.
-What a round needs lies in its folder, whole or not at all, so that a call that was killed is taken up where it stopped.
+Everything that a round needs is in its folder, complete or not at all, so a call that was killed can be continued.
 """
 
 import hashlib
@@ -210,20 +210,21 @@ def build_template(
     jobs: int | None = None,
     scheduler: str | None = None,
 ) -> Path:
-    """Build the template of the scans of a list in the folder ``output``, or go on where an earlier call stopped.
+    """Build the template of the scans of a list in the folder ``output``, or continue where an earlier call stopped.
 
-    It gets ``template.nii.gz`` in intensities from 0 to about 1 (the 99.5th percentile of each scan is 1),
+    The folder contains ``template.nii.gz`` in intensities from 0 to about 1 (the 99.5th percentile of each scan is 1),
     ``mean.nii.gz`` before it is sharpened, with labels ``template_labels.nii.gz``, and a folder for each round with its
     registrations (``report.png`` of each), its own template, with labels their ``probabilities/``, and ``round.json``:
     how far the shape was corrected, and how alike the scans are to their mean.
 
     Args:
-        scans: CSV file with a column ``image``, and maybe ``labels``; paths are relative to its folder.
-        output: folder to write.
-        rounds: of deformable registration, after one of alignment.
-        steps: of the refinement at each resolution; not a time, so that every run gives the same.
+        scans: CSV file with a column ``image``, and optionally ``labels``; paths are relative to its folder.
+        output: folder to write or to continue.
+        rounds: number of rounds of deformable registration, after one of alignment.
+        steps: number of refinement steps at each resolution, so that every run gives the same result.
         similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
-        start: ``"scans"``: from nothing else; ``"mni152"``: skull-stripped brains are aligned with that first.
+        start: what the scans are aligned to first: ``"scans"``, one of them; ``"mni152"``, for skull-stripped brains,
+            that template.
         spacing: side of a voxel of the template in mm (default: that of the finest scan).
         jobs: as in :func:`~voxelmorph_monai.apps.cohort.register_cohort`.
         scheduler: as there.

@@ -1,1 +1,1 @@
-"""Bytes on disk: which files hold images and tables, read and written whole or not at all."""
+"""Images, label maps and tables in files, written completely or not at all."""

@@ -153,8 +153,8 @@ def check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> N
     sides[~np.isfinite(sides) | (sides == 0)] = 1  # like ITK and nibabel
     if (sides < 0).any():
         raise ValueError(
-            f"{path} has a negative size in pixdim ({_times(sides)}), which some programs treat as a flip, while others "
-            "ignore the sign. Make it positive."
+            f"{path} has a negative size in pixdim ({_times(sides)}), which some programs treat as a flip, while "
+            "others ignore the sign. Make it positive."
         )
     if header["pixdim"][0] < 0 and header["pixdim"][0] != -1 and codes["qform"] > 0:
         raise ValueError(

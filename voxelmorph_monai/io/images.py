@@ -42,20 +42,20 @@ _ROUNDED = 1e-3  # by which a label may be off a whole number
 def open_volume(path: str | Path, *, planar: bool = False, series: int | None = None) -> tuple[Volume, Affine]:
     """Open a scan and check its header, leaving the voxels ``(X, Y, Z)`` on disk.
 
-    Scans are files of NIfTI, MGZ, NRRD, MetaImage, DICOM and what else nibabel reads, or folders of DICOM files.
-    Of a NIfTI header the sform counts if its code is above 0, else the qform. Files that programs put in different
-    places are refused: those whose sform, qform and pixdim disagree by more than 0.1 mm or a tenth of a voxel, those
-    without a position (NIfTI with codes of 0, NRRD without a space, ANALYZE without an SPM ``.mat`` file), and those
-    whose unit is not mm. DICOM slices are put in order by their positions.
+    A scan is a file (NIfTI, MGZ, NRRD, MetaImage, DICOM, or another format that nibabel reads) or a folder of DICOM
+    files. In a NIfTI header the sform counts if its code is above 0, otherwise the qform. Files that programs put in
+    different places are errors: those whose sform, qform and pixdim disagree by more than 0.1 mm or a tenth of a voxel,
+    those without a position (NIfTI with codes of 0, NRRD without a space, ANALYZE without an SPM ``.mat`` file), and
+    those whose unit is not mm. DICOM slices are put in order by their positions.
 
     Args:
-        path: of the file or folder.
-        planar: take a single slice too; a 2-D image becomes one in the plane of z = 0, ``(X, Y, 1)``.
+        path: file or folder.
+        planar: also accept a single slice; a 2-D image becomes one in the plane of z = 0, ``(X, Y, 1)``.
         series: number of the series in a folder of several, see :func:`~voxelmorph_monai.io.dicom.list_series`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a scan, one real number a voxel, one 3-D volume, an affine with an inverse.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not one 3-D volume with one real number per voxel and an affine that has an inverse.
     """
     path = Path(path)
     if not path.exists():
@@ -81,11 +81,12 @@ def _read(path: str | Path, planar: bool, series: int | None) -> tuple[NDArray[A
 def read_image(
     path: str | Path, *, planar: bool = False, series: int | None = None
 ) -> tuple[NDArray[np.float32], Affine]:
-    """Read a scan, as :func:`open_volume` finds it: intensities ``(X, Y, Z)`` in float32 and the affine (RAS, mm).
+    """Read a scan in any format of :func:`open_volume`: intensities ``(X, Y, Z)`` in float32 and the affine (RAS, mm).
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole 3-D scan of finite numbers that differ, with an affine that has an inverse.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, is not one 3-D scan, holds numbers that are not finite or all equal, or has an
+            affine without an inverse.
     """
     array, affine = _read(path, planar, series)
     with np.errstate(over="ignore"):  # float64 past the range of float32 becomes Inf, and is found below
@@ -101,24 +102,25 @@ def read_image(
 def read_labels(path: str | Path, *, planar: bool = False, series: int | None = None) -> tuple[NDArray[Any], Affine]:
     """Read a label map in any format of :func:`open_volume`: integers ``(X, Y, Z)`` and the affine (RAS, mm).
 
-    Their type and what is rounded is as :func:`as_labels` says.
+    For their type and rounding see :func:`as_labels`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole 3-D map of whole numbers >= 0, one of them > 0, with an affine that has an inverse.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, is not one 3-D map of whole numbers from 0, holds no label, or has an affine
+            without an inverse.
     """
     array, affine = _read(path, planar, series)
     return as_labels(array, str(path)), affine
 
 
 def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Labels as whole numbers, in their own type or, stored as floating point, in the smallest unsigned one.
+    """Convert labels to whole numbers, in their own type or, from floating point, in the smallest unsigned one.
 
-    What is off a whole number by at most 0.001, or by a 50,000th of a label above 50, counts as rounding (a scaling of
-    65536/65535 makes label 1 1.0000153): it is rounded, and a warning logged.
+    A value that differs from a whole number by at most 0.001, or by a 50,000th of a label above 50, counts as a
+    rounding error (a scaling of 65536/65535 turns label 1 into 1.0000153): it is rounded, and a warning is logged.
 
     Raises:
-        ValueError: they are not whole numbers from 0 to 2^53, one of them above 0.
+        ValueError: the values are not whole numbers from 0 to 2^53, or none is above 0.
     """
     least, most = array.min(), array.max()
     if not (least >= -_ROUNDED and 0.5 < most < np.inf):  # NaN fails too
@@ -150,7 +152,7 @@ def _check_ending(path: str | Path) -> None:
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
-    """Write an image with its affine in both forms of the header; whole or not at all."""
+    """Write an image with its affine as sform and qform; completely or not at all."""
     _check_ending(path)
     affine = image.affine
     # Code 2, "aligned to another image": what this package writes lies on a grid that was chosen, not scanned. Readers
@@ -172,7 +174,7 @@ def _save(path: str | Path, image: nib.Nifti1Image) -> None:
 
 
 def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; whole or not at all.
+    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; completely or not at all.
 
     With ``spatial_dims`` 2 a slice ``(X, Y, 1)`` is written as a 2-D image.
     """
@@ -183,9 +185,10 @@ def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_di
 
 
 def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path, *, series: int | None = None) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with the header of the file ``like``; whole or not at all.
+    """Write ``array`` ``(X, Y, Z)`` in its own type with the header of the file ``like``; completely or not at all.
 
-    Shape, position, units and description are those of ``like``. Of other formats than NIfTI only shape and position.
+    Shape, position, units and description are those of ``like``. For formats other than NIfTI, only shape and position
+    are.
     """
     if not is_nifti(Path(like)):
         save_image(path, array, open_volume(like, planar=True, series=series)[1], spatial_dims_of(Path(like)))
@@ -195,10 +198,10 @@ def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path, *, 
 
 
 def save_image_as(path: str | Path, array: NDArray[Any], affine: Affine, header: nib.Nifti1Header) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with a NIfTI header, of which shape and type are its own.
+    """Write ``array`` ``(X, Y, Z)`` in its own type with a NIfTI header, whose shape and type are adapted.
 
     Position, codes of both forms, units and description are those of the header; where its sform, qform and pixdim
-    differ by rounding, all say what the sform says. Whole or not at all.
+    differ by rounding, all are set to the sform. It is written completely or not at all.
     """
     _check_ending(path)
     shape = header.get_data_shape()

@@ -1,11 +1,11 @@
-r"""Transforms of points in mm, whoever made them: chain, evaluate, invert and use them, by ITK.
+r"""Transforms of points in mm, from any program: chain, evaluate, invert and apply them with ITK.
 
 A transform :math:`T` takes points of the fixed image to points of the moving one, as ITK resamples: it pulls images
 from the moving grid to the fixed one. A chain of parts is written in the order in which a point of the fixed image goes
 through them, which is the order of ANTs' command line; ITK's composite holds the same parts the other way round. Points
-and affines are in RAS mm as everywhere in the package, the transforms themselves are ITK's (LPS, float64).
+and affines are in RAS mm as everywhere in the package; the transforms themselves are ITK's (LPS, float64).
 
-Those of 2-D images are lifted to 3-D ones that keep z; the images lie in the plane of z = 0.
+Transforms of 2-D images are lifted to 3-D ones that keep z; the images lie in the plane of z = 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,7 +56,7 @@ _MISS = 1e-3  # mm by which an inverse point may miss; finer than any image
 
 
 def flatten(transform: Transform) -> list[Transform]:
-    """Parts of a transform, of composites in composites too, in the order in which a point goes through them."""
+    """Parts of a transform, nested composites included, in the order in which a point goes through them."""
     transform = itk.down_cast(transform)
     if not isinstance(transform, (itk.CompositeTransform[itk.D, 2], itk.CompositeTransform[itk.D, 3])):
         return [transform]
@@ -65,9 +65,9 @@ def flatten(transform: Transform) -> list[Transform]:
 
 
 def chain(transforms: Iterable[Transform]) -> Transform:
-    """One composite of transforms, given in the order in which a point goes through them.
+    """Composite of transforms, given in the order in which a point goes through them.
 
-    Linear neighbours become one affine transform, exactly.
+    Consecutive linear transforms become one affine transform, exactly.
 
     >>> turn, shift = linear_transform(np.diag([2.0, 2, 2, 1])), linear_transform(np.eye(4) + np.eye(4, k=3))
     >>> map_points(chain([turn, shift]), np.array([[5.0, 3, 4]])).tolist()  # 2 * 5 + 1
@@ -91,7 +91,7 @@ def map_points(transform: Transform, points: NDArray[np.floating[Any]]) -> NDArr
 
 
 def matrix_of(transform: Transform) -> Affine:
-    """4 x 4 matrix of a linear transform (RAS, mm), of whichever of ITK's classes; 3 x 3 in 2-D."""
+    """4 x 4 matrix of a linear transform (RAS, mm) of any ITK class; 3 x 3 in 2-D."""
     spatial_dims = transform.GetInputSpaceDimension()
     origin, *ends = map_points(transform, np.eye(spatial_dims + 1, spatial_dims, k=-1))
     matrix = np.eye(spatial_dims + 1)
@@ -134,7 +134,7 @@ def field_of(transform: Transform) -> tuple[NDArray[np.float64], Affine]:
 
 
 def lift(transform: Transform) -> Transform:
-    """A 2-D transform as one in 3-D, which does the same at any z within half a metre; a 3-D one as it is.
+    """Lift a 2-D transform to 3-D: it does the same at any z within half a metre. A 3-D transform is returned as it is.
 
     In 2-D, its parts must be linear or displacements.
     """
@@ -152,7 +152,7 @@ def lift(transform: Transform) -> Transform:
 
 
 def lower(transform: Transform) -> Transform:
-    """The 2-D transform that :func:`lift` makes this one of."""
+    """The 2-D transform from which :func:`lift` made this one."""
     parts = []
     for part in flatten(transform):
         if is_field(part):
@@ -234,10 +234,10 @@ def _shift(affine: Affine, start: Sequence[int]) -> Affine:
 def resample_labels(
     labels: Scan, transform: Transform, grid: ImageGrid, interpolation: str = "nearest"
 ) -> NDArray[Any]:
-    """Resample a label map on another grid, ``(X, Y, Z)``; no label is invented.
+    """Resample a label map on another grid, ``(X, Y, Z)``; without inventing labels.
 
-    ``"linear"`` equals resampling the one-hot image of each label linearly and taking the argmax; of equal shares the
-    smaller label wins. The memory it needs does not depend on the number of labels. Border as in
+    ``"linear"`` equals resampling the one-hot image of each label linearly and taking the argmax; if shares are equal,
+    the smaller label wins. The memory it needs does not depend on the number of labels. The border is treated as in
     :func:`resample_image`.
 
     Args:
@@ -316,7 +316,7 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[Transf
 
 
 def invert_transform(transform: Transform) -> tuple[Transform, float]:
-    """Inverse of a chain of linear transforms, exactly, and displacements, numerically.
+    """Invert a chain: linear transforms exactly, displacements numerically.
 
     A displacement is inverted by the fixed point of :func:`~voxelmorph_monai.blocks.invert` on its own grid.
 
@@ -359,10 +359,10 @@ def _solve(part: Transform, point: NDArray[np.float64], starts: Sequence[NDArray
 def invert_points(transform: Transform, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], float]:
     """Take ``points`` ``(N, 3)`` (RAS, mm) back along the transform: points of the moving image to the fixed one.
 
-    Each part is undone by itself: exactly where it is linear, elsewhere point by point, by Powell's hybrid method.
+    Each part is inverted separately: exactly if it is linear, otherwise point by point with Powell's hybrid method.
 
     Returns:
-        The points, and by how much the transform misses where they came from, in mm, at most.
+        The points, and the largest distance in mm by which the transform takes them past ``points``.
 
     Raises:
         ValueError: a point has no counterpart.

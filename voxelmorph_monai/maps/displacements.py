@@ -1,4 +1,4 @@
-"""Displacements in NIfTI files: written as ITK, ANTs and 3D Slicer do, read from these and other programs."""
+"""Displacements in NIfTI files: written like ITK, ANTs and 3D Slicer, read from these and other programs."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ __all__ = ["lps_vectors", "read_displacement", "save_displacement", "transform_v
 def transform_vectors(matrix: NDArray[Any], vectors: NDArray[Any]) -> NDArray[Any]:
     """Multiply ``vectors`` ``(3, X, Y, Z)`` by a matrix, 3 x 3, in their own type; in memory X is fastest.
 
-    Along the axes of the body two thirds of the matrix are 0, and are left out.
+    For a grid along the axes of the body two thirds of the matrix are 0, and are skipped.
     """
     found = np.empty((3, *vectors.shape[:0:-1]), vectors.dtype)
     for row, out in zip(matrix.astype(vectors.dtype), found.transpose(0, 3, 2, 1), strict=True):
@@ -47,18 +47,18 @@ def lps_vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
 def save_displacement(
     path: str | Path, ddf: NDArray[Any], affine: Affine, *, spatial_dims: int = 3, intent: int = 1007
 ) -> None:
-    """Write a displacement so that ITK, ANTs and 3D Slicer apply it as it is; whole or not at all.
+    """Write a displacement so that ITK, ANTs and 3D Slicer apply it as it is; completely or not at all.
 
-    The file is a NIfTI vector image ``(X, Y, Z, 1, 3)`` (intent 1007), its vectors in mm along LPS:
-    :math:`diag(-1, -1, 1) A u` with the linear part :math:`A` of the affine. Like ``ddf`` it takes points of the fixed
-    image to points of the moving one, which is ITK's direction.
+    The file is a NIfTI vector image ``(X, Y, Z, 1, 3)`` (intent 1007) with vectors in mm along LPS: :math:`diag(-1, -1,
+    1) A u` with the linear part :math:`A` of the affine. Like ``ddf`` it takes points of the fixed image to points of
+    the moving one, which is ITK's direction.
 
     Args:
         path: ``.nii`` or ``.nii.gz``.
         ddf: ``(3, X, Y, Z)``, in voxels of the fixed grid.
-        affine: of the fixed image (RAS, mm).
-        spatial_dims: 2 writes that of a 2-D image, ``(X, Y, 1, 1, 2)``.
-        intent: 1007, vectors along LPS, which every program takes for such; or 1006, displacements along RAS.
+        affine: affine of the fixed image (RAS, mm).
+        spatial_dims: 2 to write the field of a 2-D image, ``(X, Y, 1, 1, 2)``.
+        intent: 1007, vectors along LPS, which every program reads as such; or 1006, displacements along RAS.
     """
     if ddf.ndim != 4 or ddf.shape[0] != 3:
         raise ValueError(f"ddf for {path} has shape {ddf.shape}, not (3, X, Y, Z).")
@@ -80,15 +80,16 @@ def _places(size: tuple[int, ...], affine: Affine) -> NDArray[np.float64]:
 
 
 def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
-    """Read a field as a displacement ``(3, X, Y, Z)`` in voxels of its grid, and the affine of that (RAS, mm).
+    """Read a field as a displacement ``(3, X, Y, Z)`` in voxels of its grid, and the grid's affine (RAS, mm).
 
-    Fields are what :func:`save_displacement` and ANTs write, and the positions and displacements of other programs
-    (:mod:`~voxelmorph_monai.maps.field_headers`). That of a 2-D image, ``(X, Y, 1, 1, 2)``, becomes ``(2, X, Y)`` and
-    a 3 x 3 affine.
+    It may be from :func:`save_displacement` or ANTs, or hold positions or displacements of other programs
+    (:mod:`~voxelmorph_monai.maps.field_headers`). The field of a 2-D image, ``(X, Y, 1, 1, 2)``, becomes ``(2, X, Y)``
+    and a 3 x 3 affine.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole NIfTI file ``(X, Y, Z, 1, 3)`` of finite numbers that are known to be such a field.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete NIfTI file ``(X, Y, Z, 1, 3)`` of finite numbers, or not known to be such
+            a field.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""What the vectors of a NIfTI field mean, by the marks that programs leave in its header.
+"""The meaning of the vectors in a NIfTI field, from the marks that programs leave in its header.
 
 Many programs write fields of the same shape ``(X, Y, Z, 1, 3)`` and mean different things by them: displacements,
-positions in the moving image, velocities, control points. ``intent_name``, ``intent_p1`` and ``descrip`` tell which:
-docs/transforms.md has the table. An unknown mark is refused, as a wrong guess would move every point.
+positions in the moving image, velocities, control points. ``intent_name``, ``intent_p1`` and ``descrip`` tell them
+apart: docs/transforms.md has the table. An unknown mark is an error, as a wrong guess would move every point.
 """
 
 import re
@@ -21,8 +21,8 @@ class Meaning(NamedTuple):
     """What the vectors of a field mean.
 
     Attributes:
-        positions: they are points of the moving image, not displacements of those of the fixed one.
-        system: axes along which they count, in mm: ``"RAS"`` or ``"LPS"``.
+        positions: whether they are points of the moving image, instead of displacements of points of the fixed one.
+        system: axes along which they are stated, in mm: ``"RAS"`` or ``"LPS"``.
     """
 
     positions: bool
@@ -52,10 +52,10 @@ def _refuse_niftyreg(path: Path, what: str) -> ValueError:
 
 
 def meaning_of(header: Any, path: Path) -> Meaning | None:
-    """What the vectors of a field with this NIfTI header mean; None where the header does not tell.
+    """Meaning of the vectors of a field with this NIfTI header; None if the header does not say.
 
     Raises:
-        ValueError: they mean what is no map of points here, or something unknown.
+        ValueError: the vectors are not a map of points, or their meaning is unknown.
     """
     texts = (header[key].item().split(b"\0")[0] for key in ("intent_name", "descrip"))
     name, note = (text.decode("latin-1").strip() for text in texts)
@@ -87,12 +87,12 @@ def meaning_of(header: Any, path: Path) -> Meaning | None:
 
 
 def check_displacements(vectors: NDArray[np.float64], points: NDArray[np.float64], path: Path) -> None:
-    """Raise ValueError where a field that does not say so holds positions, along RAS or LPS.
+    """Raise ValueError if a field without a mark seems to hold positions, along RAS or LPS.
 
     Args:
         vectors: as the file holds them, ``(..., 2 or 3)`` in mm.
-        points: places of the voxels, of the same shape (RAS, mm).
-        path: of the file.
+        points: positions of the voxels, of the same shape (RAS, mm).
+        path: path of the file, for the error.
     """
     axes = tuple(range(points.ndim - 1))
     extent = np.linalg.norm(points - points.mean(axes))

@@ -1,4 +1,4 @@
-"""Files of transforms, ours and others': read, chain, write.
+"""Read, chain and write transform files of this package and of other programs.
 
 =============================  ===========================================================================
 ITK, ANTs, 3D Slicer, elastix  ``.h5``, ``.tfm``, ``.txt``, ``.mat`` of ITK's transforms and composites
@@ -8,7 +8,7 @@ FreeSurfer                     ``.lta``; its warps where they are displacements 
 FSL                            ``.mat``, ``.nii.gz`` of FLIRT and FNIRT, together with both images
 =============================  ===========================================================================
 
-All of them take points of the fixed image to points of the moving one, once they are read.
+Once they are read, all of them take points of the fixed image to points of the moving one.
 """
 
 import math
@@ -91,13 +91,13 @@ _NUM_PARAMETERS = {
 
 
 class Chain(NamedTuple):
-    """What :func:`read_chain` reads.
+    """Result of :func:`read_chain`.
 
     Attributes:
         transform: in 3-D, from points of the fixed image to points of the moving one.
-        residual: of its numerical inverses in mm (:func:`~voxelmorph_monai.maps.chains.invert_transform`).
-        spatial_dims: of the files: 2, and the transform is the :func:`~voxelmorph_monai.maps.chains.lift` of theirs,
-            or 3.
+        residual: residual of its numerical inverses in mm (:func:`~voxelmorph_monai.maps.chains.invert_transform`).
+        spatial_dims: dimensions of the files, 3 or 2; if 2, ``transform`` is their
+            :func:`~voxelmorph_monai.maps.chains.lift`.
     """
 
     transform: Transform
@@ -208,8 +208,8 @@ def read_transform(path: str | Path) -> Transform:
     """Read one file: an ITK transform or composite, in 3-D or 2-D, a displacement, or FreeSurfer's linear transform.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole file of one transform.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not one complete transform.
     """
     path = Path(path)
     _require_file(path)
@@ -228,14 +228,14 @@ def read_transform(path: str | Path) -> Transform:
 
 
 def read_chain(names: Sequence[str]) -> Chain:
-    """Read transforms in ANTs' order, the one that a point of the fixed image goes through first coming first.
+    """Read transforms in ANTs' order: a point of the fixed image goes through the first one first.
 
     Args:
-        names: paths; ``[PATH,1]`` is the inverse of what is in the file, as on ANTs' command lines, and numerical for
-            a displacement.
+        names: paths; ``[PATH,1]`` is the inverse of the transform in the file, as on ANTs' command lines; for a
+            displacement it is numerical.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: a file is not a whole transform, or some are in 2-D and some in 3-D.
     """
     parts, residual, dims = [], 0.0, {}
@@ -255,7 +255,7 @@ def read_chain(names: Sequence[str]) -> Chain:
 
 
 def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Transform:
-    """Read what FLIRT or FNIRT wrote for images on these grids."""
+    """Read a transform that FLIRT or FNIRT wrote for images on these grids."""
     _require_file(Path(path))
     found = read_fsl(path, fixed, moving)
     return field_transform(*found) if isinstance(found, tuple) else linear_transform(found)
@@ -344,7 +344,7 @@ def _save_foreign(
 
 
 def check_target(path: Path, form: str | None, overwrite: bool, inputs: Sequence[str | Path] = ()) -> str:
-    """Raise an error where :func:`save_chain` could not write ``path``; returns the format it would have."""
+    """Raise an error if :func:`save_chain` could not write ``path``; returns the format that it would write."""
     form = _form_of(path, form)
     for each in _pair(path) if form == "ants" else [path]:
         check_output(each, overwrite, inputs)
@@ -362,7 +362,7 @@ def save_chain(
     overwrite: bool = False,
     inputs: Sequence[str | Path] = (),
 ) -> None:
-    """Write a transform; each file whole or not at all.
+    """Write a transform; each file is written completely or not at all.
 
     Args:
         path: file, or prefix of an ANTs pair.
@@ -370,10 +370,10 @@ def save_chain(
         form: one of ``FORMATS`` (default: by the ending of the file, 1007 for NIfTI).
         grid: size and affine (RAS, mm) of the fixed image, for a displacement (default: the grid of the displacement
             that the transform begins with).
-        moving_grid: that of the moving image, which with ``grid`` belongs to a file of FSL or FreeSurfer.
-        spatial_dims: 2 writes a transform of 2-D images, as :class:`Chain` tells.
-        overwrite: replace what is there.
-        inputs: files that are not replaced even so.
+        moving_grid: the same for the moving image; files for FSL and FreeSurfer need both.
+        spatial_dims: 2 to write a transform of 2-D images, see :class:`Chain`.
+        overwrite: replace an existing file.
+        inputs: files that are never replaced.
     """
     path = Path(path)
     form = check_target(path, form, overwrite, inputs)

@@ -1,8 +1,8 @@
-"""Which two scans a transform is of: its file says where both lie, and what it is applied to is compared with that.
+"""The two scans that a transform belongs to: its file records their grids, which are compared with those of its inputs.
 
-A transform has a direction that its name does not show, and applied the wrong way it moves everything by about the
-right amount. The grids stand in ITK's HDF5 files behind the last byte that HDF5 reads, so that other programs read the
-file as before. A displacement in NIfTI lies on the grid of the fixed scan.
+The name of a transform does not show its direction, and applied the wrong way it moves everything by about the right
+amount. In ITK's HDF5 files the grids follow the last byte that HDF5 reads, so other programs read the file as before. A
+displacement in NIfTI lies on the grid of the fixed scan.
 """
 
 import json
@@ -46,7 +46,7 @@ def write_ends(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> None:
 
 
 def read_ends(path: str | Path) -> Ends:
-    """The grids that a file of a transform tells; what cannot be read tells none."""
+    """The grids that a transform file records; None where it records none or cannot be read."""
     path = Path(path)
     with suppress(OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
         if path.name.endswith((".nii", ".nii.gz")):
@@ -85,16 +85,16 @@ def _overlap(first: ImageGrid, second: ImageGrid | None) -> bool:
 
 
 def is_backwards(ends: Ends, image: ImageGrid, reference: ImageGrid, names: tuple[str, str]) -> bool:
-    """Whether a transform fits only the other way round: from an image in the fixed space to the moving one.
+    """Whether a transform fits only in reverse: the image lies in the fixed space, and the reference in the moving one.
 
     Args:
-        ends: of the transform.
+        ends: grids of the transform.
         image: grid of the image that is to be resampled.
         reference: the grid that it is to be resampled on.
-        names: of both, for an error.
+        names: names of both, for the error.
 
     Raises:
-        ValueError: one of the two overlaps neither of the scans that the transform is of.
+        ValueError: one of the two overlaps neither of the scans that the transform belongs to.
     """
     known = ends.fixed is not None and ends.moving is not None
     for grid, name in zip((image, reference), names, strict=True):
@@ -112,9 +112,9 @@ def is_backwards(ends: Ends, image: ImageGrid, reference: ImageGrid, names: tupl
 
 
 def fits_backwards(names: Sequence[str], image: ImageGrid, reference: ImageGrid, of: tuple[str, str]) -> bool:
-    """As :func:`is_backwards`, for transforms in ANTs' order, of which the first one begins in the fixed space.
+    """Like :func:`is_backwards`, for transforms in ANTs' order, of which the first one begins in the fixed space.
 
-    A warning is logged where they fit only backwards.
+    A warning is logged if they fit only in reverse.
     """
     first, last = (
         Ends(*read_ends(path)[::-1]) if inverted else read_ends(path)

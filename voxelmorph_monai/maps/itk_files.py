@@ -1,6 +1,6 @@
-"""ITK's files of transforms, for the maps that this package makes: linear ones in text, chains with a field in HDF5.
+"""ITK transform files for the maps of this package: linear maps as text, chains with a field as HDF5.
 
-They are written and read as ITK itself does, but without it: importing ITK for them takes 2 to 9 s of processor time,
+They are written and read like ITK does, but without it: importing ITK for them takes 2 to 9 s of processor time,
 ``h5py`` 0.1 s. Other transforms, and other files of ITK, are read by ITK in :mod:`~voxelmorph_monai.maps.files`.
 
 A chain is a list of parts, in the order in which a point goes through them: matrices, 4 x 4, between points in RAS mm,
@@ -36,7 +36,7 @@ def _parameters(matrix: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 def save_linear(path: str | Path, matrix: NDArray[np.floating[Any]]) -> None:
-    """Write a linear map, 4 x 4 or in 2-D 3 x 3 (RAS, mm), as ITK's text, ``.txt``; whole or not at all."""
+    """Write a linear map, 4 x 4 or in 2-D 3 x 3 (RAS, mm), as an ITK text file, ``.txt``; completely or not at all."""
     dims = len(matrix) - 1
     lines = [
         "#Insight Transform File V1.0",
@@ -61,12 +61,12 @@ def _add_text(group: Any, name: str, text: str) -> None:
 
 
 def save_chain_file(path: str | Path, parts: Sequence[Part], spatial_dims: int = 3) -> None:
-    """Write a chain of maps as ITK's composite in float32, ``.h5``; whole or not at all.
+    """Write a chain of maps as an ITK composite in float32, ``.h5``; completely or not at all.
 
-    With ``spatial_dims`` 2 maps that keep the plane of z = 0 are written as those of 2-D images.
+    With ``spatial_dims`` 2, maps that keep the plane of z = 0 are written as transforms of 2-D images.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     dims = spatial_dims
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
@@ -94,7 +94,7 @@ def save_chain_file(path: str | Path, parts: Sequence[Part], spatial_dims: int =
 def read_chain_file(path: str | Path) -> list[Part] | None:
     """Read a chain of linear maps and displacements in 3-D that ITK, ANTs or this package wrote as HDF5.
 
-    None for any other file, whole or not: ITK says what is wrong with it.
+    Returns None for any other file, damaged or not: ITK says what is wrong with it.
     """
     try:
         with h5py.File(path) as file:
@@ -111,7 +111,7 @@ def read_chain_file(path: str | Path) -> list[Part] | None:
 
 
 def check_chain_file(path: str | Path) -> None:
-    """Read all of a file of transforms in HDF5, before ITK does, which may crash on a damaged one.
+    """Read all of an HDF5 transform file before ITK does, because ITK may crash on a damaged one.
 
     Raises:
         ValueError: the file is damaged, or holds no transforms.

@@ -1,4 +1,4 @@
-"""Names of transforms on a command line, and of what may be written beside them."""
+"""Names of transforms on the command line, and checks of output files."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def parse_name(name: str | Path) -> tuple[Path, bool]:
 
 
 def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
-    """Raise FileExistsError where writing ``path`` would replace something that may not be."""
+    """Raise FileExistsError if writing ``path`` would replace a file that must be kept."""
     given = [parse_name(each)[0] for each in inputs]
     if path.exists() and any(each.exists() and path.samefile(each) for each in given):
         raise FileExistsError(f"{path} is also an input; write to another file.")

@@ -1,4 +1,4 @@
-"""The map between two scans that a registration finds, and how a scan is warped by it."""
+"""The map between two scans that a registration finds, and warping scans with it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ class Displacement(NamedTuple):
 
     Attributes:
         ddf: ``(3, X, Y, Z)`` in voxels of the grid.
-        affine: of the grid (RAS, mm).
+        affine: affine of the grid (RAS, mm).
     """
 
     ddf: NDArray[np.floating[Any]]
@@ -55,15 +55,15 @@ class Displacement(NamedTuple):
 
 
 class SpatialMap(NamedTuple):
-    r"""Map of points in RAS mm, :math:`p \mapsto B A (x + u(x))` with :math:`x = A^{-1} P p`: linear, bent, linear.
+    r"""Map of points in RAS mm, :math:`p \mapsto B A (x + u(x))` with :math:`x = A^{-1} P p`.
 
     Attributes:
         pre: 4 x 4 matrix :math:`P`, applied first: from the points' space to the displacement's.
         post: 4 x 4 matrix :math:`B`, applied last.
         field: the displacement :math:`u` on its grid, with the affine :math:`A`; None for no displacement. Beyond the
             grid the displacement is 0, as it is for ITK: a field should end in zeros.
-        spatial_dims: 2 saves a map that keeps the plane of z = 0 as one of 2-D images.
-        name: what it maps, for people.
+        spatial_dims: 2 to save a map that keeps the plane of z = 0 as a transform of 2-D images.
+        name: what it maps, to show.
     """
 
     pre: NDArray[np.floating[Any]]
@@ -119,12 +119,12 @@ class SpatialMap(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> "SpatialMap | None":
-        """Read a map in 3-D, as :meth:`save` and :func:`~voxelmorph_monai.maps.displacements.save_displacement` do.
+        """Read a 3-D map from :meth:`save` or :func:`~voxelmorph_monai.maps.displacements.save_displacement`.
 
-        None for other files of transforms, which :func:`~voxelmorph_monai.maps.files.read_chain` takes.
+        Returns None for other transform files; :func:`~voxelmorph_monai.maps.files.read_chain` reads those.
 
         Raises:
-            ValueError: it is a NIfTI file that cannot be used as a displacement.
+            ValueError: the file is NIfTI, but cannot be used as a displacement.
         """
         if str(path).endswith((".nii", ".nii.gz")):
             ddf, affine = read_displacement(path)
@@ -143,7 +143,7 @@ class SpatialMap(NamedTuple):
         return cls(linear[0], linear[1], field) if parts else None
 
     def to_itk(self) -> Transform:
-        """Copy to an ITK composite transform (LPS) of the same maps, in float32: 1e-5 mm in a brain."""
+        """Copy to an ITK composite transform (LPS) in float32, which is exact to 1e-5 mm in a brain."""
         dims = self.spatial_dims
         restrict = in_plane if dims == 2 else np.asarray
         composite = itk.CompositeTransform[itk.F, dims].New()
@@ -165,27 +165,27 @@ class SpatialMap(NamedTuple):
         return composite
 
     def save(self, path: str | Path) -> None:
-        """Write the map as an ITK transform, ``.h5``; whole or not at all."""
+        """Write the map as an ITK transform, ``.h5``; completely or not at all."""
         middle = [] if self.field is None else [(self.field.ddf, self.field.affine)]
         save_chain_file(path, [self.pre, *middle, self.post], self.spatial_dims)
 
 
 def map_name(source: Scan, target: Scan) -> str:
-    """What a map is called that takes points of ``source`` to points of ``target``."""
+    """Name of a map that takes points of ``source`` to points of ``target``."""
     return f"{scan_name(source.name)} -> {scan_name(target.name)}"
 
 
 def warp_to_grid(
     scan: Scan, ddf: NDArray[np.floating[Any]], grid: ImageGrid, order: int = 1, outside: float = 0.0
 ) -> NDArray[Any]:
-    """Pull a scan onto a grid along a displacement, by a single interpolation: ``(X, Y, Z)`` in the type of the scan.
+    """Pull a scan onto a grid along a displacement, with a single interpolation: ``(X, Y, Z)`` in the type of the scan.
 
     Args:
-        scan: what to warp.
+        scan: scan to warp.
         ddf: ``(3, X, Y, Z)`` in voxels of the grid, from its points to those of ``scan``.
         grid: size and affine.
-        order: 1 linear; 0 nearest neighbour, which invents no label.
-        outside: the value further than half a voxel from the outermost voxels of ``scan``; 0, as ITK has it.
+        order: 1, linear; or 0, nearest neighbour, which invents no labels.
+        outside: value more than half a voxel beyond the outermost voxels of ``scan`` (default: 0, like ITK).
     """
     to_voxels = np.linalg.inv(scan.affine) @ grid.affine
     loops = loops_for(scan, order)
@@ -200,5 +200,5 @@ def warp_to_grid(
 
 
 def warp_scan(scan: Scan, ddf: NDArray[np.floating[Any]], like: Scan, order: int = 1, outside: float = 0.0) -> Scan:
-    """Do what :func:`warp_to_grid` does, for the grid of another scan, whose header the result has."""
+    """Warp like :func:`warp_to_grid`, to the grid of another scan, whose header the result has."""
     return like.like(warp_to_grid(scan, ddf, like.grid, order, outside), scan.name)

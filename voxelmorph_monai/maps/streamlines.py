@@ -1,7 +1,7 @@
-"""Files of streamlines, rewritten with other points: TRK and TCK by nibabel, TRX as the zip archive that it is.
+"""Rewrite streamline files with other points: TRK and TCK with nibabel, TRX as the zip archive that it is.
 
-All of them are in scanner RAS once they are read. Streamlines are moved a part at a time, so that memory does not
-depend on their number. Lengths, order, and what belongs to points, streamlines and groups stay as they are.
+Once read, all of them are in scanner RAS. Streamlines are moved a part at a time, so that memory does not depend on
+their number. Lengths, order, and the data of points, streamlines and groups stay as they are.
 """
 
 import json
@@ -147,22 +147,22 @@ def _trx(path: Path, target: Path, move: _Move, grid: ImageGrid | None) -> int:
 
 
 def move_streamlines(path: str | Path, output: str | Path, move: _Move, grid: ImageGrid | None = None) -> int:
-    """Write a file of streamlines with other points, in the same format; whole or not at all.
+    """Write a file of streamlines with other points, in the same format; completely or not at all.
 
-    Points are written as float32, those of a TRX file in float16 too: that is 0.05 mm off at 170 mm.
+    Points are written as float32, even if a TRX file has float16, which is 0.05 mm off at 170 mm.
 
     Args:
         path: ``.trk``, ``.tck`` or ``.trx``.
-        output: of the same ending.
-        move: takes points ``(N, 3)`` in scanner RAS, mm, to others.
-        grid: of the image in whose space they lie then, which TRK and TRX describe.
+        output: file to write, with the same extension.
+        move: function that maps points ``(N, 3)`` in scanner RAS, mm.
+        grid: grid of the image in whose space the moved streamlines lie, which TRK and TRX describe.
 
     Returns:
         Number of streamlines.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole file of streamlines with finite points.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete file of streamlines with finite points.
     """
     path = Path(path)
     if not path.is_file():

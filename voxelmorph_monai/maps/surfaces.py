@@ -1,4 +1,4 @@
-r"""Files of surfaces: their vertices in scanner RAS, and the same file with other vertices.
+r"""Surface files: read their vertices in scanner RAS, and write the same file with other vertices.
 
 ================  ==========================================================================================
 GIFTI             ``.gii``, ``.surf.gii``: scanner RAS, unless its own data say FreeSurfer's frame
@@ -7,7 +7,7 @@ meshes            ``.vtk``, ``.vtp``, ``.stl``, ``.ply``: as the comment ``SPACE
 ================  ==========================================================================================
 
 FreeSurfer's tkr RAS is centred on the conformed volume and runs along its axes. A surface stored in it is tied to one
-volume, which the footer of the file describes. Meshes have no rule; 3D Slicer and ITK write LPS.
+volume, which the footer of the file describes. For meshes there is no rule; 3D Slicer and ITK write LPS.
 """
 
 import importlib
@@ -45,11 +45,11 @@ class SurfaceFile(NamedTuple):
     """A surface, and how to write the same file with other vertices.
 
     Attributes:
-        points: vertices ``(N, 3)`` in scanner RAS, mm, whatever the frame of the file.
-        frame: that of the file, one of ``FRAMES``.
-        note: what was assumed or is lost, for people; empty where nothing is.
-        write: ``write(path, points, grid, flip)`` writes the file with other vertices, for the volume of ``grid``, and
-            with its triangles turned over where ``flip``.
+        points: vertices ``(N, 3)`` in scanner RAS, mm, whatever the file has.
+        frame: coordinate system of the file, one of ``FRAMES``.
+        note: what was assumed or is lost, to show; empty if nothing is.
+        write: ``write(path, points, grid, flip)`` writes the file with other vertices, for the volume of ``grid``;
+            ``flip`` turns its triangles over.
     """
 
     points: _Points
@@ -210,7 +210,7 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
         matrix = _frame_matrix(said, volume, path)
 
     def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
-        """One space, scanner RAS, whatever the file was in."""
+        """Write in one space, scanner RAS, whatever the space of the file."""
         turned = flip != _handedness(matrix)
         for array in image.darrays:
             data = points if array is vertices else array.data
@@ -315,16 +315,16 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
 
 
 def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid | None = None) -> SurfaceFile:
-    """Read a surface: GIFTI, FreeSurfer's, VTK, STL or PLY, by the ending; a name without a known one is FreeSurfer's.
+    """Read a surface: GIFTI, VTK, STL or PLY by the extension, or FreeSurfer's format if that is not a known one.
 
     Args:
-        path: of the file.
-        frame: one of ``FRAMES``, for a file that does not tell.
-        volume: grid of the image that a surface in tkr RAS was made from, for a file that does not tell.
+        path: file to read.
+        frame: one of ``FRAMES``, for a file that does not state its coordinate system.
+        volume: grid of the image that a surface in tkr RAS was made from, for a file that does not describe it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no whole surface of finite vertices, or one whose frame is unknown.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete surface with finite vertices, or its coordinate system is unknown.
     """
     path = Path(path)
     if not path.is_file():
@@ -342,14 +342,14 @@ def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid |
 def save_surface(
     path: str | Path, source: SurfaceFile, points: NDArray[np.floating[Any]], grid: ImageGrid | None, mirrored: bool
 ) -> None:
-    """Write the file ``source`` with other vertices; whole or not at all.
+    """Write the file ``source`` with other vertices; completely or not at all.
 
     Args:
-        path: of the file.
-        source: what :func:`read_surface` gave.
+        path: file to write.
+        source: result of :func:`read_surface`.
         points: vertices ``(N, 3)`` in scanner RAS, mm.
-        grid: of the image in whose space they lie, which files of FreeSurfer describe.
-        mirrored: the map turned left into right, and would leave the triangles inside out.
+        grid: grid of the image in whose space they lie, which FreeSurfer files describe.
+        mirrored: whether the map swapped left and right, which would turn the triangles inside out.
     """
     with atomic(path) as temporary:
         source.write(temporary, np.asarray(points, dtype=np.float64), grid, mirrored)

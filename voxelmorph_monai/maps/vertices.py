@@ -1,8 +1,8 @@
-r"""Take many points along a transform, or back: the vertices of surfaces and streamlines, by the hundred thousand.
+r"""Map many points along a transform, or back: hundreds of thousands of vertices of surfaces and streamlines.
 
-:func:`~voxelmorph_monai.maps.chains.map_points` asks ITK for each point; here NumPy takes all of them together. One
-thing is done otherwise: beyond the grid of a displacement ITK takes it for 0, which tears what crosses the border. Here
-it continues with its border value, and the points that lie there are counted.
+:func:`~voxelmorph_monai.maps.chains.map_points` calls ITK for each point; here NumPy maps all of them together. There
+is one difference: outside the grid of a displacement ITK uses 0, which tears whatever crosses the border. Here it
+continues with its border value, and the points outside are counted.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ class _Bent:
         return points + (self.affine[:3, :3] @ offset).T
 
     def back(self, points: _Points) -> _Points:
-        """Points that this map takes to ``points``, by a fixed point; where none is found, the last guess."""
+        """Points that this map takes to ``points``, by fixed-point iteration, or the last guess of it."""
         found, left = points.copy(), np.arange(len(points))
         for step, number in _ROUNDS:
             for _ in range(number):
@@ -55,16 +55,16 @@ class _Bent:
 
 
 class Mover:
-    """Takes points along a transform, or back; it keeps count over all calls.
+    """Maps points along a transform, or back, and keeps count over all calls.
 
     Args:
         transform: in 3-D, from points of the fixed image to points of the moving one.
-        drawn_in: ``"fixed"``, and points go along the transform, to the moving image; ``"moving"``, and they go back.
+        drawn_in: ``"fixed"``: points go along the transform, to the moving image; ``"moving"``: they go back.
 
     Attributes:
-        outside: number of points so far that lay beyond the grid of a displacement.
-        residual: by how much what was searched misses, in mm, at most.
-        mirrors: whether the linear parts turn left into right.
+        outside: number of points so far that lay outside the grid of a displacement.
+        residual: largest error of a numerical inverse so far, in mm.
+        mirrors: whether the linear parts swap left and right.
 
     >>> from voxelmorph_monai.space.itk_bridge import linear_transform
     >>> Mover(linear_transform(np.diag([2.0, 2, 2, 1])), "moving")(np.array([[2.0, 4, 6]])).tolist()

@@ -1,1 +1,1 @@
-"""Pages for people who look: the report of one registration, and the index of many."""
+"""HTML pages: the report of one registration, and the index of many."""

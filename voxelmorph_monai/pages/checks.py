@@ -1,7 +1,7 @@
-"""What looks wrong about a registration, in plain words: checks that need no truth to compare with.
+"""Warnings about a registration in plain words, from checks that need no ground truth.
 
-They look at points on a lattice of a few millimetres over the fixed scan, so that they cost a fraction of a second. A
-registration that passes them may be wrong all the same.
+They use points on a lattice of a few millimetres over the fixed scan, so they take a fraction of a second. A
+registration that passes them can still be wrong.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,11 +39,11 @@ _FEW = 20  # points of the lattice in a structure: fewer say nothing of where it
 
 
 class Concern(NamedTuple):
-    """Something to look at.
+    """A warning about a registration.
 
     Attributes:
         check: a word for what was checked, the same in all registrations.
-        text: what it is, and what may be the reason.
+        text: what looks wrong, and the likely reason.
     """
 
     check: str
@@ -310,7 +310,7 @@ def concerns(result: Registered, measures: Mapping[str, Any], determinant: Array
     Args:
         result: the registration.
         measures: ``correlation_before`` and ``_after``, ``folding_percent``, ``inverse_consistency_mm``, ``dice``.
-        determinant: of the Jacobian of the whole map, on the fixed grid.
+        determinant: Jacobian determinant of the whole map, on the fixed grid.
     """
     lattice = _Lattice(result)
     frame = Frame.of(result.fixed.grid)

@@ -1,4 +1,4 @@
-"""The index of many registrations: a row for each, what is unlike the others, and what people decide about them."""
+"""The index of many registrations: a row for each, outliers, and the decisions of the reader."""
 
 import base64
 import csv
@@ -34,9 +34,9 @@ class Measure(NamedTuple):
     """A column of numbers.
 
     Attributes:
-        key: in a summary; ``dice_before`` and ``dice_after`` are means.
-        name: for people.
-        digits: after the point.
+        key: its key in a summary; ``dice_before`` and ``dice_after`` are means.
+        name: name to show.
+        digits: number of decimals to show.
         better: 1 if high values are good, -1 if low ones are, 0 if neither.
     """
 
@@ -169,7 +169,7 @@ def find_entries(folder: Path) -> list[Entry]:
     Failed ones come first.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
@@ -184,10 +184,10 @@ def find_entries(folder: Path) -> list[Entry]:
 
 
 def flag_outliers(entries: Sequence[Entry]) -> None:
-    """Say of each entry in which measures it is worse than the others, by robust z-scores; of five pairs or more.
+    """Note for each entry in which measures it is worse than the others, by robust z-scores of at least five pairs.
 
     The score is the distance to the median in units of 1.4826 median absolute deviations; where more than half of the
-    values are equal, in units of 1.2533 mean absolute deviations. Only what is on the bad side counts.
+    values are equal, in units of 1.2533 mean absolute deviations. Only deviations to the bad side count.
     """
     for measure in MEASURES:
         known = [(entry, value) for entry in entries if (value := entry.values.get(measure.key)) is not None]
@@ -203,11 +203,11 @@ def flag_outliers(entries: Sequence[Entry]) -> None:
 
 
 def save_index(folder: str | Path) -> list[Entry]:
-    """Write ``index.html`` and ``thumbnails`` into a folder of registrations, and give what is in it.
+    """Write ``index.html`` and ``thumbnails`` into a folder of registrations; returns the entries.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        FileExistsError: an ``index.html`` that is none of ours is there.
+        FileNotFoundError: the folder does not exist.
+        FileExistsError: there is an ``index.html`` that this function did not write.
     """
     folder = Path(folder)
     path = folder / INDEX

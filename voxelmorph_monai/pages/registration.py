@@ -1,4 +1,4 @@
-"""The page of one registration: one file that needs nothing else, and tells nothing about whose scans they are."""
+"""The page of one registration: one file that needs nothing else, and does not reveal whose scans they are."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -299,14 +299,14 @@ def _data(views: Views, determinant: NDArray[Any]) -> dict[str, Any]:
 
 
 def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary: Mapping[str, Any]) -> None:
-    """Write the page of a registration; whole or not at all.
+    """Write the page of a registration; completely or not at all.
 
     Args:
-        path: of the file, ``.html``.
-        views: what is shown of it.
-        determinant: of the Jacobian of the whole map, on the fixed grid.
-        summary: its measures, ``warnings``, ``options``, and maybe ``versions`` and ``inputs`` (of which the hashes are
-            shown, and no path).
+        path: file to write, ``.html``.
+        views: the images to show.
+        determinant: Jacobian determinant of the whole map, on the fixed grid.
+        summary: its measures, ``warnings``, ``options``, and optionally ``versions`` and ``inputs`` (the page shows
+            their hashes, not their paths).
     """
     data = _data(views, determinant)
     heads = [face is not None for face in views.faces]

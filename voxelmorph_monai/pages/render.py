@@ -1,4 +1,4 @@
-"""Pages as one file each: template, style and script in one, and a policy that lets nothing else run or load."""
+"""Render each page as one file with its style and script, and a policy that lets nothing else run or load."""
 
 import base64
 import hashlib
@@ -35,7 +35,7 @@ def encode(array: NDArray[Any]) -> str:
 
 
 def data_uri(slices: NDArray[np.uint8], *, exact: bool = False) -> str:
-    """Slices ``(n, R, C)`` below each other as a picture in an address: JPEG, or PNG if values must stay exact."""
+    """Data URI of slices ``(n, R, C)`` below each other in one picture: JPEG, or PNG if values must stay exact."""
     stream = io.BytesIO()
     picture = Image.fromarray(slices.reshape(-1, slices.shape[-1]))
     if exact:
@@ -55,9 +55,9 @@ def render(name: str, pictures: str = "data:", **context: Any) -> str:
     """Fill the template ``name.html``, with ``common.css``, ``name.css`` and ``name.js`` in it.
 
     Args:
-        name: of the template.
-        pictures: where the page may load pictures from, as a Content Security Policy has it.
-        context: what the template shows.
+        name: name of the template.
+        pictures: where the page may load pictures from, as in a Content Security Policy.
+        context: variables of the template.
     """
     style = "".join((_ASSETS / file).read_text(encoding="utf-8") for file in ("common.css", f"{name}.css"))
     script = (_ASSETS / f"{name}.js").read_text(encoding="utf-8")

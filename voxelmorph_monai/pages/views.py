@@ -1,4 +1,4 @@
-"""What is shown of a registration: slices with anatomy in them, windows, the face hidden, the map at low resolution."""
+"""What a page shows of a registration: slices with anatomy, windows, a hidden face, the map at low resolution."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -83,7 +83,7 @@ class Face(NamedTuple):
     Attributes:
         brain: points in it, ``(N, 3)``, RAS mm.
         normal: from the brain to the face, half forward and half down in the head's own axes: ``(3,)``, RAS.
-        limit: mm along ``normal`` from which on a head is hidden; infinite where the skull is stripped already.
+        limit: mm along ``normal`` beyond which a head is hidden; infinite if the skull is already stripped.
     """
 
     brain: Array
@@ -108,12 +108,12 @@ def _template() -> tuple[Array, float]:
 
 
 def find_face(scan: Scan, network: AnatomyNet) -> Face | None:
-    """The face in a scan of a head, in whatever pose; None where there is no head.
+    """Find the face in a scan of a head in any pose; None if there is no head.
 
-    All that lies more than 8 mm beyond the plane that touches the brain from the front and from below, at 45 degrees,
-    is hidden: eyes, nose, mouth, chin. It is the plane of MNI152, brought to the scan by the pose of the head, so that
-    of a head that lies the same is hidden. It is the cut of quickshear (Schimke and Hale, Quickshear defacing for
-    neuroimages, HealthSec 2011) at a fixed angle. The brain and what is behind it is shown.
+    Everything more than 8 mm beyond the plane that touches the brain from the front and from below, at 45 degrees, is
+    hidden: eyes, nose, mouth, chin. The plane is that of MNI152, mapped to the scan by the pose of the head, so the
+    same is hidden in any pose. It is the cut of quickshear (Schimke and Hale, Quickshear defacing for neuroimages,
+    HealthSec 2011) at a fixed angle. The brain and what is behind it are shown.
     """
     if scan.is_slice:
         return None
@@ -157,9 +157,9 @@ def _foreground(scan: Scan) -> Array:
 
 
 def window_of(scan: Scan, face: Face | None = None) -> Window:
-    """Window of a scan by the percentiles of its brain; where none is known, of all that it shows.
+    """Window of a scan from the percentiles of its brain, or of everything that it shows if no brain is known.
 
-    The bright fat of a head takes no part. All images of one scan, before and after, share its window.
+    The bright fat of a head does not count. All images of one scan, before and after, share its window.
     """
     values = _foreground(scan) if face is None else _voxels_at(scan, face.brain)
     if not len(values):
@@ -172,11 +172,11 @@ def window_of(scan: Scan, face: Face | None = None) -> Window:
 
 
 class Frame(NamedTuple):
-    """A grid whose axes are put in the order right, front, up.
+    """A grid with its axes reordered to right, front, up.
 
     Attributes:
-        change: of the axes of an array, as nibabel has it.
-        affine: of the grid in the new order (RAS, mm).
+        change: nibabel's orientation transform for the axes of an array.
+        affine: affine of the grid in the new order (RAS, mm).
         shape: voxels to the right, to the front, up.
     """
 
@@ -218,9 +218,9 @@ class Plane(NamedTuple):
     """Parallel slices through the frame.
 
     Attributes:
-        axis: across them; 0 sagittal, 1 coronal, 2 axial.
+        axis: axis across the slices; 0 sagittal, 1 coronal, 2 axial.
         positions: their indices along it, in the frame.
-        start: number of the one to show first.
+        start: number of the slice to show first.
         rows: index along the upward axis of each row of pixels, from the top, ``(R,)``; nearest voxels.
         columns: index along the other axis of each column, ``(C,)``.
     """
@@ -243,7 +243,7 @@ class Plane(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What radiologists call it."""
+        """Its name in radiology."""
         return ("sagittal", "coronal", "axial")[self.axis]
 
     def take(self, volume: Array, position: int) -> Array:
@@ -276,11 +276,12 @@ def _positions(low: int, high: int) -> list[int]:
 
 
 class Views:
-    """All that a page shows of a registration, in the frame of the fixed scan.
+    """Everything that a page shows of a registration, in the frame of the fixed scan.
 
     Args:
         result: the registration.
-        network: that finds brains (default: windows and slices go by all that the scans show, and no face is hidden).
+        network: network that finds brains (default: none; windows and slices go by everything that the scans show, and
+            no face is hidden).
         show_face: hide nothing.
     """
 
@@ -394,7 +395,7 @@ class Views:
 
         Args:
             plane: the slices.
-            determinant: of the Jacobian of the whole map, on the fixed grid.
+            determinant: Jacobian determinant of the whole map, on the fixed grid.
         """
         linear = abs(np.linalg.det(self.result.forward.linear[:3, :3]))
         values = plane.nearest(self.frame.orient(determinant))

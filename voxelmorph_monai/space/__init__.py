@@ -1,1 +1,1 @@
-"""Where scans lie: RAS, mm; how they are resampled and aligned."""
+"""Scans in physical space (RAS, mm): their position, resampling and alignment."""

@@ -2,18 +2,18 @@ r"""Rigid and affine registration by mutual information, from any pose, in 2-D a
 
 The transform maps points of the fixed image to points of the moving one. It is found in three steps:
 
-1. many poses, scored on coarse copies: rotations about the centres of what the images show and, where a field of view
-   cuts one of them off, shifts along all axes;
-2. a climb, with few parameters, on the same copies: from the best of them, and from where the headers put the images
-   already;
-3. a climb with all parameters from the one that is best then, on two finer copies.
+1. Many poses are scored on coarse copies: rotations about the centres of what the images show and, where a field of
+   view cuts one of them off, shifts along all axes.
+2. On the same copies the information is maximised over few parameters, from the best poses and from the pose in the
+   headers.
+3. On two finer copies it is maximised over all parameters, from the best pose so far.
 
-Images that are the same where the headers put them stay there. How coarse is counted in sides of a cube as large as
-what the images show, so that a mouse is registered as a man: for a brain, whose side is some 125 mm, the copies have
-voxels of 8, 4 and 2 mm.
+Images that are already the same where the headers put them stay there. Resolutions are relative to the side of a cube
+as large as what the images show, so that a mouse is registered like a man: for a brain, whose side is some 125 mm, the
+copies have voxels of 8, 4 and 2 mm.
 
 What a field of view cuts off is unknown, not background, and does not count
-(:mod:`~voxelmorph_monai.space.mutual_information`). Nothing is drawn at random and sums are taken in one order, so that
+(:mod:`~voxelmorph_monai.space.mutual_information`). There are no random numbers, and sums are taken in one order, so
 the same images give the same transform whatever the number of threads.
 """
 
@@ -114,11 +114,11 @@ def register_affine(
     """Align two images ``(array, affine)``.
 
     Args:
-        moving: image whose background is about 0, in any pose. A few very bright voxels spoil the histogram: clip them.
-            Or ``(X, Y)`` with a 3 x 3 affine.
+        moving: image ``(X, Y, Z)`` with a 4 x 4 affine, or ``(X, Y)`` with a 3 x 3 affine, in any pose. Its background
+            is about 0. A few very bright voxels spoil the histogram: clip them.
         fixed: the same.
         kind: ``"rigid"`` (6 parameters, 3 in 2-D) or ``"affine"`` (12 and 6).
-        names: what messages call the images.
+        names: names of the images in messages.
 
     Returns:
         Matrix, 4 x 4 or 3 x 3, that takes points of ``fixed`` to points of ``moving`` (RAS, mm).
@@ -166,7 +166,7 @@ def register_affine(
 
 
 def header_map(moving: Scan, fixed: Scan) -> Affine:
-    """Map from points of ``fixed`` to those of ``moving`` as the headers have it: for slices, from plane to plane."""
+    """Map from points of ``fixed`` to those of ``moving`` according to the headers; for slices, from plane to plane."""
     if not fixed.is_slice:
         return np.eye(4)
     source = Plane.of(fixed)
@@ -182,7 +182,7 @@ def align(moving: Scan, fixed: Scan, alignment: str = "affine") -> Affine:
         alignment: ``"affine"``, ``"rigid"``, or ``"none"``, which leaves the scans where their headers put them.
 
     Raises:
-        ValueError: the scans show nothing alike, or ``alignment`` is none of these.
+        ValueError: the scans cannot be aligned, or ``alignment`` is none of these.
     """
     if alignment == "none":
         return header_map(moving, fixed)

@@ -1,4 +1,4 @@
-"""To ITK and back: images and linear transforms.
+"""Convert images and linear transforms to ITK and back.
 
 Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the array's.
 """
@@ -67,7 +67,7 @@ def from_itk(image: Image) -> tuple[NDArray[Any], Affine]:
 
 
 def transform_affine(transform: Transform) -> Affine:
-    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm; 3 x 3 of one in 2-D."""
+    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm; 3 x 3 for a 2-D transform."""
     lps = np.eye(transform.GetInputSpaceDimension() + 1)
     lps[:-1, :-1] = itk.array_from_matrix(transform.GetMatrix())
     lps[:-1, -1] = transform.GetOffset()
@@ -89,7 +89,7 @@ def linear_transform(matrix: NDArray[np.floating[Any]], double: bool = True) -> 
 
 
 def write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Have ITK write ``path``, whole or not at all, and raise an OSError if it cannot."""
+    """Have ITK write ``path``, completely or not at all; raise an OSError if it cannot."""
     with atomic(path) as temporary:
         reason = None
         with silent_stderr():  # on which HDF5 prints a page, and another when the writer is gone
@@ -102,7 +102,7 @@ def write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def save_transform(path: str | Path, transform: Transform) -> None:
-    """Write an ITK transform in the format of the ending, ``.txt``, ``.mat`` or ``.h5``; whole or not at all."""
+    """Write an ITK transform in the format of the ending, ``.txt``, ``.mat`` or ``.h5``; completely or not at all."""
 
     def write(temporary: Path) -> None:
         itk.transformwrite([transform], str(temporary), compression=True)

@@ -1,4 +1,4 @@
-"""The middle of several scans: the mean of linear maps, and a grid around all that the scans show."""
+"""The middle of several scans: the mean of linear maps, and a grid around everything that the scans show."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _Matrix = NDArray[np.floating[Any]]
 
 
 def linear_mean(maps: Sequence[_Matrix]) -> NDArray[np.float64]:
-    """Mean of linear maps, 4 x 4, by their logarithms: that of a map and its inverse is the identity.
+    """Mean of linear maps, 4 x 4, by their logarithms: the mean of a map and its inverse is the identity.
 
     >>> shift = np.eye(4); shift[0, 3] = 6.0
     >>> linear_mean([shift, np.eye(4)])[0].round(6).tolist()

@@ -1,19 +1,19 @@
-r"""Mutual information of two images as a function of the linear map between them, and how to climb it.
+r"""Mutual information of two images as a function of the linear map between them, and how to maximise it.
 
-What one scan shows is compared with the other only where both know it. A scan knows what lies within its field of view.
-Beyond that it knows that background goes on where it ends in background; where it cuts something off, it knows nothing,
-and the points there do not count.
+Two scans are compared only where the content of both is known. It is known within the field of view. Beyond that,
+background is taken to continue where a scan ends in background; where a scan cuts something off, nothing is known, and
+the points there do not count.
 
 The mutual information is that of Mattes et al. (IEEE TMI 2003): intensities of the moving image are spread over the
-bins of a histogram by a cubic B-spline, those of the fixed image are counted. With :math:`p` the share of the points in
-each cell, :math:`m` the moving and :math:`f` the fixed intensity,
+bins of a histogram by a cubic B-spline, those of the fixed image are counted. With :math:`p` the fraction of the points
+in each cell, :math:`m` the moving and :math:`f` the fixed intensity,
 
 .. math:: I = \sum_{f, m} p(f, m) \log \frac{p(f, m)}{p(f) \, p(m)}, \qquad
           \frac{dI}{d\theta} = \Big\langle s(f, m) \, \frac{dm}{d\theta} \Big\rangle, \quad
           s = \frac{\partial}{\partial m} \log \frac{p(f, m)}{p(m)},
 
-a mean over the points. The mean of :math:`s^2 \, (dm / d\theta)(dm / d\theta)^T`, Fisher's information, says how the
-parameters differ in scale and hang together; in the coordinates that make it the identity, BFGS needs some ten steps.
+a mean over the points. The mean of :math:`s^2 \, (dm / d\theta)(dm / d\theta)^T`, Fisher's information, contains the
+scales and correlations of the parameters; in the coordinates that make it the identity, BFGS needs some ten steps.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Copy(NamedTuple):
         array: intensities ``(X, Y, Z)``, or ``(X, Y)``.
         affine: takes voxels to mm (RAS), 4 x 4 or 3 x 3.
         shown: which voxels lie above the background.
-        known: 1 where the scan knows what is there, else 0; None if it does everywhere.
+        known: 1 where the content is known, otherwise 0; None if it is known everywhere.
     """
 
     array: _Array
@@ -107,7 +107,7 @@ def coarsen(array: NDArray[Any], affine: Affine, sizes: Sequence[float], margin:
 
     Args:
         array: image ``(X, Y, Z)`` or ``(X, Y)`` whose background is about 0.
-        affine: of the image.
+        affine: affine of the image.
         sizes: sides of the voxels, the largest first. Along an axis whose voxels are as long already, or which has few
             of them, they stay as they are.
         margin: mm around the field of view that each copy has at least, and one voxel. Its intensities are those of the
@@ -202,13 +202,14 @@ class _Slope(NamedTuple):
 class MutualInformation:
     """Mutual information, in nats, of two images under a linear map from points of the fixed to points of the moving.
 
-    Maps change by what is applied before them, in coordinates about the centre of the points that are compared, with
-    the root mean square of their distances from it as the unit.
+    A change is applied before the map, in coordinates about the centre of the points that are compared, with the root
+    mean square of their distances from it as the unit.
 
     Args:
         moving: coarse copy of one image.
-        fixed: of the other; its voxels that show something, and those up to ``reach`` mm beside them, are compared.
-        reach: in mm.
+        fixed: coarse copy of the other; its voxels that show something, and those up to ``reach`` mm beside them, are
+            compared.
+        reach: distance in mm.
         thinned: take a quarter of the voxels, a body-centred lattice (half of them in 2-D).
     """
 
@@ -253,7 +254,7 @@ class MutualInformation:
         return self._score(histogram, self.points.shape[1])
 
     def glance(self, matrix: Affine) -> float:
-        """About what :meth:`__call__` gives, for less: of the voxels that are nearest to half of the points."""
+        """Approximate :meth:`__call__` in less time, from the voxels that are nearest to half of the points."""
         at = (self._to_voxels @ matrix @ self.to_mm)[:-1] @ self.points[:, ::2]
         nearest = np.zeros(at.shape[1], np.intp)
         for x, n in zip(at, self._shape, strict=True):
@@ -313,7 +314,7 @@ class MutualInformation:
         return _Slope(value, (turn.T @ gradient / total).ravel(), mixed.T @ fisher @ mixed / total)
 
     def change(self, matrix: Affine, direction: _Array) -> tuple[Affine, float]:
-        """Map after a change in a direction ``(D (D + 1),)``, and how far (mm) that moves the points about."""
+        """Map after a change in a direction ``(D (D + 1),)``, and about how far (mm) that moves the points."""
         step = np.zeros_like(matrix)
         step[:-1] = direction.reshape(len(self._shape), -1)
         return matrix @ self.to_mm @ linalg.expm(step) @ np.linalg.inv(self.to_mm), self.radius * float(
@@ -322,7 +323,7 @@ class MutualInformation:
 
 
 def maximise(information: MutualInformation, matrix: Affine, kind: str, tolerance: float) -> Affine:
-    """Climb from a map to where steps are shorter than ``tolerance`` mm, changing it by the generators of a kind."""
+    """Maximise from a map until steps are shorter than ``tolerance`` mm, changing it by the generators of a kind."""
     basis = generators(kind, len(matrix) - 1)
     here = information.slope(matrix, with_fisher=True)
     assert here.fisher is not None
