@@ -596,7 +596,7 @@ def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--image", type=Path, metavar="FILE", help="moving image, or a series of them (NIfTI)")
     what.add_argument("--labels", type=Path, metavar="FILE", help="label map of the moving image")
     what.add_argument(
-        "--vectors", type=Path, metavar="FILE", help="moving image of vectors, three numbers a voxel, which are rotated"
+        "--vectors", type=Path, metavar="FILE", help="moving image of vectors, three numbers per voxel, which are rotated"
     )
     what.add_argument("--points", type=Path, metavar="FILE", help="points (.csv, .fcsv, .mrk.json)")
     what.add_argument(

@@ -223,7 +223,7 @@ def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
     """Where MNI152 may lie in a scan whose brain was found, whatever its contrast and pose: the likeliest first.
 
     Args:
-        image: the scan, about 4 mm a voxel, ``(X, Y, Z)``.
+        image: the scan, with voxels of about 4 mm, ``(X, Y, Z)``.
         brain: probability of brain, the same shape.
         affine: of the voxels.
     """
@@ -313,7 +313,7 @@ def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine
     """Map from points of ``template`` to points of ``anatomy`` by their structures.
 
     Args:
-        anatomy: about 4 mm a voxel or finer.
+        anatomy: voxels of about 4 mm or finer.
         template: another brain, or MNI152.
         kind: ``"affine"``, ``"similarity"`` or ``"rigid"``.
         start: default: by :func:`fit_centres`, or the rotation in it.

@@ -115,7 +115,8 @@ def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
 def regularity(ddf: Array, determinant: Array | None = None) -> dict[str, float | None]:
     """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and how much its volumes vary (None: all fold).
 
-    ``determinant`` is its :func:`volume_change`, if that is already known. """
+    ``determinant`` is its :func:`volume_change`, if that is already known.
+    """
     if 1 in ddf.shape[1:]:  # within the plane, wherever that is taken to
         determinant = jacobian_determinant(_field(ddf)).numpy()
     elif determinant is None:

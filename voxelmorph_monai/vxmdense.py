@@ -137,7 +137,7 @@ class VxmDense(nn.Module):
             raise ValueError(f"weights {path} cannot be read as a checkpoint of VxmDense: {error}.") from error
         config["nb_unet_features"] = [encoder, decoder]
         if not encoder:
-            raise ValueError(f"weights {path} hold no layers of VxmDense.")
+            raise ValueError(f"weights {path} contain no VxmDense layers.")
         found = cls(**config)
         weights = {name: tensor.float() for name, tensor in state.items() if not name.endswith(".grid")}
         ours = found.network.state_dict()

@@ -108,7 +108,7 @@ def find_brains(
 
 
 def align_to_mni152(scan: Scan, head: Head | None, alignment: str) -> Affine:
-    """Map from points of MNI152 to points of a scan: by the structures of a head, by the image of a brain."""
+    """Map from points of MNI152 to points of a scan, from the structures of a head or the image of a brain."""
     if head is None or alignment == "none":
         return align(scan, mni152(), alignment)
     return fit(head.anatomy, anatomy_of_mni152(), alignment)

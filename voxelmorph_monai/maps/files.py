@@ -3,7 +3,7 @@
 =============================  ===========================================================================
 ITK, ANTs, 3D Slicer, elastix  ``.h5``, ``.tfm``, ``.txt``, ``.mat`` of ITK's transforms and composites
 displacement                   ``.nii``, ``.nii.gz`` of shape ``(X, Y, Z, 1, 3)``: intent 1006 RAS, 1007 LPS
-SPM, NiftyReg                  the same, by :mod:`~voxelmorph_monai.maps.field_headers`: positions, too
+SPM, NiftyReg                  the same, also positions (:mod:`~voxelmorph_monai.maps.field_headers`)
 FreeSurfer                     ``.lta``; its warps where they are displacements of intent 1006
 FSL                            ``.mat``, ``.nii.gz`` of FLIRT and FNIRT, together with both images
 =============================  ===========================================================================

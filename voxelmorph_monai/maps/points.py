@@ -45,7 +45,7 @@ def _numbers(cells: Any, subject: str) -> list[float]:
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != 3 or not np.isfinite(numbers).all():
-        raise ValueError(f"{subject} has no three finite coordinates: {cells}.")
+        raise ValueError(f"{subject} does not have three finite coordinates: {cells}.")
     return numbers
 
 

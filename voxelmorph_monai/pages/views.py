@@ -38,7 +38,7 @@ _SAMPLES = 200_000  # voxels that percentiles are taken of
 
 
 class Registered(Protocol):
-    """What a page reads of a registration; see :class:`~voxelmorph_monai.apps.result.RegistrationResult`."""
+    """The part of a registration that a page reads; see :class:`~voxelmorph_monai.apps.result.RegistrationResult`."""
 
     @property
     def moving(self) -> Scan: ...  # noqa: D102
