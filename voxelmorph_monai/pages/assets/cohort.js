@@ -25,7 +25,7 @@ const written = (row, m) => (row.values[m] === null || row.values[m] === undefin
 const decisions = new Map();
 function remember() {
   try { localStorage.setItem(STORE, JSON.stringify([...decisions])); } catch {
-    byId("message").textContent = "This browser keeps nothing: export your decisions before you close the page.";
+    byId("message").textContent = "This browser stores nothing: export your decisions before you close the page.";
   }
 }
 try {
@@ -141,7 +141,7 @@ function line(row) {
 function list(all = false) {
   const start = all ? 0 : state.page * AT_A_TIME, end = all ? state.shown.length : Math.min(start + AT_A_TIME, state.shown.length);
   document.querySelector("#pairs tbody").replaceChildren(...state.shown.slice(start, end).map(line));
-  byId("shown").textContent = state.shown.length ? `${start + 1} to ${end} of ${state.shown.length}` : "No pair is like that.";
+  byId("shown").textContent = state.shown.length ? `${start + 1} to ${end} of ${state.shown.length}` : "No pair matches.";
   byId("previous").disabled = state.page === 0;
   byId("next").disabled = end >= state.shown.length;
 }
