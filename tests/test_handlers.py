@@ -152,7 +152,7 @@ def test_keep_best_wants_a_number(tmp_path):
 def test_keep_best_wants_finite_weights(tmp_path):
     network = nn.Linear(1, 1)
     network.bias.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"^1 parameters .* first bias: "):
+    with pytest.raises(ValueError, match=r"^1 parameters .* the first is bias\. "):
         evaluate([0.0], KeepBest(network, str(tmp_path / "model.pt"), "dice"), network)
     assert list(tmp_path.iterdir()) == []
 

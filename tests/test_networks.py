@@ -621,15 +621,15 @@ def test_wrong_weights(tmp_path):
     for content, reason in (
         (
             VoxelMorph("vm2", 2).state_dict(),
-            r"7 parameters differ, first unet\.decoder\.3\.1\.conv\.weight is "
+            r"7 parameters differ, the first: unet\.decoder\.3\.1\.conv\.weight is "
             r"\[32, 32, 3, 3\] instead of \[8, 32, 3, 3\]\.",
         ),
         ([1, 2], r"it holds a list, not a dict\."),
         (
             {"network": preset, "epoch": 3},
-            r"24 parameters differ, first unet\.encoder\.0\.conv\.weight \[16, 2, 3, 3\] is missing\.",
+            r"24 parameters differ, the first: unet\.encoder\.0\.conv\.weight \[16, 2, 3, 3\] is missing\.",
         ),
-        ({**preset, "epoch": 3}, r"1 parameters differ, first epoch \(int\) is unknown\."),
+        ({**preset, "epoch": 3}, r"1 parameters differ, the first: epoch \(int\) is unknown\."),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=f"{wrong}{reason}"):

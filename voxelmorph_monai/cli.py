@@ -216,7 +216,7 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"time for the refinement; inf until nothing improves (default: {DEFAULTS.budget:g})",
+        help=f"time limit of the refinement; inf: until nothing improves (default: {DEFAULTS.budget:g})",
     )
     group.add_argument(
         "--steps",
@@ -234,8 +234,8 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--smoothness",
         type=_smoothness,
         metavar="{low,default,high,MM}",
-        help="smoothness of the refined displacement, by name or in mm; the higher, the less volumes change from one "
-        "place to the next (default: default; "
+        help="smoothness of the refined displacement, by name or in mm; higher values let volumes change less from "
+        "one place to the next (default: default; "
         + ", ".join(f"{name} {value:g} mm" for name, value in SMOOTHNESS.items())
         + f"; with --same-person {SAME_PERSON:g} mm)",
     )
@@ -596,7 +596,10 @@ def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--image", type=Path, metavar="FILE", help="moving image, or a series of them (NIfTI)")
     what.add_argument("--labels", type=Path, metavar="FILE", help="label map of the moving image")
     what.add_argument(
-        "--vectors", type=Path, metavar="FILE", help="moving image of vectors, three numbers per voxel, which are rotated"
+        "--vectors",
+        type=Path,
+        metavar="FILE",
+        help="moving image of vectors, three numbers per voxel, which are rotated",
     )
     what.add_argument("--points", type=Path, metavar="FILE", help="points (.csv, .fcsv, .mrk.json)")
     what.add_argument(
@@ -635,7 +638,7 @@ def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinates",
         choices=("RAS", "LPS", "tkr"),
-        help="coordinate system of a CSV file, surface or vectors that do not say it; tkr is FreeSurfer's",
+        help="coordinate system, if a CSV file, surface or vectors do not state it; tkr is FreeSurfer's",
     )
     group.add_argument("--volume", type=Path, metavar="FILE", help="image that a FreeSurfer surface was made from")
     group = parser.add_argument_group("output")

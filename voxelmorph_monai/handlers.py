@@ -139,8 +139,8 @@ class KeepBest:
             state = self.network.state_dict()
             if broken := [name for name, weights in state.items() if not bool(weights.isfinite().all())]:
                 raise ValueError(
-                    f"{len(broken)} parameters hold NaN or infinity, first {broken[0]}: the training diverged. Try a "
-                    "lower learning rate."
+                    f"{len(broken)} parameters hold NaN or infinity, the first is {broken[0]}. The training diverged: "
+                    "try a lower learning rate."
                 )
             self.best = value
             if process()[0] == 0:

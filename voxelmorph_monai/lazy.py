@@ -1,7 +1,7 @@
 """Import slow libraries when they are first used, because many calls do not need them.
 
-Seconds of processor time that an import takes beside torch: MONAI 4 to 8, ITK 0.3 and up to 9 once its classes are
-used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
+Seconds of processor time that an import takes in addition to torch: MONAI 4 to 8, ITK 0.3 and up to 9 once its classes
+are used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
 """
 
 from importlib import import_module

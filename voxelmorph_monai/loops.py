@@ -485,7 +485,7 @@ def _correlation_slope(
 def correlation(
     images: Sequence[Tensor], scales: Sequence[tuple[Tensor, Tensor]], window: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean over the voxels of two images of the squared correlation of the window around each, and its gradients.
+    """Squared correlation of the windows around the voxels of two images, averaged, and its gradients.
 
     ``scales`` holds what to subtract from each channel of each image, and the factor to multiply it by. ``wanted`` says
     which images need a gradient.

@@ -312,7 +312,7 @@ def load_weights(network: nn.Module, path: str) -> None:
     try:
         state = read_state(path)
         if wrong := wrong_parameters(network.state_dict(), state):
-            raise ValueError(f"{len(wrong)} parameters differ, first {wrong[0]}")
+            raise ValueError(f"{len(wrong)} parameters differ, the first: {wrong[0]}")
     except ValueError as error:
         raise ValueError(
             f"weights {path} do not fit the network: {error}. Choose weights and preset that belong together."

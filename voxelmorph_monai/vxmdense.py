@@ -56,15 +56,15 @@ class VxmDense(nn.Module):
     Args:
         inshape: size of the images; it says only whether they are in 2-D or 3-D, as any size can be registered.
         nb_unet_features: widths of the encoder, one for each level, and of the decoder, which has at least one more.
-        int_steps: squarings that integrate the velocity; 0: the network predicts the displacement.
+        int_steps: number of squarings that integrate the velocity; 0: the network predicts the displacement.
         int_downsize: the velocity is integrated at one in this many voxels along each axis: 1, 2, 4, ...
         bidir: warp the target too.
         src_feats: channels of the source.
-        trg_feats: channels of the target, as many.
-        others: arguments of theirs that are left at their defaults.
+        trg_feats: channels of the target, the same number.
+        others: other arguments of that class, which have to keep their defaults.
 
     Raises:
-        ValueError: the network is one that is not supported here; the message says which argument.
+        ValueError: such a network is not supported; the message names the argument.
     """
 
     def __init__(

@@ -138,13 +138,13 @@ def apply_to_image(
 ) -> float:
     """Resample an image or a label map on the grid of a reference; the output has the header of the reference.
 
-    An image becomes float32, a label map keeps its type. Transforms that fit only the other way round are inverted
+    An image becomes float32, a label map keeps its type. Transforms that fit only in reverse are inverted
     (:func:`~voxelmorph_monai.maps.grids.fits_backwards`). Transforms of 2-D images need 2-D images and references; all
     others need volumes or slices.
 
     Args:
-        transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
-        moving: the image or label map, as :func:`~voxelmorph_monai.io.images.open_volume` takes it.
+        transforms: files in ANTs' order, see :func:`~voxelmorph_monai.maps.files.read_chain`.
+        moving: the image or label map, see :func:`~voxelmorph_monai.io.images.open_volume`.
         reference: the fixed image, of which only the grid is used.
         output: ``.nii`` or ``.nii.gz``.
         kind: ``"image"`` or ``"labels"``.

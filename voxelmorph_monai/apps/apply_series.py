@@ -142,7 +142,7 @@ def apply_to_series(
     """Resample all volumes of a series on the grid of a reference, one at a time, with memory for only one.
 
     Args:
-        transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
+        transforms: files in ANTs' order, see :func:`~voxelmorph_monai.maps.files.read_chain`.
         moving: NIfTI image ``(X, Y, Z, T)``.
         reference: the fixed image, of which only the grid is used.
         output: ``.nii`` or ``.nii.gz``, in float32.

@@ -65,14 +65,14 @@ def apply_to_surface(
     """Move a surface from one image to the other; the output keeps the format of the input and its other content.
 
     Args:
-        transforms: as :func:`~voxelmorph_monai.maps.files.read_chain` takes them.
+        transforms: files in ANTs' order, see :func:`~voxelmorph_monai.maps.files.read_chain`.
         surface: GIFTI, FreeSurfer, VTK, STL or PLY (:mod:`~voxelmorph_monai.maps.surfaces`).
         output: file of the same ending.
         made_from: ``"fixed"``: the surface goes along the transform, to the moving image; ``"moving"``: it goes back,
             like the image.
         coordinates: coordinate system of a file that does not state it, ``"RAS"``, ``"LPS"`` or ``"tkr"``.
         reference: the image in whose space the moved surface lies; FreeSurfer files describe it.
-        volume: the image that a surface in tkr RAS was made from, where its file does not describe it.
+        volume: the image that a surface in tkr RAS was made from, if its file does not describe it.
         overwrite: replace ``output``.
 
     Returns:

@@ -88,7 +88,7 @@ class Options:
         space: ``"mni152"`` aligns both scans, brains or whole heads, to that template; ``"fixed"`` aligns
             a moving scan of anything to the fixed scan.
         alignment: ``"affine"``, ``"rigid"``, or ``"none"`` if the headers already align the scans.
-        brain_extraction: ``"auto"`` finds the brain in whole heads, with ``space="mni152"`` and where there is no mask;
+        brain_extraction: ``"auto"`` finds the brain in whole heads, with ``space="mni152"`` if there is no mask;
             ``"off"`` takes scans as they are.
         grid: size and spacing of the grid of the displacement (default: the standard grid; with ``space="fixed"`` a
             grid that fits the fixed scan).

@@ -78,7 +78,7 @@ def _read_members(path: Path) -> list[_Member]:
     members.sort()
     twice = [a for a, b in pairwise(members) if a.name == b.name]
     if twice:
-        raise ValueError(f"{path} lists {twice[0].image} twice, or a copy of it, which would count double.")
+        raise ValueError(f"{path} lists {twice[0].image} twice, or a copy of it. Remove one, as it would count twice.")
     if len(members) < 2:
         raise ValueError(f"{path} lists {len(members)} scans; a group needs two or more.")
     if len({member.labels is None for member in members}) > 1:

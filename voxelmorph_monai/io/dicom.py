@@ -218,7 +218,7 @@ def _arrange(slices: _Slices, path: str | Path, what: str, differences: Sequence
     sides = np.linalg.norm(steps, axis=1)
     # 1e-3: a quarter of a voxel over 256 voxels; text of six digits is ten times better
     if (np.abs(steps - steps[0]).max(axis=1) > 1e-3 * sides[0]).any():
-        raise ValueError(f"{path} is not one volume: its {count} {what} differ in orientation or in size of pixels.")
+        raise ValueError(f"{path} is not one volume: its {count} {what} differ in orientation or pixel size.")
     normal = np.cross(*steps[0].T) / np.prod(sides[0])
     depth = origin @ normal
     order = np.argsort(depth, kind="stable")

@@ -122,7 +122,7 @@ def _check_text_header(path: Path, spatial_dims: int) -> None:
             problem = "names no space" if space is None else f"names the space {space!r}, which programs misread"
             raise ValueError(
                 f"{path} has no position in the body: its header {problem}. Add the line "
-                "'space: left-posterior-superior', or the space that its directions mean."
+                "'space: left-posterior-superior', or the space in which its directions are given."
             )
     else:
         units = {_field(header, "DistanceUnits") or ""}

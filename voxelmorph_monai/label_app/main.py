@@ -294,7 +294,7 @@ class LabelPropagation(InferTask):
         ranked, reasons = rank(others, fixed, space=settings.space, alignment=settings.alignment)
         if not ranked:
             name, reason = next(iter(reasons.items()))
-            raise ValueError(f"no labelled study can be compared with this one, first {name}: {reason}")
+            raise ValueError(f"no labelled study can be compared with this one. The first, {name}: {reason}")
         best = ranked[: settings.num_studies]
         similarity = {study.name: round(value, 4) for value, study in best}
         return [study for _, study in best], {

@@ -2,8 +2,8 @@ r"""Transforms of points in mm, from any program: chain, evaluate, invert and ap
 
 A transform :math:`T` takes points of the fixed image to points of the moving one, as ITK resamples: it pulls images
 from the moving grid to the fixed one. A chain of parts is written in the order in which a point of the fixed image goes
-through them, which is the order of ANTs' command line; ITK's composite holds the same parts the other way round. Points
-and affines are in RAS mm as everywhere in the package; the transforms themselves are ITK's (LPS, float64).
+through them, which is the order of ANTs' command line; ITK's composite holds the same parts in the opposite order.
+Points and affines are in RAS mm as everywhere in the package; the transforms themselves are ITK's (LPS, float64).
 
 Transforms of 2-D images are lifted to 3-D ones that keep z; the images lie in the plane of z = 0.
 """

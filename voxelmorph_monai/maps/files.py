@@ -236,7 +236,7 @@ def read_chain(names: Sequence[str]) -> Chain:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a file is not a whole transform, or some are in 2-D and some in 3-D.
+        ValueError: a file is not a complete transform, or some are in 2-D and some in 3-D.
     """
     parts, residual, dims = [], 0.0, {}
     for name in names:

@@ -29,7 +29,7 @@ _LATTICE = 9  # points along each axis at which two grids are compared
 
 
 class Ends(NamedTuple):
-    """Grids of the scans between which a transform leads; None where it is unknown."""
+    """Grids of the two scans that a transform connects; None for an unknown one."""
 
     fixed: ImageGrid | None
     moving: ImageGrid | None

@@ -32,7 +32,7 @@ class PointFile(NamedTuple):
 
     Attributes:
         points: ``(N, 3)`` in RAS, mm, converted from the file's own system.
-        text: returns the text of the file with other points, as many and in the same order.
+        text: function that returns the text of the file with other points, the same number and in the same order.
     """
 
     points: _Points

@@ -102,7 +102,7 @@ class SpatialMap(NamedTuple):
         """Map ``points`` ``(N, 3)`` in mm (RAS)."""
         given = np.asarray(points, dtype=np.float64)
         if given.ndim != 2 or given.shape[1] != 3:
-            raise ValueError(f"points have shape {given.shape}, but they are (N, 3), in mm (RAS).")
+            raise ValueError(f"points have shape {given.shape}. Give (N, 3), in mm (RAS).")
         return self._map(given.T).T
 
     def on_grid(self, grid: ImageGrid) -> NDArray[np.float32]:

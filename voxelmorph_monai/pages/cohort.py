@@ -65,7 +65,7 @@ class Entry:
     Attributes:
         name: its folder within the cohort's, or its name in the list.
         failed: why there is no result; empty if there is one.
-        values: by the key of the measure; None where there is none.
+        values: values by the key of the measure; None if there is none.
         warnings: what its own checks found.
         odd: how it differs from the others.
         page: address of its page, relative to the index; empty if there is none.

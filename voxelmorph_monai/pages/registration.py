@@ -1,4 +1,4 @@
-"""The page of one registration: one file that needs nothing else, and does not reveal whose scans they are."""
+"""The report page of a registration: a single file that does not reveal whose scans they are."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -252,7 +252,7 @@ class Plane(NamedTuple):
         return part.T
 
     def nearest(self, volume: Array) -> Array:
-        """The slices ``(n, R, C)`` of an array in the frame, each pixel that of the nearest voxel."""
+        """The slices ``(n, R, C)`` of an array in the frame, by nearest neighbour."""
         return np.stack([self.take(volume, p)[np.ix_(self.rows, self.columns)] for p in self.positions])
 
     def grid(self) -> Array:
