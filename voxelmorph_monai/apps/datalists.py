@@ -287,8 +287,8 @@ def read_pickle(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int32
         raise ValueError(f"{path} is not a pickled pair of arrays (image, labels): {error}.") from error
     if not is_number or image.ndim != 3 or image.shape != label.shape:
         raise ValueError(
-            f"{path} holds {image.dtype} {list(image.shape)} and {label.dtype} {list(label.shape)}, not an image and "
-            "its labels, numbers of one shape (X, Y, Z)."
+            f"{path} holds {image.dtype} {list(image.shape)} and {label.dtype} {list(label.shape)}. It needs an "
+            "image and its labels, as two arrays of numbers of one shape (X, Y, Z)."
         )
     if not np.isfinite(image).all():
         raise ValueError(f"the image in {path} has voxels of NaN or infinity.")

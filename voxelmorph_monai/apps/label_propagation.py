@@ -121,7 +121,7 @@ def rank(
     Args:
         studies: any number.
         fixed: scan to label.
-        space: ``"mni152"`` compares brains in MNI152 at 4 mm; each is aligned once, which takes some seconds, and the
+        space: ``"mni152"`` compares brains in MNI152 at 4 mm; each is aligned once, which takes a few seconds, and the
             result is kept until the process ends. ``"fixed"`` aligns each study to the scan, every time.
         alignment: alignment, as in :func:`~voxelmorph_monai.apps.register.register`.
 

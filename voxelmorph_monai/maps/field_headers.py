@@ -22,7 +22,7 @@ class Meaning(NamedTuple):
 
     Attributes:
         positions: whether they are points of the moving image, instead of displacements of points of the fixed one.
-        system: axes along which they are stated, in mm: ``"RAS"`` or ``"LPS"``.
+        system: coordinate system of the vectors (mm): ``"RAS"`` or ``"LPS"``.
     """
 
     positions: bool

@@ -9,7 +9,7 @@ The transform maps points of the fixed image to points of the moving one. It is 
 3. On two finer copies it is maximised over all parameters, from the best pose so far.
 
 Images that are already the same where the headers put them stay there. Resolutions are relative to the side of a cube
-as large as what the images show, so that a mouse is registered like a man: for a brain, whose side is some 125 mm, the
+as large as what the images show, so that a mouse is registered like a man: for a brain, whose side is about 125 mm, the
 copies have voxels of 8, 4 and 2 mm.
 
 What a field of view cuts off is unknown, not background, and does not count

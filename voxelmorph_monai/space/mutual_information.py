@@ -13,7 +13,7 @@ in each cell, :math:`m` the moving and :math:`f` the fixed intensity,
           s = \frac{\partial}{\partial m} \log \frac{p(f, m)}{p(m)},
 
 a mean over the points. The mean of :math:`s^2 \, (dm / d\theta)(dm / d\theta)^T`, Fisher's information, contains the
-scales and correlations of the parameters; in the coordinates that make it the identity, BFGS needs some ten steps.
+scales and correlations of the parameters; in the coordinates that make it the identity, BFGS needs about ten steps.
 """
 
 from collections.abc import Sequence
@@ -293,7 +293,7 @@ class MutualInformation:
         return float((joint * (given - np.log(np.maximum(of_fixed, 1e-12)))).sum()), given
 
     def slope(self, matrix: Affine, with_fisher: bool = False) -> _Slope:
-        """Value, gradient and, if wanted, Fisher's information by the generators of an affine map."""
+        """Value, gradient and, if wanted, Fisher's information, for the generators of an affine map."""
         to_voxels = self._to_voxels @ matrix @ self.to_mm
         histogram, parts = self._histogram(to_voxels, with_slope=True)
         size = self.points.shape[0] * len(self._shape)
