@@ -165,7 +165,7 @@ def turned(degrees: float) -> Affine:
 def test_slices_that_are_not_parallel_and_alike_are_refused(tmp_path: Path, by: str, odd: Affine) -> None:
     affines = [*slices(oblique(), range(N - 1)), *slices(odd, [N - 1])]
     (classic if by == "files" else lambda folder, *rest: enhanced(folder / "IM1", *rest))(tmp_path, noise(), affines)
-    with pytest.raises(ValueError, match=r"8 (slices|frames) differ in orientation or in size"):
+    with pytest.raises(ValueError, match=r"8 (slices|frames) differ in orientation or pixel size"):
         open_volume(tmp_path)
 
 

@@ -358,7 +358,9 @@ def write_datalist(
     sections = _split(LAYOUTS[layout](source), folds, fold, seed)
     missing = [str(file) for file in _files(sections) if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"{source} lists {len(missing)} files that do not exist, the first is {missing[0]}.")
+        raise FileNotFoundError(
+            f"{source} lists files that do not exist. Missing: {len(missing)}, the first is {missing[0]}."
+        )
     output.mkdir(parents=True, exist_ok=True)
     if layout == "ixi":
         sections = {name: [_to_nifti(item, output) for item in items] for name, items in sections.items()}
