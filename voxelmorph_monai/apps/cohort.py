@@ -272,7 +272,7 @@ class _Cluster:
             distributed = importlib.import_module("distributed")  # optional, and slow to import
         except ImportError as error:
             raise ValueError(
-                f"scheduler {address} needs Dask, which is missing: pip install 'voxelmorph_monai[cohort]'."
+                f"scheduler {address} needs Dask, which is not installed: pip install 'voxelmorph_monai[cohort]'."
             ) from error
         self._client = distributed.Client(address)
         self._executor = self._client.get_executor(pure=False)
