@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Name and module of what people use from Python; __init__.pyi says the same to type checkers.
+# Name and module of the public names; __init__.pyi tells them to type checkers.
 _PUBLIC = {
     "apply": "apps.apply",
     "Options": "apps.options",

@@ -33,13 +33,13 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 _Array = NDArray[Any]
 
-_FEW = 1 << 15  # voxels that one thread is done with before others have begun
-_PLANES = 8  # that one thread takes at a time where voxels are added up
-_ROWS = 16  # walked through all planes before the next ones: what they look up stays in a core's cache (1.7 times)
-_BLOCK = 64  # voxels of a row; constant, so that the compiler sees that their intermediate numbers do not overlap
-_Index = np.uintp  # unsigned: numba would ask of any other index whether it counts from the end
+_FEW = 1 << 15  # voxels that one thread has finished before others have begun
+_PLANES = 8  # planes that one thread takes at a time when voxels are added up
+_ROWS = 16  # rows to go through in all planes before the next ones: their data stay in a core's cache (1.7 times)
+_BLOCK = 64  # voxels of a row; a constant, so that the compiler sees that their intermediate results do not overlap
+_Index = np.uintp  # unsigned: for a signed index numba would check whether it counts from the end
 
-# Where intermediate numbers of a block of voxels lie: shares of the cell, gradient of the field, values of the corners.
+# Where intermediate results of a block of voxels lie: weights in the cell, gradient of the field, corner values.
 _TZ, _TY, _TX, _GZ, _GY, _GX = (_Index(_BLOCK * k) for k in range(6))
 _V0, _V1, _V2, _V3, _V4, _V5, _V6, _V7 = (_Index(_BLOCK * k) for k in range(6, 14))
 

@@ -23,9 +23,9 @@ matplotlib, figures, effects = lazy("matplotlib"), lazy("matplotlib.figure"), la
 
 Array = NDArray[np.floating]
 _COLUMNS = ("moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "change of volume")
-_LINES = 30  # of the deformed grid, along the longer side of a slice
-_PLACES = (0.35, 0.45, 0.55)  # of what is shown, from the left, the back and below: a hemisphere, not the fissure
-_RANGE = 1.5  # shown of the determinant's logarithm to the base of 2
+_LINES = 30  # lines of the deformed grid along the longer side of a slice
+_PLACES = (0.35, 0.45, 0.55)  # fractions of the content from left, back and below: a hemisphere, not the fissure
+_RANGE = 1.5  # range of the logarithm of the determinant to base 2 that is shown
 
 
 def _slice(volume: Array, axis: int, index: int) -> Array:

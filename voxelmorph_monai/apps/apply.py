@@ -29,7 +29,7 @@ __all__ = ["SIDES", "apply", "apply_to_image", "apply_to_points", "jacobian_file
 SIDES = ("fixed", "moving")
 """The image that points were drawn in."""
 
-# They need torch, and ITK: a map of ours is applied without, in half the time.
+# They need torch and ITK; a map of this package is applied without them, in half the time.
 chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
 point_files, report = lazy("voxelmorph_monai.maps.points"), lazy("voxelmorph_monai.report")
 

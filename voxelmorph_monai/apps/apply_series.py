@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["apply_to_series", "apply_to_vectors", "is_series", "turn_gradients"]
 
-# They need torch, and ITK, which nobody needs who asks whether an image is a series.
+# They need torch and ITK, which are not needed to find out whether an image is a series.
 linalg = lazy("scipy.linalg")
 chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
 

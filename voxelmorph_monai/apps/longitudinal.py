@@ -38,7 +38,7 @@ __all__ = ["FILES", "Change", "longitudinal", "longitudinal_files"]
 FILES = ("visit_*.nii.gz", "change_*.nii.gz", "to_visit_*.h5", "structures.csv", "summary.json")
 """Patterns of the files that are written."""
 
-_BIAS = 25.0  # mm, sigma of what counts as a difference of coils, not of tissue
+_BIAS = 25.0  # mm: SD of a Gaussian; smoother differences are those of coils, not of tissue
 _WHOLE = "all that is shown"
 
 

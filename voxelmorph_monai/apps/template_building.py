@@ -45,8 +45,8 @@ from voxelmorph_monai.space.template import mni152
 __all__ = ["build_template"]
 
 _OUTSIDE = -1.0  # marks where a scan shows nothing; intensities are 0 or more
-_OUTLIER = 3.0  # standard deviations, by the median absolute one, beyond which an intensity is left out
-_SHARPEN = 0.5  # of what a voxel differs by from its surroundings, added
+_OUTLIER = 3.0  # standard deviations (from the median absolute one) beyond which an intensity is left out
+_SHARPEN = 0.5  # fraction of the difference between a voxel and its surroundings that is added
 _SLAB = 8  # planes that are averaged together
 
 

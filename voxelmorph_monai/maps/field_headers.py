@@ -41,7 +41,7 @@ _NIFTYREG_OTHERS = {
 _SPM_DEFORMATION = r"Deformation( field)?( \(templ\. to\. ind\.\))?"  # Segment and CAT12, Deformations, Shoot
 _SPM_VELOCITY = r"Flow Field|Velocity( \(.*)?"  # DARTEL, Shoot
 _FSL = range(2006, 2019)  # intents of FNIRT and TOPUP
-_LOOKS_ALIKE = 0.4  # of the extent of a grid: positions that turn by 20 degrees differ by 0.35, displacements by 1
+_LOOKS_ALIKE = 0.4  # in extents of the grid: positions turned by 20 degrees differ by 0.35, displacements by 1
 
 
 def _refuse_niftyreg(path: Path, what: str) -> ValueError:

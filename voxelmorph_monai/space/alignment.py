@@ -33,14 +33,15 @@ __all__ = ["align", "header_map", "register_affine"]
 
 ndimage = lazy("scipy.ndimage")
 
-_SIZES = {2: (0.032, 0.016, 0.008), 3: (0.064, 0.032, 0.016)}  # sides: a brain is about 20 voxels wide at first
-_REACH = 0.14  # sides, around what the fixed image shows: what is compared
-_NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart, half of what a climb makes up for
-_SHIFT = 3  # coarse voxels between neighbouring shifts, about half of what a climb makes up for
+# Voxels of the copies, in sides of the content: a brain is about 20 voxels wide at first.
+_SIZES = {2: (0.032, 0.016, 0.008), 3: (0.064, 0.032, 0.016)}
+_REACH = 0.14  # margin around the content of the fixed image that is compared, in sides of the content
+_NUM_ROTATIONS = 500  # neighbours are about 30 degrees apart, half of what the maximisation can correct
+_SHIFT = 3  # coarse voxels between neighbouring shifts, about half of what the maximisation can correct
 _NUM_STARTS = 8
-_TOLERANCE = 0.01  # of a voxel, the shortest step of a climb
-_SAME = 0.9999  # correlation of images that differ by rounding alone
-_NUM_POINTS = 20_000  # at which it is looked whether images are the same
+_TOLERANCE = 0.01  # shortest step of the maximisation, in voxels
+_SAME = 0.9999  # correlation of images that differ only by rounding
+_NUM_POINTS = 20_000  # points at which images are checked for being the same
 
 
 def _side(array: NDArray[Any], affine: Affine) -> float:

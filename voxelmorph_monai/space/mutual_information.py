@@ -29,14 +29,14 @@ __all__ = ["Copy", "MutualInformation", "coarsen", "generators", "is_shown", "ma
 
 linalg, ndimage = lazy("scipy.linalg"), lazy("scipy.ndimage")
 
-_SHOWN = 0.1  # of the 99th percentile: what is darker is background, or noise in it
-_THIN = 4  # voxels that a copy keeps along each axis if it has them
-_LEVELS = 16  # of intensity within a bin: with more of them the result changes by less than 1e-3 mm
+_SHOWN = 0.1  # fraction of the 99th percentile below which a voxel is background or noise
+_THIN = 4  # least number of voxels of a copy along each axis, if the image has them
+_LEVELS = 16  # levels of intensity within a bin; more of them change the result by less than 1e-3 mm
 _MAX_BINS = 32
-_BLOCK = 8192  # points worked at together: their intermediate numbers stay in the cache (3 times)
-_LEAST = 0.25  # fraction of the points that could be compared which must be
+_BLOCK = 8192  # points that are processed together: their intermediate results stay in the cache (3 times faster)
+_LEAST = 0.25  # least fraction of the comparable points that has to be compared
 _MAX_STEPS = 40
-_FARTHEST = 0.5  # of the points' root mean square distance from their centre, in one step
+_FARTHEST = 0.5  # longest step, in units of the points' root mean square distance from their centre
 
 _Array = NDArray[np.float64]
 
@@ -332,7 +332,7 @@ def maximise(information: MutualInformation, matrix: Affine, kind: str, toleranc
         return matrix
     fisher += 1e-9 * np.trace(fisher) * np.eye(len(fisher))
     basis = np.linalg.solve(np.linalg.cholesky(fisher), basis)  # in these directions Fisher's information is 1
-    inverse = 2 * np.eye(len(basis))  # of the curvature, which is less: images of two people match in part
+    inverse = 2 * np.eye(len(basis))  # of the curvature, which is less: images of two people match only in part
     for number in range(_MAX_STEPS):
         step = inverse @ (basis @ here.gradient)
         step *= min(1.0, _FARTHEST / max(float(np.linalg.norm(step @ basis)), 1e-9))

@@ -22,9 +22,9 @@ __all__ = [
 
 ndimage = lazy("scipy.ndimage")
 
-_NUM_BINS, _BIN_SIGMA = 256, 3.0  # of a histogram from 0 to the 99.9th percentile, and of what smooths it
-_LARGE_PEAK = 0.3  # of the highest one: grey matter may be more frequent than white, vessels and noise are far below it
-_NUM_POINTS = 100_000  # at which it is counted how much of a scan lies in a grid: right to 0.5 %
+_NUM_BINS, _BIN_SIGMA = 256, 3.0  # histogram from 0 to the 99.9th percentile, and the Gaussian that smooths it
+_LARGE_PEAK = 0.3  # of the highest peak: grey matter may be more frequent than white; vessels and noise are far below
+_NUM_POINTS = 100_000  # points at which the part of a scan within a grid is measured, to 0.5 %
 
 
 def loops_for(scan: Scan, order: int) -> Any:
