@@ -67,8 +67,8 @@ class Structure(NamedTuple):
     part: int
 
 
-# Class 1 and on; class 0 is what is not brain. The last one is all that the brain mask holds beside the others: the
-# fluid around the brain above all, but also vessels, the optic chiasm, lesions, the inferior horns of the ventricles.
+# Classes from 1 on; class 0 is everything but brain. The last one is the rest of the brain mask: mainly the fluid
+# around the brain, but also vessels, the optic chiasm, lesions, and the inferior horns of the ventricles.
 STRUCTURES = (
     Structure(2, "Left-Cerebral-White-Matter", (245, 245, 245), 1),
     Structure(41, "Right-Cerebral-White-Matter", (245, 245, 245), 2),
@@ -106,23 +106,23 @@ NUM_CLASSES = len(STRUCTURES) + 1
 NUM_PARTS = 8
 COARSE, FINE = 4.0, 2.0  # side of a voxel of the two looks, mm
 _LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: direction (RAS) of an axis of a view, the head upright
-_MARGIN = 6.0  # mm, at least, around the brain in the fine look
+_MARGIN = 6.0  # mm: least margin around the brain in the fine look
 # Voxels of the fine look, unless a brain needs more: those that it is trained with. The network normalises over all of
-# them, so that another share of air around the head makes it worse.
+# them, so another amount of air around the head makes the result worse.
 _VIEW = (96, 96, 112)
-_LITRES = (0.2, 3.0)  # of a brain; the smallest are those of newborns, the rest is for errors of the coarse look
+_LITRES = (0.2, 3.0)  # volume of a brain: newborns have the smallest, and the coarse look may be wrong
 _MAX_LOOKS = 3
-_LOOSE = 0.8  # of the view: that much of it would do
+_LOOSE = 0.8  # if this fraction of the view would do, the brain fills too little of it
 _ASKEW = 20.0  # degrees; the fine look is trained for more
-_SURE = 0.86  # of what a brain shows, its pose explains that much; 0.77 to 0.84 was seen for heads turned upside down
-_LEAST_EXPLAINED = 0.5  # less is no brain
-_LEAST_LIKE = 0.58  # MNI152, in Dice; .68 to .79 was seen for brains, .04 to .52 for noise and phantoms
-_MAX_VIEWS = 2  # that the fine look is at until one shows a brain
-_MAX_POSES = 4  # that are looked at until one is sure
-_BRIGHT = 0.1  # what shows something; below it there is the noise of air
+_SURE = 0.86  # R2 of a pose that is certain; 0.77 to 0.84 was seen for heads turned upside down
+_LEAST_EXPLAINED = 0.5  # R2 of a pose below which the scan shows no brain
+_LEAST_LIKE = 0.58  # Dice with MNI152; .68 to .79 was seen for brains, .04 to .52 for noise and phantoms
+_MAX_VIEWS = 2  # largest number of views for the fine look, until one shows a brain
+_MAX_POSES = 4  # largest number of poses to look at, until one is certain
+_BRIGHT = 0.1  # least intensity of content; air and its noise are below it
 _BARE = 0.008  # of what a stripped scan shows is 12 mm away from its brain; .0034 was seen at most, and .015 of a head
-_VIEW_COARSE = 56  # voxels along each axis, at least: as in the training, for the same reason
-_TILTED = 8.0  # degrees that the fine look may be off: the structures are found worse beyond
+_VIEW_COARSE = 56  # least number of voxels along each axis: as in the training, for the same reason
+_TILTED = 8.0  # degrees by which the fine look may be tilted; structures are found less well beyond that
 _WRONG = 12.0  # mm: structures that lie so far from their places are not those of a brain; in real ones it is below 6
 
 
@@ -319,9 +319,9 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
 
 @torch.no_grad()
 def is_stripped(scan: Scan, network: AnatomyNet) -> bool:
-    """Whether a scan shows a brain and next to nothing else, by one coarse look along the axes of its header.
+    """Whether a scan shows a brain and almost nothing else, by one coarse look along the axes of its header.
 
-    Of a brain that lies askew the look may miss a part: then the answer is no.
+    If a brain lies askew, the look may miss a part of it; then the answer is no.
     """
     view = _whole(scan.grid)
     image, _ = _framed(see(scan, view), view)

@@ -1,4 +1,4 @@
-"""Folds of a displacement: where a map turns space inside out, and what smooths it there."""
+"""Folds of a displacement, where a map turns space inside out: find them and smooth them away."""
 
 from collections.abc import Sequence
 from itertools import count
@@ -13,7 +13,7 @@ from voxelmorph_monai.kernels import loops
 
 __all__ = ["remove_folds"]
 
-_PART = 1 << 18  # voxels looked at together, with their neighbours, where there are few
+_PART = 1 << 18  # voxels that are checked together, with their neighbours, if there are few
 
 
 def _tight(ddf: Tensor, volume: float) -> Tensor:
@@ -61,7 +61,7 @@ def _volumes(place: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _still_tight(index: Tensor, ddf: Tensor, volume: float) -> Tensor:
-    """Those of ``index`` that keep ``volume`` or less: flat indices into ``ddf`` with one voxel around it."""
+    """The voxels of ``index`` that keep ``volume`` or less: flat indices into ``ddf`` with one voxel around it."""
     found = [index[:0]]
     for part in index.split(_PART):
         central, forward = _volumes(_place(part, ddf.shape[2:]), ddf)
@@ -104,11 +104,12 @@ def _find_tight(ddf: Tensor, volume: float) -> Tensor:
 def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
     """Smooth a displacement around its folds until there are none, by central or forward differences.
 
-    Folds are few: only the voxels around them are touched and looked at again, in circles that grow, so that it ends.
+    There are few folds, so only the voxels around them are changed and checked again, in growing circles, until none is
+    left.
 
     Args:
-        ddf: ``(1, D, *spatial)`` in voxels; what does not fold is given back as it is.
-        least: share of its volume that is enough for a voxel at first; with 0 nothing but folds is touched.
+        ddf: ``(1, D, *spatial)`` in voxels; a field without folds is returned as it is.
+        least: fraction of its volume that a voxel has to keep at first; with 0 only folds are changed.
     """
     if len(ddf) != 1 or min(ddf.shape[2:]) < 2:
         raise ValueError(
@@ -147,7 +148,7 @@ def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
             for part in ring.split(_PART):
                 values[:, part] = values[:, _neighbours(part, size)] @ kernel
         piece.copy_(whole[inside])
-        # what shrinks evenly over many voxels is no fold, and would take ever wider circles to smooth
+        # even shrinking over many voxels is not a fold, and would take ever wider circles to smooth
         index = _still_tight(_grown(rings[-1], inner, size), piece, least / 4**attempt)
         place = _place(index, piece.shape[2:]) + start
     return ddf

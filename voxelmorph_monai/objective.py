@@ -1,4 +1,4 @@
-"""What a refinement minimises: how unlike a pair is, at some resolution, and how a step of its map changes that."""
+"""What a refinement minimises: the loss of a pair at some resolution, and its gradient for a step of the map."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -129,7 +129,7 @@ class Objective(NamedTuple):
     points_weight: float
 
     def _slope(self, warped: Tensor, fixed: Tensor, mask: Tensor | None) -> tuple[float, Tensor]:
-        """Similarity of two images and its gradient by the first."""
+        """Similarity of two images and its gradient with respect to the first."""
         leaf = warped.detach().requires_grad_()
         with torch.enable_grad():
             masked = (leaf, fixed) if mask is None else (leaf * mask, fixed * mask)
@@ -138,7 +138,7 @@ class Objective(NamedTuple):
         return float(loss.detach()), slope
 
     def _images(self, pair: Pair, ddf: Tensor, inverse: Tensor | None) -> tuple[float, Tensor]:
-        """Dissimilarity and its gradient by a step, with ``ddf`` and its inverse on the grid of the images."""
+        """Dissimilarity and its gradient for a step, with ``ddf`` and its inverse on the grid of the images."""
         warped = warp(pair.moving, ddf)
         loss, slope = self._slope(warped, pair.fixed, pair.mask)
         force = image_force(warped, slope)
@@ -164,7 +164,7 @@ class Objective(NamedTuple):
         return total
 
     def force(self, pair: Pair, ddf: Tensor, inverse: Tensor | None, doublings: int) -> tuple[float, Tensor]:
-        """Loss at ``ddf`` and its gradient by a step, on the grid of ``ddf``, ``doublings`` coarser than the pair's."""
+        """Loss at ``ddf`` and its gradient for a step, on the grid of ``ddf``, ``doublings`` coarser than the pair."""
         finer = [None if field is None else times(double, doublings, field) for field in (ddf, inverse)]
         assert finer[0] is not None
         loss, force = self._images(pair, finer[0], finer[1])

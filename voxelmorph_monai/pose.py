@@ -1,14 +1,14 @@
-r"""Where a brain lies: its pose in a scan of any contrast, and affine maps between brains, by their anatomy.
+r"""The pose of a brain in a scan of any contrast, and affine maps between brains, from their anatomy.
 
-All is measured against the anatomy of the mean brain MNI152: the probabilities of its structures, as the anatomy
-network sees them. A pose is looked for in two ways:
+Everything is measured against the anatomy of the mean brain MNI152: the probabilities of its structures, from the
+anatomy network. A pose is found in two ways:
 
 * Without knowing which way is up (:func:`find_poses`). A rotation is good if the intensities within the brain are well
   explained by those of tissues: :math:`R^2` of the regression of the image on the template's tissues. Contrast and
-  brightness do not matter, as each tissue has its own coefficient. 500 rotations are scored on 8 mm, the best ones
+  brightness do not matter, as each tissue has its own coefficient. 500 rotations are scored at 8 mm, and the best ones
   improved.
 * From the structures (:func:`fit`): weighted least squares of their centres, then Gauss-Newton on the squared
-  differences of their probabilities, on 4 mm. The template's side is linearised (inverse composition: Baker and
+  differences of their probabilities, at 4 mm. The template's side is linearised (inverse composition: Baker and
   Matthews, IJCV 2004), so that its Hessian is computed once.
 
 A map leads from points of one space to those of another (RAS, mm), 4 x 4.
@@ -58,11 +58,11 @@ _NEAR = 4.0  # mm: centres that are further from where the others put them count
 
 
 class Anatomy(NamedTuple):
-    """Structures of a brain in space.
+    """Structures of a brain and their position.
 
     Attributes:
-        posteriors: probability of each structure, ``(K, X, Y, Z)``; what they leave to 1 is not brain.
-        affine: of their voxels (RAS, mm).
+        posteriors: probability of each structure, ``(K, X, Y, Z)``; the rest to 1 is not brain.
+        affine: affine of their voxels (RAS, mm).
         seen: which voxels lie in the scan, ``(X, Y, Z)``; None for all.
     """
 
@@ -104,13 +104,13 @@ class Pose(NamedTuple):
 
 @cache
 def anatomy_of_mni152() -> Anatomy:
-    """Structures of the mean adult brain MNI152, 4 mm a voxel."""
+    """Structures of the mean adult brain MNI152, with voxels of 4 mm."""
     with np.load(_FILE) as file:
         return Anatomy(torch.from_numpy(file["posteriors"]).float() / 255, file["affine"])
 
 
 def save_anatomy_of_mni152(anatomy: Anatomy, path: Path = _FILE) -> None:
-    """Write what :func:`anatomy_of_mni152` reads."""
+    """Write the file that :func:`anatomy_of_mni152` reads."""
     rounded = (anatomy.posteriors * 255).round().to(torch.uint8).numpy()
     np.savez_compressed(path, posteriors=rounded, affine=anatomy.affine)
 
@@ -220,12 +220,12 @@ def _tissues() -> _Tissues:
 
 
 def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
-    """Where MNI152 may lie in a scan whose brain was found, whatever its contrast and pose: the likeliest first.
+    """Possible poses of MNI152 in a scan of any contrast whose brain was found, the likeliest first.
 
     Args:
         image: the scan, with voxels of about 4 mm, ``(X, Y, Z)``.
         brain: probability of brain, the same shape.
-        affine: of the voxels.
+        affine: affine of the voxels (RAS, mm).
     """
     tissues = _tissues()
     centre = apply_affine(affine, _centre_of(brain))
@@ -288,7 +288,7 @@ def fit_centres(anatomy: Anatomy, template: Anatomy) -> tuple[Affine, float]:
     where the others put them count less (Cauchy's weights).
 
     Returns:
-        The map, and by how many mm it misses the centres, root mean square.
+        The map, and its root mean square error at the centres in mm.
     """
     (there, volumes), (places, sizes) = anatomy.centres(), template.centres()
     weight = np.minimum(volumes / sizes.clip(1), sizes / volumes.clip(1)) * (np.minimum(volumes, sizes) > _LEAST)
@@ -316,7 +316,7 @@ def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine
         anatomy: voxels of about 4 mm or finer.
         template: another brain, or MNI152.
         kind: ``"affine"``, ``"similarity"`` or ``"rigid"``.
-        start: default: by :func:`fit_centres`, or the rotation in it.
+        start: map to start from (default: the result of :func:`fit_centres`, or the rotation in it).
 
     Raises:
         ValueError: there is no such kind.

@@ -1,21 +1,21 @@
 r"""Refine the alignment of one pair on the pair itself, from a network's displacement or from nothing.
 
 The map is improved by small steps that are composed with it, :math:`\phi \leftarrow \phi \circ (id + \delta)`, so that
-it can go further than one stationary velocity takes it (Vercauteren et al., NeuroImage 2009; Yushkevich et al.,
+it can go further than one stationary velocity would take it (Vercauteren et al., NeuroImage 2009; Yushkevich et al.,
 Alzheimer's & Dementia 2016). As :math:`m \circ \phi \circ (id + \delta)` is the warped image :math:`w`, warped by
 :math:`\delta`, the gradient is
 
 .. math:: \frac{\partial L}{\partial \delta} = \frac{\partial L}{\partial w} \nabla w
 
-and nothing has to be differentiated through interpolation or integration. It is smoothed, averaged over the steps and
-divided by its own running length, as Adam does (Kingma and Ba, ICLR 2015), but by one length for all components, so
-that a step does not depend on the axes.
+and nothing has to be differentiated through interpolation or integration. The gradient is smoothed, averaged over the
+steps and divided by its own running length, like in Adam (Kingma and Ba, ICLR 2015), but by one length for all
+components, so that a step does not depend on the axes.
 
-Each step is paid for by smoothness. The displacement is smoothed by a Gaussian, as an elastic body would be, and moved
-along :math:`\nabla \log \det \nabla \phi`, the steepest descent of the squared logarithm of the local change of volume:
-what only shears and turns costs less than what shrinks and grows. How much is told in mm, so that it means the same on
-every grid. All this happens from coarse to fine, whatever it starts from: first the images get their full resolution,
-then the field.
+After each step the displacement is made smoother. It is smoothed by a Gaussian, like an elastic body, and moved along
+:math:`\nabla \log \det \nabla \phi`, the steepest descent of the squared logarithm of the local change of volume:
+shearing and turning cost less than shrinking and growing. The amount is given in mm, so that it means the same on every
+grid. All this happens from coarse to fine, whatever the start: first the images get their full resolution, then the
+field.
 """
 
 import math
@@ -39,23 +39,23 @@ __all__ = ["RefinedRegistration", "Refinement", "Step", "mean_map", "refine"]
 
 Clock = Callable[[], float]
 
-_MARGIN = 4  # voxels around what the images show
-_SMALLEST = 16  # voxels along the shortest axis of the coarsest grid, at least
-_COARSEST = 2  # halvings of the resolution, at most
-_STEP = 0.5  # voxels of the field that a step moves a point, about
+_MARGIN = 4  # voxels around the content of the images
+_SMALLEST = 16  # least number of voxels along the shortest axis of the coarsest grid
+_COARSEST = 2  # largest number of halvings of the resolution
+_STEP = 0.5  # about how far a step moves a point, in voxels of the field
 _VOLUME = 2.0  # how much more the change of volume is held down than what the Gaussian smooths away
-_STABLE = 0.5  # of the curvature of what holds the volume, at most: with 2 / 3 it would swing in 3-D
-_FLOOR = 1.0  # added to each point's gradient length, in mean lengths (Adam's epsilon): where nothing pulls, none moves
-_MOMENTA = 0.9, 0.99  # share of the past in the mean of the gradient, and in that of its square
-_TIGHT = 0.1  # a voxel that keeps less than this share of its volume is smoothed like a fold
+_STABLE = 0.5  # largest step of the volume term, relative to its curvature: with 2 / 3 it would oscillate in 3-D
+_FLOOR = 1.0  # added to each point's gradient length, in mean lengths (Adam's epsilon): no force, no motion
+_MOMENTA = 0.9, 0.99  # weight of the past in the means of the gradient and of its square
+_TIGHT = 0.1  # a voxel that keeps less than this fraction of its volume is smoothed like a fold
 _FINISH = 8  # duration of what comes after the last step, in steps
-_PATIENCE = 10  # steps that must bring 1 % of what the level has brought
+_PATIENCE = 10  # steps that have to gain 1 % of what the level has gained so far
 _SHARES = {
     2: 0.1,
     1: 0.35,
     0: 0.6,
-}  # of the budget, used up when images of so many halvings end; after the last level all
-_WIDE = 1.5  # voxels of the Gaussian that smooths a field; a coarser field can be as smooth
+}  # fraction of the budget used up at the end of the level with so many halvings; after the last level, all
+_WIDE = 1.5  # SD in voxels of a Gaussian after which a coarser field can be as smooth
 
 
 class Step(NamedTuple):
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 class Refinement(NamedTuple):
-    """What :func:`refine` finds.
+    """Result of :func:`refine`.
 
     Attributes:
         ddf: displacement ``(1, D, *spatial)`` in voxels of the fixed grid, which warps ``moving``.
@@ -161,7 +161,7 @@ def _inverse(ddf: Tensor) -> Tensor:
         for _ in range(3 if field is ddf and len(fields) > 1 else 8):
             error = compose(field, inverse)
             inverse = compose(inverse, error * (-0.5 / _squares(error).sqrt_().clamp_min_(0.5)))
-    return remove_folds(inverse, _TIGHT / 10)  # what it smooths is no inverse any more
+    return remove_folds(inverse, _TIGHT / 10)  # what it smooths is no longer the inverse
 
 
 class _Regularity(NamedTuple):
@@ -184,7 +184,7 @@ class _Regularity(NamedTuple):
 
     @staticmethod
     def of(smoothness: float, spacing: Sequence[float], scale: int, step_sigma: float = 0.7) -> "_Regularity":
-        """That of ``smoothness`` mm where a voxel of the field is ``scale`` of the images', ``spacing`` mm wide."""
+        """Regularity for ``smoothness`` mm; a voxel of the field is ``scale`` of the images', ``spacing`` mm wide."""
         width = math.prod(spacing) ** (1 / len(spacing))
         ratios = [each / width for each in spacing]
         amount = smoothness * _STEP / (width * scale)
@@ -222,7 +222,7 @@ class _Course:
         self.best: list[float] = []  # the lowest loss up to each step
 
     def improves(self, loss: float) -> bool:
-        """Take in the loss of a step, and say whether it is the lowest."""
+        """Add the loss of a step; returns whether it is the lowest so far."""
         lowest = not self.best or loss < self.best[-1]
         self.best.append(loss if lowest else self.best[-1])
         return lowest
@@ -358,10 +358,10 @@ def _compile(spatial_dims: int) -> None:
 
 
 def mean_map(ddf: Tensor, opposite_ddf: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Map between one map and the inverse of another that was found the opposite way, and its inverse.
+    r"""Mean of one map and the inverse of another that was found in the opposite direction; also returns its inverse.
 
-    Of :math:`\phi` and :math:`\psi` it is :math:`\sqrt\phi \circ (\sqrt\psi)^{-1}`, so that to exchange the two gives
-    the inverse. Neither of the results folds.
+    Of :math:`\phi` and :math:`\psi` it is :math:`\sqrt\phi \circ (\sqrt\psi)^{-1}`, so exchanging the two gives the
+    inverse. Neither of the results folds.
 
     Args:
         ddf: displacement of :math:`\phi`, ``(1, D, *spatial)`` in voxels.
@@ -394,33 +394,36 @@ def refine(
     clock: Clock = time.perf_counter,
     progress: bool = False,
 ) -> Refinement:
-    r"""Align ``moving`` with ``fixed``, both ``(1, C, *spatial)`` in 2-D or 3-D, by the images themselves.
+    r"""Align ``moving`` with ``fixed``, both ``(1, C, *spatial)`` in 2-D or 3-D, without a network.
 
-    Folds are left nowhere, by central or forward differences. The same call gives the same result, as long as no
+    The result has no folds, by central or forward differences. The same call gives the same result unless the
     ``budget`` ends it.
 
     Args:
-        moving: intensities; both images are aligned but for what is local.
+        moving: intensities; the images must be aligned except for local differences.
         fixed: the same.
-        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none. It is left out if the images are
-            less alike with it than without, as networks have it of images that are the same.
-        inverse_ddf: with ``symmetric``, what to start from on the way back; default: the inverse of ``ddf``.
+        ddf: displacement to start from, ``(1, D, *spatial)`` in voxels; default: none. It is ignored if the images are
+            less alike with it than without, as can happen if a network gets two equal images.
+        inverse_ddf: with ``symmetric``, the displacement to start from in the opposite direction; default: the inverse
+            of ``ddf``.
         similarity: loss of two images, called with ``(warped, fixed)``; default: ``LNCCLoss(window=9)``.
         bidirectional: compare ``moving`` with the warped ``fixed`` too; about twice the time for a step.
-        symmetric: refine both ways, each in half of the ``budget``, and give what lies between the two
-            (:func:`mean_map`): to exchange the images then gives the inverse.
-        mask: where images are compared, not 0 inside, ``(1, 1, *spatial)`` on the fixed grid.
+        symmetric: refine in both directions, each in half of the ``budget``, and return the mean of the two
+            (:func:`mean_map`): exchanging the images then gives the inverse.
+        mask: nonzero where the images are compared, ``(1, 1, *spatial)`` on the fixed grid.
         labels: label maps of moving and fixed, integers ``(1, 1, *spatial)``, whose Dice is part of the loss.
         label_weight: factor of minus their soft Dice (``LabelDiceLoss``).
         points: landmarks in moving and in fixed, ``(1, N, D)`` in voxels, whose mean squared distance is part of it.
         points_weight: factor of that distance, in 1 / voxels^2.
-        smoothness: in mm. The displacement is smoothed by a Gaussian of this variance for each mm that a step moves a
-            point, and changes of volume are held down twice as much; on every grid and at every resolution.
-        step_sigma: of the Gaussian that smooths each step, in voxels of the field (as a fluid).
+        smoothness: in mm. For each mm that a step moves a point, the displacement is smoothed by a Gaussian of this
+            variance, and changes of volume are held down twice as much. It means the same on every grid and at every
+            resolution.
+        step_sigma: SD of the Gaussian that smooths each step, in voxels of the field (as in a fluid).
         spacing: width of the voxels in mm, along each axis or one for all.
-        budget: seconds after which it ends with what it has; infinite: when nothing improves.
-        max_steps: steps at each resolution.
-        clock: tells the seconds: ``time.process_time`` where other work on the machine must not change the result.
+        budget: time limit in seconds; infinite: until nothing improves.
+        max_steps: largest number of steps at each resolution.
+        clock: function that returns seconds; ``time.process_time`` if other work on the machine must not change the
+            result.
         progress: show a bar, if standard error is a terminal.
     """
     moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
@@ -462,12 +465,12 @@ def refine(
 
 
 class RefinedRegistration(nn.Module):
-    """A network, and :func:`refine` after it: to put in the place of ``networks.Registration`` where pairs are judged.
+    """A network followed by :func:`refine`, which can replace ``networks.Registration`` in an evaluation.
 
     The result is a dict of ``ddf``, ``inverse_ddf``, ``warped`` and ``warped_fixed``.
 
     Args:
-        registration: as it was trained.
+        registration: the trained network.
         budget: seconds for each pair, as in :func:`refine`.
         similarity: as in :func:`refine`.
         bidirectional: as in :func:`refine`.

@@ -31,10 +31,10 @@ def run(work: Callable[[_Job], _Result], jobs: Sequence[_Job], threads: int) -> 
 
 
 def wait_without_spinning() -> None:
-    """Let threads without work sleep, and NumPy's products take one thread: before NumPy and torch are imported.
+    """Let idle threads sleep, and NumPy's products use one thread; call this before NumPy and torch are imported.
 
     By default, idle threads of OpenMP and OpenBLAS spin, and keep the threads of :func:`run` from their processors:
-    9 of the 24 CPU seconds of ``vxm register --no-refine``. What the environment says already counts.
+    Saves 9 of the 24 CPU seconds of ``vxm register --no-refine``. Settings in the environment take precedence.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
