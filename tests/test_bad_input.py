@@ -182,7 +182,7 @@ MOVING: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "voxels of NaN or infinity",
     ),
     "constant": ("scan.nii", lambda path: write(path, np.full(SIZE, 7, np.int16)), "is constant: every voxel is 7"),
-    "far away": ("scan.nii", lambda path: write(path, blob(), AFFINE + 900 * np.eye(4, k=3)), "must overlap"),
+    "far away": ("scan.nii", lambda path: write(path, blob(), AFFINE + 900 * np.eye(4, k=3)), "overlap by only 0%"),
     "unknown ending": ("scan.xyz", text, BROKEN),
     "picture": ("scan.png", text, "is a picture"),
     "NIfTI called .mha": (

@@ -202,7 +202,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_scans_without_a_name_are_called_by_what_they_are_for() -> None:
     array, affine = phantom(AFFINES["straight"])[0], AFFINES["straight"]
     scans = vxm.Scan(array, affine), vxm.Scan(array, affine + 900 * np.eye(4, k=3))
-    with pytest.raises(ValueError, match=r"^moving and fixed have only 0%"):
+    with pytest.raises(ValueError, match=r"^moving and fixed overlap by only 0%"):
         vxm.register(*scans, space="fixed", alignment="none", refine=False)
 
 
