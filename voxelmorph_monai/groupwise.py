@@ -17,9 +17,9 @@ from voxelmorph_monai.refinement import refine
 __all__ = ["centred_velocities", "logarithm", "velocity_between"]
 
 # Changes are small, and noise is not to be followed.
-_STEP_SIGMA = 3.0  # voxels, of the smoothing of steps
-_SMOOTHNESS = 2.0  # in voxels, too
-_HALVINGS = 4  # of a map, until it is close enough to the identity to be its own velocity
+_STEP_SIGMA = 3.0  # SD in voxels of the Gaussian that smooths steps
+_SMOOTHNESS = 2.0  # in voxels
+_HALVINGS = 4  # times to halve a map, until it is close enough to the identity to be its own velocity
 
 
 def logarithm(ddf: Tensor) -> Tensor:
