@@ -44,12 +44,12 @@ print(sorted({"torch", "monai", "itk", "nibabel", "nilearn", "scipy", "matplotli
     assert shown.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", cli._COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help_that_ends_in_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     shown = capsys.readouterr().out
-    example = cli._COMMANDS[command].example
+    example = cli.COMMANDS[command].example
     assert " ".join(shown.split()).endswith(f"example: {example}")
     assert example.startswith(f"vxm {command} ")
 
@@ -310,7 +310,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=interrupted))
+    monkeypatch.setitem(cli.COMMANDS, "prepare", cli.COMMANDS["prepare"]._replace(run=interrupted))
     assert main(["prepare", "a", "b"]) == 130
     assert capsys.readouterr().err == "vxm prepare: interrupted\n"
 
@@ -327,7 +327,7 @@ def test_termination_unwinds_as_an_interrupt_does(
         finally:
             undone.append("half of a file")
 
-    monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=terminated))
+    monkeypatch.setitem(cli.COMMANDS, "prepare", cli.COMMANDS["prepare"]._replace(run=terminated))
     monkeypatch.setattr(sys, "argv", ["vxm", "prepare", "a", "b"])
     monkeypatch.setattr("voxelmorph_monai.memory.keep_freed_memory", lambda: True)
     before = signal.getsignal(signal.SIGTERM)
@@ -343,7 +343,7 @@ def test_a_gpu_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
     def full(args: argparse.Namespace) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
-    monkeypatch.setitem(cli._COMMANDS, "prepare", cli._COMMANDS["prepare"]._replace(run=full))
+    monkeypatch.setitem(cli.COMMANDS, "prepare", cli.COMMANDS["prepare"]._replace(run=full))
     assert main(["prepare", "a", "b"]) == 2
     assert capsys.readouterr().err == "vxm prepare: CUDA out of memory. Tried to allocate 2 GiB.\n"
 

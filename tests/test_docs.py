@@ -185,7 +185,7 @@ def test_named_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> 
         known |= set(parser.config)
     for overlay in (BUNDLE / "configs").glob("*.yaml"):
         known |= set(ConfigParser.load_config_file(overlay))
-    for command in cli._COMMANDS:
+    for command in cli.COMMANDS:
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
     known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))

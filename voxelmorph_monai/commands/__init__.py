@@ -1,0 +1,1 @@
+"""The commands of ``vxm``: what each takes, and the app that it calls."""

@@ -1,0 +1,269 @@
+"""Commands: data sets, weights, bundles and evaluations."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from voxelmorph_monai.commands.command import Command, add_grid_arguments, grid_of
+
+__all__ = ["COMMANDS"]
+
+
+def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input and output")
+    group.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folder of scans, or a scan (NIfTI, MGZ)")
+    group.add_argument("output", type=Path, metavar="OUTPUT", help="new folder, or that of an earlier run to continue")
+    group.add_argument(
+        "--images",
+        default="*.nii.gz",
+        metavar="PATTERN",
+        help="file names of the scans in a folder; * stands for the name of the scan (default: %(default)s)",
+    )
+    group.add_argument(
+        "--labels",
+        metavar="PATTERN",
+        help="file name of the label map of each scan, with its name for * (default: none)",
+    )
+    group.add_argument(
+        "--maps",
+        action="store_true",
+        help="paint images from label maps (with FreeSurfer's numbers) instead of reading scans",
+    )
+    add_grid_arguments(parser)
+    group = parser.add_argument_group("split")
+    group.add_argument(
+        "--split", type=Path, metavar="JSON", help="names of the scans by section (default: random split)"
+    )
+    group.add_argument(
+        "--validation",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the scans for validation (default: %(default)s)",
+    )
+    group.add_argument(
+        "--test",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the scans for the test (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the split (default: %(default)s)"
+    )
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+    )
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.prepare import prepare
+
+    options = {
+        key: getattr(args, key) for key in ("images", "labels", "maps", "split", "validation", "test", "seed", "jobs")
+    }
+    prepared = prepare(args.inputs, args.output, grid=grid_of(args), **options)
+    for name, reason in sorted(prepared.errors.items()):
+        print(f"vxm prepare: {name} failed: {reason}", file=sys.stderr)
+    print(f"{prepared.datalist}\n{prepared.datalist.with_name('qc.png')}: look at it before you train")
+    return 1 if prepared.errors else 0
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of an evaluation; the first is the reference"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and pictures")
+    parser.add_argument(
+        "--published", metavar="NAME", help="published results to show as well: ixi, lpba40 or oasis (default: none)"
+    )
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="compare only the pairs and structures that all runs share",
+    )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.compare import compare_runs, published
+
+    tables = published(args.published) if args.published else []
+    found = compare_runs(args.runs, args.output, common=args.common)
+    print(found.measures.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
+    print("difference to the first run, [low, high] its 95 % interval (Student), p by Wilcoxon, p_holm corrected")
+    print(found.note or "", end="\n" if found.note else "")
+    for table in tables:
+        print(f"\n{table.title}\nsource: {table.source}\nmeasured by others, perhaps on other scans: no statistics")
+        for method, numbers in table.methods.items():
+            print(f"  {method:<18}" + ", ".join(f"{measure} {value}" for measure, value in numbers.items()))
+    print(f"{args.output}: measures.csv, structures.csv, and a picture of each measure of structures")
+    return 0
+
+
+def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart"), metavar="DIR", help="new folder (default: %(default)s)"
+    )
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.quickstart import quickstart
+
+    quickstart(args.output)
+    return 0
+
+
+def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "layout",
+        metavar="LAYOUT",
+        help="ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (with images/ and labels/) or csv",
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder of the data set; for csv: table of scans or pairs"
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write, the dataset_dir of the bundle")
+    parser.add_argument(
+        "--folds", type=int, metavar="N", help="number of parts to split the scans into (default: as published, else 5)"
+    )
+    parser.add_argument(
+        "--fold", type=int, default=0, metavar="K", help="part that is the test set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the split (default: %(default)s)"
+    )
+
+
+def _datalist(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.datalists import write_datalist
+
+    options = {"folds": args.folds, "fold": args.fold, "seed": args.seed}
+    print(write_datalist(args.layout, args.source, args.output, **options))
+    return 0
+
+
+def _add_label_app_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="DIR", help="new folder for the app")
+
+
+def _label_app(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.label_propagation import copy_label_app
+
+    copy_label_app(args.output)
+    print(f"monailabel start_server --app {args.output} --studies STUDIES --host 127.0.0.1")
+    return 0
+
+
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="Keras file of the authors (.h5), or checkpoint of VxmDense (.pt)"
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new file (.pt)")
+    parser.add_argument("--xy", action="store_true", help="read a file of the authors' models/xy/, whose axes are x, y")
+
+
+def _import_weights(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.import_weights import import_weights
+
+    preset = import_weights(args.source, args.output, xy=args.xy)
+    print(f"{args.output}: weights of preset {preset}, for intensities in [0, 1]")
+    return 0
+
+
+def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the zip file, new or with other bundles"
+    )
+    parser.add_argument(
+        "--url", default="", help="address that the folder will be published at, for model_info.json (default: none)"
+    )
+
+
+def _pack_bundle(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.pack_bundle import pack_bundle
+
+    packed = pack_bundle(args.bundle, args.output, args.url)
+    if packed.left_out:
+        print(f"not part of a bundle, left out: {', '.join(packed.left_out)}")
+    print(f"{packed.archive}: {len(packed.files)} files, entered in {args.output / 'model_info.json'}")
+    return 0
+
+
+def _add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "scans",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE LABELS",
+        help="skull-stripped T1 scan and its label map, for each atlas (default: MNI152 and its tissues)",
+    )
+    parser.add_argument("--names", type=Path, metavar="CSV", help="names of the labels, in columns number and name")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the bundle")
+    parser.add_argument(
+        "--license", type=Path, metavar="FILE", help="terms of the scans and labels, copied to the bundle"
+    )
+
+
+def _make_atlas_bundle(args: argparse.Namespace) -> int:
+    from voxelmorph_monai.apps.atlas_bundle import make_atlas_bundle
+
+    if len(args.scans) % 2:
+        raise ValueError(f"{len(args.scans)} files are not pairs of a scan and its labels. Give IMAGE LABELS for each.")
+    atlases = list(zip(args.scans[::2], args.scans[1::2], strict=True))
+    bundle = make_atlas_bundle(atlases, args.output, names=args.names, licence=args.license)
+    print(f"{bundle}: read docs/README.md")
+    return 0
+
+
+COMMANDS = {
+    "prepare": Command(
+        "align T1 scans to MNI152, for training: one grid, one orientation, intensities from 0 to 1",
+        "vxm prepare scans/ prepared/ --images '*_t1.nii.gz' --labels '*_labels.nii.gz'",
+        _add_prepare_arguments,
+        _prepare,
+    ),
+    "compare": Command(
+        "compare evaluations of the same pairs, with paired statistics and published results",
+        "vxm compare training_a training_b --output comparison --published ixi",
+        _add_compare_arguments,
+        _compare,
+    ),
+    "datalist": Command(
+        "list a data set for training: IXI, OASIS, Learn2Reg, LPBA40, a folder, a table",
+        "vxm datalist oasis neurite-oasis/ oasis/",
+        _add_datalist_arguments,
+        _datalist,
+    ),
+    "label-app": Command(
+        "copy the app for MONAI Label, which serves registration and labels to 3D Slicer and OHIF",
+        "vxm label-app voxelmorph",
+        _add_label_app_arguments,
+        _label_app,
+    ),
+    "make-atlas-bundle": Command(
+        "make a MONAI bundle that segments skull-stripped T1 scans by labelled atlases",
+        "vxm make-atlas-bundle a.nii.gz a_labels.nii.gz --names labels.csv --output bundles/my_atlas_segmentation",
+        _add_atlas_arguments,
+        _make_atlas_bundle,
+    ),
+    "import-weights": Command(
+        "import weights of the VoxelMorph authors: Keras files (CVPR 2018, MICCAI 2018), PyTorch's VxmDense",
+        "vxm import-weights cvpr2018_vm2_cc.h5 vm2.pt",
+        _add_import_arguments,
+        _import_weights,
+    ),
+    "pack-bundle": Command(
+        "pack a bundle as the zip file that MONAI downloads, and enter it in model_info.json",
+        "vxm pack-bundle bundles/brain_t1_registration --output release --url https://host/releases/download/v1",
+        _add_pack_arguments,
+        _pack_bundle,
+    ),
+    "quickstart": Command(
+        "register two brains that are included",
+        "vxm quickstart --output quickstart",
+        _add_quickstart_arguments,
+        _quickstart,
+    ),
+}
