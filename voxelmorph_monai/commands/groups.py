@@ -10,6 +10,23 @@ from voxelmorph_monai.commands.command import NUM_SHOWN, Command
 __all__ = ["COMMANDS"]
 
 
+def _add_refinement_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        metavar="N",
+        help="refinement steps at each resolution (default: %(default)s)",
+    )
+    group.add_argument(
+        "--similarity",
+        choices=SIMILARITIES,
+        default="lncc",
+        help="similarity that the refinement optimises (default: %(default)s)",
+    )
+    group.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (default: that of the finest scan)")
+
+
 def _add_longitudinal_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
     group.add_argument(
@@ -24,22 +41,7 @@ def _add_longitudinal_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and maps")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier result in DIR")
     group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--steps",
-        type=int,
-        default=20,
-        metavar="N",
-        help="refinement steps at each resolution (default: %(default)s)",
-    )
-    group.add_argument(
-        "--similarity",
-        choices=SIMILARITIES,
-        default="lncc",
-        help="similarity that the refinement optimises (default: %(default)s)",
-    )
-    group.add_argument(
-        "--spacing", type=float, metavar="MM", help="side of a voxel (default: that of the finest visit)"
-    )
+    _add_refinement_arguments(group)
     group.add_argument(
         "--device", metavar="NAME", help="device for --anatomy, cpu or cuda (default: a GPU if there is one)"
     )
@@ -75,20 +77,7 @@ def _add_template_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rounds", type=int, default=4, metavar="N", help="rounds of registration (default: %(default)s)"
     )
-    group.add_argument(
-        "--steps",
-        type=int,
-        default=20,
-        metavar="N",
-        help="refinement steps at each resolution (default: %(default)s)",
-    )
-    group.add_argument(
-        "--similarity",
-        choices=SIMILARITIES,
-        default="lncc",
-        help="similarity that the refinement optimises (default: %(default)s)",
-    )
-    group.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (default: that of the finest scan)")
+    _add_refinement_arguments(group)
     group.add_argument(
         "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
     )
