@@ -861,6 +861,7 @@ CALLS: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     (integrate, ["dvf"], {}),
     (integrate, ["dvf"], {"num_steps": 3, "padding_mode": "zeros"}),
     (invert, ["small"], {"max_iterations": 4, "tolerance": 0.0}),  # a fixed number of passes, whoever shares the batch
+    (half, ["small"], {"max_iterations": 4, "tolerance": 0.0}),
     (resize, ["ddf", "size"], {}),
     (smooth, ["image"], {"sigma": 1.2}),
     (smooth_axes, ["image"], {"sigmas": [1.2, 0.6]}),

@@ -316,10 +316,11 @@ def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tens
         max_iterations: largest number of iterations.
         tolerance: stop when doing it twice misses no voxel by more than this (voxels).
     """
+    ddf = _widen(ddf)
     found = ddf / 2
     for _ in range(max_iterations):
         missed = ddf - compose(found, found)
-        if float(missed.detach().abs().max()) <= tolerance:
+        if bool((missed.detach().abs() <= tolerance).all()):
             break
         found = found + missed / 2
     return found
