@@ -28,7 +28,7 @@ _NUM_POINTS = 100_000  # points at which the part of a scan within a grid is mea
 
 
 def loops_for(scan: Scan, order: int) -> Any:
-    """Compiled loops that can interpolate a scan, with a tenth of SciPy's processor time; None where SciPy has to."""
+    """Compiled loops that can interpolate a scan, in a tenth of SciPy's processor time; None if SciPy has to do it."""
     kind = scan.array.dtype
     fits = kind.isnative and (order == 0 or (order == 1 and kind in (np.float32, np.float64)))
     return compiled_module("scan_loops") if fits else None
@@ -40,10 +40,10 @@ def resample(
     """Sample a scan on another grid.
 
     Args:
-        scan: what to sample; the result has its type.
+        scan: scan to sample; the result has its type.
         grid: the other grid.
         mapping: 4 x 4, from points of the other grid to points of the scan (RAS, mm).
-        order: 1 linear; 0 nearest neighbour, which invents no label.
+        order: 1, linear; or 0, nearest neighbour, which invents no labels.
         outside: the value beyond the outermost voxels of the scan.
     """
     to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
@@ -85,7 +85,7 @@ def _white_matter_mode(scan: Scan) -> float:
 def scale_white_matter(scan: Scan) -> Scan:
     """Intensities of a skull-stripped T1 scan with the mode of its white matter at 110/255, clipped to [0, 1].
 
-    So FreeSurfer's ``norm.mgz`` has it, divided by 255, which the authors of VoxelMorph trained on.
+    FreeSurfer's ``norm.mgz``, divided by 255, is scaled like this, and the authors of VoxelMorph trained on it.
     """
     return scan.like(np.clip(scan.array * (110 / 255 / _white_matter_mode(scan)), 0, 1).astype(np.float32, copy=False))
 
@@ -98,7 +98,7 @@ def fraction_inside(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[An
     """Fraction (0 to 1) of the voxels above a scan's background that lie in a grid.
 
     Args:
-        scan: what may lie beyond the grid.
+        scan: scan that may reach beyond the grid.
         grid: size and affine.
         mapping: 4 x 4, from points of the scan to points of the grid (RAS, mm).
     """
