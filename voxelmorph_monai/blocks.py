@@ -320,7 +320,7 @@ def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tens
     found = ddf / 2
     for _ in range(max_iterations):
         missed = ddf - compose(found, found)
-        if bool((missed.detach().abs() <= tolerance).all()):
+        if not bool((missed.detach().abs() > tolerance).any()):
             break
         found = found + missed / 2
     return found
