@@ -37,8 +37,9 @@ SLAB_PLANES = 16  # planes whose votes are counted, or whose labels are chosen, 
 def joint_weights(differences: Tensor, window: int) -> Tensor:
     """Weights of joint label fusion ``(B, A, *spatial)`` from the absolute differences of A atlases to the scan.
 
-    The weights are at least 0 and sum to 1. Windows have ``window`` voxels a side, an odd number, and extend beyond the
-    border, where the difference is 0. As M may be singular, a tenth of the mean of its diagonal is added to it.
+    The weights are at least 0 and sum to 1. The window has ``window`` voxels a side, an odd number. Beyond the border,
+    differences are 0. The matrix M in the formula of this module may be singular, so a tenth of the mean of its
+    diagonal is added to the diagonal.
     """
     spatial_dims, n = differences.ndim - 2, differences.shape[1]
     padded = F.pad(differences, [window // 2] * (2 * spatial_dims)).split(1, dim=1)

@@ -308,13 +308,13 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
 
 
 def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tensor:
-    r"""Half of a map: the displacement of :math:`\psi` with :math:`\psi \circ \psi = id + u`.
+    r"""Square root of a map: the displacement of the :math:`\psi` with :math:`\psi \circ \psi = id + u`.
 
     Args:
-        ddf: displacement in voxels, ``(B, D, *spatial)``, that turns no point by a right angle: then each iteration
-            halves the error, at least.
+        ddf: displacement :math:`u` in voxels, ``(B, D, *spatial)``. If it rotates by less than 90 degrees everywhere,
+            each iteration at least halves the error.
         max_iterations: largest number of iterations.
-        tolerance: stop when doing it twice misses no voxel by more than this (voxels).
+        tolerance: stop when :math:`\psi \circ \psi` is within this many voxels of the map everywhere.
     """
     ddf = _widen(ddf)
     found = ddf / 2

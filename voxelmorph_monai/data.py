@@ -54,7 +54,7 @@ def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
     try:
         content = json.loads(datalist.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{datalist} is not JSON: {error}. Correct it, or make it again.") from error
+        raise ValueError(f"{datalist} is not valid JSON: {error}. Correct it, or create it again.") from error
     rows = content.get(section) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise ValueError(

@@ -81,7 +81,7 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         raise ValueError(f"integration_level is {architecture.integration_level}. Use 0 to {levels}.")
     sigma = architecture.velocity_sigma
     if not isinstance(sigma, int | float) or not 0 <= sigma < math.inf or (sigma and architecture.probabilistic):
-        raise ValueError(f"velocity_sigma is {sigma!r}. Give a number of voxels, and 0 for a probabilistic network.")
+        raise ValueError(f"velocity_sigma is {sigma!r}. Give 0 voxels or more; a probabilistic network needs 0.")
     if architecture.cascades < 1 or (architecture.cascades > 1 and architecture.probabilistic):
         raise ValueError(f"cascades is {architecture.cascades}. Give 1 or more, and 1 for a probabilistic network.")
     if not 0 <= architecture.num_steps <= 30:
@@ -203,9 +203,9 @@ class VoxelMorph(nn.Module):
         return self.unet(pair)
 
     def fields(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and log-variance of the velocity (``num_steps=0``: the displacement), on the grid of integration.
+        """Mean and log-variance of the velocity (of the displacement if ``num_steps=0``) on the integration grid.
 
-        Both are ``(B, D, *padded / 2**(input_level + integration_level))`` in the type of the weights (float32). The
+        Both are ``(B, D, *padded / 2**(input_level + integration_level))`` in the dtype of the weights (float32). The
         mean is in voxels of that grid, and already smoothed. The log-variance is None unless the network is
         probabilistic.
         """

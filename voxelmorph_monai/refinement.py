@@ -358,14 +358,14 @@ def _compile(spatial_dims: int) -> None:
 
 
 def mean_map(ddf: Tensor, opposite_ddf: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Mean of one map and the inverse of another that was found in the opposite direction; also returns its inverse.
+    r"""Average a map with the inverse of a map found in the opposite direction; returns the mean and its inverse.
 
-    Of :math:`\phi` and :math:`\psi` it is :math:`\sqrt\phi \circ (\sqrt\psi)^{-1}`, so exchanging the two gives the
-    inverse. Neither of the results folds.
+    The mean of :math:`\phi` and :math:`\psi^{-1}` is :math:`\sqrt\phi \circ (\sqrt\psi)^{-1}`. Exchanging
+    :math:`\phi` and :math:`\psi` gives its inverse. Neither of the results folds.
 
     Args:
         ddf: displacement of :math:`\phi`, ``(1, D, *spatial)`` in voxels.
-        opposite_ddf: displacement of :math:`\psi`, which is about the inverse.
+        opposite_ddf: displacement of :math:`\psi`, roughly the inverse of :math:`\phi`.
     """
     there, back = half(ddf), half(opposite_ddf)
     there, back = compose(there, _inverse(back)), compose(back, _inverse(there))

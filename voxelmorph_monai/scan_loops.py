@@ -97,16 +97,16 @@ def _pull(
 def pull(
     volume: _Array, matrix: _Array, size: Sequence[int], ddf: _Array | None, order: int, outside: float, reach: float
 ) -> _Array:
-    """Interpolate a volume on a grid, in the type of the volume, linearly only if that is floating point.
+    """Resample a volume on a grid; the result has the dtype of the volume.
 
     Args:
-        volume: ``(X, Y, Z)``.
-        matrix: 4 x 4, from voxels of the grid, once they are displaced, to voxels of the volume.
-        size: of the grid.
-        ddf: ``(3, *size)`` in voxels of the grid; None for no displacement.
-        order: 1 linear, 0 nearest neighbour.
-        outside: value more than ``reach`` voxels beyond the outermost ones, which are continued up to there.
-        reach: in voxels.
+        volume: ``(X, Y, Z)``; floating point if ``order`` is 1.
+        matrix: 4 x 4, from displaced voxel coordinates of the grid to voxel coordinates of the volume.
+        size: size of the grid.
+        ddf: displacement ``(3, *size)`` in voxels of the grid; None for no displacement.
+        order: 1 for linear interpolation, 0 for nearest neighbour.
+        outside: value of points more than ``reach`` voxels outside the volume.
+        reach: distance in voxels over which the values at the border of the volume continue outside it.
     """
     found = np.empty(tuple(size), volume.dtype, order="F")
     wide, kept = matrix[:3].astype(np.float64), volume.dtype

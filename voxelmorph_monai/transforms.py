@@ -125,7 +125,7 @@ def _merging_table(structures: Mapping[str, Sequence[int]]) -> Tensor:
     for number, (name, labels) in enumerate(structures.items(), start=1):
         for label in labels:
             if label < 1 or table[label] != 0:
-                reason = "labels start at 1" if label < 1 else "it is listed before"
+                reason = "labels start at 1" if label < 1 else "it is listed already"
                 raise ValueError(f"structure '{name}' lists the label {label}, but {reason}. Remove it.")
             table[label] = number
     return table

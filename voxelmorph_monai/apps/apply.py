@@ -220,8 +220,8 @@ def jacobian_file(
         folds = int((determinant <= 0).sum())
         if folds:
             raise ValueError(
-                f"the logarithm is not defined: the transform folds in {folds} of {determinant.size} voxels. Write the "
-                "determinant instead."
+                f"the logarithm is not defined: the transform folds in {folds} of {determinant.size} voxels. Leave "
+                "out --log to write the determinant itself."
             )
         determinant = np.log(determinant)
     save_image_like(output, determinant, reference)

@@ -104,12 +104,12 @@ def longitudinal(
     """Measure the change of volume between visits of one person.
 
     Args:
-        visits: two or more volumes, brains or heads, in the order of time.
+        visits: two or more volumes, brains or heads, in chronological order.
         labels: label map of each visit, on its grid, for the change of each structure.
         excluded: mask of each visit, on its grid, above 0 where nothing is compared, for example in a lesion.
         steps: number of refinement steps at each resolution.
         similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
-        spacing: side of a voxel of the middle space in mm (default: that of the finest visit).
+        spacing: voxel size of the middle space in mm (default: that of the finest visit).
         names: names of the labels.
 
     Raises:

@@ -127,7 +127,7 @@ def _check_metadata(bundle: Path) -> str:
     if not isinstance(version, str) or not re.fullmatch(r"\d+\.\d+\.\d+", version):
         raise ValueError(f"the version in {path} is {version!r}. Write it like '1.2.3'.")
     if not isinstance(changelog, dict) or version not in changelog:
-        raise ValueError(f"the changelog in {path} has no entry for version {version}. Add what is new.")
+        raise ValueError(f"the changelog in {path} has no entry for version {version}. Add one.")
     return version
 
 

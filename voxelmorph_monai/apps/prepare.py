@@ -1,8 +1,8 @@
 """Prepare scans for training: one space, one grid, one range of intensities.
 
 Each scan is aligned to the mean adult brain MNI152 by an affine transform and resampled once. The axes of the grid run
-left, inferior, anterior (LIA, like FreeSurfer's), and its middle is the middle of the template's brain. With its
-default of 160 x 192 x 224 voxels of 1 mm it is the grid of the literature.
+left, inferior, anterior (LIA, like FreeSurfer's), and its centre is the centre of the template's brain. The default,
+160 x 192 x 224 voxels of 1 mm, is the grid that is common in the literature.
 """
 
 import json

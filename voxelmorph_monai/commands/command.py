@@ -30,7 +30,7 @@ def add_grid_arguments(parser: argparse.ArgumentParser, *, fits: bool = False, p
         metavar="N",
         help=f"voxels along left-right, superior-inferior, posterior-anterior{slices} (default: 160 192 224{fixed})",
     )
-    group.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (default: 1.0)")
+    group.add_argument("--spacing", type=float, metavar="MM", help="voxel size in mm (default: 1.0)")
 
 
 def grid_of(args: argparse.Namespace) -> Any:

@@ -79,8 +79,8 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--brain-extraction",
         choices=BRAIN_EXTRACTIONS,
         default=DEFAULTS.brain_extraction,
-        help="auto finds the brain in whole heads without a mask, with --space mni152; off takes scans as they are "
-        "(default: %(default)s)",
+        help="auto finds the brain in whole heads (only with --space mni152, and if no mask is given); off uses scans "
+        "as they are (default: %(default)s)",
     )
     group.add_argument(
         "--moving-series", type=int, metavar="N", help="number of the moving series, in a DICOM folder with several"
@@ -221,7 +221,7 @@ def _register_list(args: argparse.Namespace, options: Options) -> int:
 
     files = ("moving", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "moving_series", "fixed_series")
     if any(getattr(args, name) is not None for name in files):
-        raise ValueError("scans, their series, labels and masks cannot be combined with --list.")
+        raise ValueError("with --list, name the scans, labels and masks in the list; a series cannot be chosen there.")
     how: dict[str, Any] = {
         name: getattr(args, name) for name in ("jobs", "scheduler", "bids", "overwrite", "report", "show_face")
     }
@@ -236,7 +236,7 @@ def _register_list(args: argparse.Namespace, options: Options) -> int:
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder of registrations, as vxm register --list makes it"
+        "folder", type=Path, metavar="DIR", help="folder of registrations, for example from vxm register --list"
     )
 
 

@@ -174,7 +174,7 @@ def _import_weights(args: argparse.Namespace) -> int:
 def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for the zip file, new or with other bundles"
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the zip file; may hold other bundles"
     )
     parser.add_argument(
         "--url", default="", help="address that the folder will be published at, for model_info.json (default: none)"
@@ -202,7 +202,7 @@ def _add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--names", type=Path, metavar="CSV", help="names of the labels, in columns number and name")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the bundle")
     parser.add_argument(
-        "--license", type=Path, metavar="FILE", help="terms of the scans and labels, copied to the bundle"
+        "--license", type=Path, metavar="FILE", help="licence of the scans and labels, copied into the bundle"
     )
 
 
@@ -231,7 +231,7 @@ COMMANDS = {
         _compare,
     ),
     "datalist": Command(
-        "list a data set for training: IXI, OASIS, Learn2Reg, LPBA40, a folder, a table",
+        "write datalist.json for a training data set: IXI, OASIS, Learn2Reg, LPBA40, a folder or a table",
         "vxm datalist oasis neurite-oasis/ oasis/",
         _add_datalist_arguments,
         _datalist,

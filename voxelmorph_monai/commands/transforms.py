@@ -282,7 +282,7 @@ def _jacobian(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "apply": Command(
-        "apply transforms (ours, or those of ITK, ANTs, 3D Slicer, FreeSurfer) to an image, labels or points",
+        "apply transforms (from vxm, ITK, ANTs, 3D Slicer or FreeSurfer) to an image, labels or points",
         "vxm apply registered/forward.h5 --image moving.nii.gz --reference fixed.nii.gz --output warped.nii.gz",
         _add_apply_arguments,
         _apply,

@@ -75,7 +75,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def require_new(path: str | Path, overwrite: bool | None = None) -> None:
-    """Raise FileExistsError if ``path`` exists and must not be overwritten (None: there is no such option)."""
+    """Raise FileExistsError if ``path`` exists, unless ``overwrite``; None if the command has no --overwrite."""
     if Path(path).exists() and not overwrite:
         choice = "" if overwrite is None else ", or --overwrite to replace it"
         raise FileExistsError(f"{path} already exists. Choose another output{choice}.")

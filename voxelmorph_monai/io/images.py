@@ -129,7 +129,7 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
             f"{least} to {most}."
         )
     if most > 2**53:  # SciPy resamples in double precision
-        raise ValueError(f"{name} has labels above 2^53, the largest is {most}. Give them smaller numbers.")
+        raise ValueError(f"{name} has labels above 2^53 (the largest is {most}). Renumber them.")
     if array.dtype.kind == "f":
         whole = np.rint(array)
         off = np.abs(array - whole)

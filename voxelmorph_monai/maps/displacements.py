@@ -1,4 +1,4 @@
-"""Displacements in NIfTI files: written like ITK, ANTs and 3D Slicer, read from these and other programs."""
+"""Read and write displacement fields in NIfTI files, in the conventions of ITK, ANTs, 3D Slicer and others."""
 
 from pathlib import Path
 from typing import Any, cast

@@ -179,7 +179,7 @@ def _read_itk(path: Path) -> Transform:
         raise ValueError(f"{path} holds an empty composite.")
     for part in parts:
         if not _finite(part):
-            raise ValueError(f"{path} holds a {part.GetNameOfClass()} with NaN or Inf.")
+            raise ValueError(f"{path} holds NaN or Inf in its {part.GetNameOfClass()}.")
         if part.IsLinear() and not _invertible(matrix_of(part)):
             raise ValueError(f"{path} holds a linear transform without an inverse: {matrix_of(part).tolist()}.")
         if part.GetInputSpaceDimension() == 2 and not part.IsLinear() and not is_field(part):

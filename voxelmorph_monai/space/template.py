@@ -124,8 +124,8 @@ def mni152_tissue() -> Scan:
 def sample_scan(name: str) -> Path:
     """Path of a scan that is included in the package.
 
-    There are ``"colin27"``, ``"colin27_tissue"`` with the labels of :func:`mni152_tissue`, and ``"mni152"``, whose
-    brightest voxel is 255.
+    The names are ``"colin27"``, ``"colin27_tissue"`` (with the labels of :func:`mni152_tissue`) and ``"mni152"``
+    (with intensities up to 255).
     """
     folder = Path(__file__).parents[1] / "sample"
     names = sorted(path.name.removesuffix(".nii.gz") for path in folder.glob("*.nii.gz"))
