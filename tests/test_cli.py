@@ -190,6 +190,24 @@ def test_brains_alone_get_the_shipped_weights(
     assert ("the registration is affine only" in capsys.readouterr().out) == (budget == 0)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--space fixed --similarity mind --smoothness high --steps 3",
+        "--weights none --alignment rigid --budget 30 --symmetric --size 80 96 112 --spacing 2",
+        "--preset wide --brain-extraction off --same-person --budget inf --smoothness 1.5",
+        "--no-refine",
+    ],
+)
+def test_the_recorded_command_asks_for_the_same_again(words: str, asked: Callable[[str], Options]) -> None:
+    options = asked(words)
+    command = options.record()["command"]
+    assert command.startswith("vxm register MOVING FIXED --output DIR")
+    assert command.count("--") == 1 + words.count("--")
+    assert asked(" ".join(options.words())).record() == options.record()
+
+
 def test_the_former_name_of_the_alignment_is_known_but_not_shown(
     asked: Callable[[str], Options], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -160,7 +160,7 @@ def _as_json(options: Options, **files: bool) -> dict[str, Any]:
     """Record of the options, and of size and time of the weights, to detect changes."""
     weights = options.weights
     plain = {**asdict(options), **options.record(), **files}
-    del plain["refine"]  # the record has no budget and no steps without refinement
+    del plain["refine"], plain["command"]  # the rest says it: without refinement there is no budget, and no steps
     plain["weights"] = stamp(weights) if isinstance(weights, Path) else None
     return json.loads(json.dumps(plain))
 

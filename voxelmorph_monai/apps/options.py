@@ -162,6 +162,25 @@ class Options:
             return SAME_PERSON
         return SMOOTHNESS[self.smoothness] if isinstance(self.smoothness, str) else float(self.smoothness)
 
+    def words(self) -> list[str]:
+        """Words of ``vxm register`` for all that differs from the defaults; a file of weights is only ``WEIGHTS``."""
+        words: list[str] = []
+        if self.weights is not None:
+            words += ["--weights", "none" if str(self.weights) == "none" else "WEIGHTS"]
+        for name in ("preset", "space", "alignment", "brain_extraction", "similarity", "smoothness"):
+            if getattr(self, name) != getattr(DEFAULTS, name):
+                words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        words += [f"--{name.replace('_', '-')}" for name in ("symmetric", "same_person") if getattr(self, name)]
+        if not self.refines:
+            words.append("--no-refine")
+        elif self.steps is not None:
+            words += ["--steps", str(self.steps)]
+        elif self.budget != DEFAULTS.budget:
+            words += ["--budget", f"{float(self.budget):g}"]
+        if self.grid is not None:
+            words += ["--size", *map(str, self.grid.size), "--spacing", f"{float(self.grid.spacing):g}"]
+        return words
+
     def record(self) -> dict[str, Any]:
         """Options for a summary, as JSON values."""
         budget = float(self.budget) if self.budget < math.inf else "inf"  # JSON has no infinity
@@ -176,6 +195,7 @@ class Options:
             "smoothness": self.smoothness_mm,
             "symmetric": self.symmetric,
             "same_person": self.same_person,
+            "command": " ".join(["vxm register MOVING FIXED --output DIR", *self.words()]),
         }
 
 

@@ -54,7 +54,6 @@ _SIMILARITIES = {
     "mi": "mutual information",
     "mind": "the modality independent neighbourhood descriptor",
 }
-_DEFAULTS = {"space": "mni152", "alignment": "affine", "similarity": "lncc", "budget": 30.0}
 
 
 class _Row(NamedTuple):
@@ -144,20 +143,10 @@ def _grid(scan: Scan) -> str:
 
 def _command(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """The command that makes such a result, with roles in place of paths."""
-    words = ["vxm register MOVING FIXED --output DIR"]
+    words = [options.get("command", "vxm register MOVING FIXED --output DIR")]
     for role in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask"):
         if role in inputs:
             words.append(f"--{role.replace('_', '-')} {role.upper()}")
-    words += [f"--{name} {options[name]}" for name in ("space", "alignment") if options.get(name) != _DEFAULTS[name]]
-    if options.get("steps") is None and options.get("budget") == 0:
-        words.append("--no-refine")
-    else:
-        if options.get("similarity") != _DEFAULTS["similarity"]:
-            words.append(f"--similarity {options['similarity']}")
-        if options.get("steps") is not None:
-            words.append(f"--steps {options['steps']}")
-        elif options.get("budget") != _DEFAULTS["budget"]:
-            words.append(f"--budget {options['budget']}")
     return " ".join(words)
 
 
@@ -312,7 +301,7 @@ def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary
     heads = [face is not None for face in views.faces]
     face = "Nothing of the scans is hidden."
     if views.hides:
-        face = "Faces are hidden: what lies before and below the plane that touches the brain is black."
+        face = "Faces are hidden: what lies in front of and below the plane that touches the brain is black."
     page = render(
         "report",
         concerns=[{"check": each["check"], "text": each["text"]} for each in summary["warnings"]],
