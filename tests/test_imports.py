@@ -24,6 +24,7 @@ ALLOWED = {
     "__init__": {"cli"},  # lazily: what it imported at once, blocks would need too
     "affines": set(),
     "lazy": set(),
+    "progress": {"lazy"},
     "switch": set(),
     "threads": set(),
     "compiled": set(),
@@ -40,7 +41,7 @@ ALLOWED = {
     "synthesis": {"blocks", "losses"},
     "folds": {"blocks", "kernels"},
     "objective": {"blocks", "kernels", "losses", "metrics"},
-    "refinement": {"blocks", "folds", "kernels", "networks", "objective"},
+    "refinement": {"blocks", "folds", "kernels", "networks", "objective", "progress"},
     "io": {"affines", "lazy", "threads"},
     "space": {"affines", "io", "lazy", "switch"},
     "maps": {"affines", "blocks", "io", "lazy", "space", "switch"},

@@ -27,13 +27,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from voxelmorph_monai.blocks import as_signed, compose, half, invert, jacobian_determinant, smooth_axes, warp
 from voxelmorph_monai.folds import remove_folds
 from voxelmorph_monai.kernels import loops
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, Similarity, cut, double, halve, image_force, times
+from voxelmorph_monai.progress import Progress
 
 __all__ = ["RefinedRegistration", "Refinement", "Step", "mean_map", "refine"]
 
@@ -324,7 +324,8 @@ def _refine(
         if _helps(objective, pairs, given):
             field = given
     curve: list[Step] = []
-    with tqdm(disable=None if progress else True, desc="refine", unit="step", leave=False) as bar:
+    title = "refine" if math.isinf(budget) else f"refine, at most {budget:.0f} s"
+    with Progress(title, unit="step", shown=progress) as told:
         for image, coarser in levels:
             while at < coarser:
                 field, at = halve(field) / 2, at + 1
@@ -338,8 +339,7 @@ def _refine(
             for loss, best in steps:
                 field = best
                 curve.append(Step(pairs[image].scale, loss))
-                bar.set_postfix(voxel=pairs[image].scale, loss=f"{loss:.4f}", refresh=False)
-                bar.update()
+                told.advance(notes=f"voxel {pairs[image].scale}, loss {loss:.4f}")
             field = remove_folds(field, _TIGHT)
         field = times(double, at, field)
         inverse = _inverse(field)
@@ -424,7 +424,7 @@ def refine(
         max_steps: largest number of steps at each resolution.
         clock: function that returns seconds; ``time.process_time`` if other work on the machine must not change the
             result.
-        progress: show a bar, if standard error is a terminal.
+        progress: show a bar on standard error.
     """
     moving, fixed = (image.as_subclass(Tensor).float() for image in (moving, fixed))
     for name, value in (

@@ -47,7 +47,8 @@ def work(folder: Path, name: str) -> None:
 
 def run(folder: Path, names: list[str], jobs: int = 2) -> dict[str, str]:
     with Processes(jobs, threads=1) as pool:
-        return dict(failures(pool, "work", "call", work, {name: (folder, name) for name in names}))
+        arguments = {name: (folder, name) for name in names}
+        return dict(failures(pool, "work", "call", work, arguments, lambda name: {"letters": len(name)}))
 
 
 def calls(folder: Path) -> dict[str, int]:
@@ -63,8 +64,8 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path, capfd: pytest.C
         len({path.read_text() for path in tmp_path.iterdir()} - {str(os.getpid())}) <= 2
     )  # a failure costs no process
     shown = capfd.readouterr().err
-    assert "work: 100%" in shown
-    assert "5/5" in shown
+    assert "work: 5 of 5 calls in 00:0" in shown
+    assert ", 2 failed, mean letters 1.000\n" in shown  # of those that went well
     assert "Traceback" not in shown
 
 

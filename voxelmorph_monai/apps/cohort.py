@@ -297,13 +297,20 @@ def _pool(jobs: int | None, scheduler: str | None, num_pairs: int) -> Processes 
     return Processes(jobs, threads=max(1, num_cpus() // jobs))
 
 
+def _likeness(folder: Path) -> dict[str, float]:
+    """How alike a pair is now: the Dice of its labels, if it has any."""
+    numbers = _read_json(folder / _RECORD).get("numbers", {})
+    found = {"Dice": numbers.get("dice_after"), "correlation": numbers.get("correlation_after")}
+    return dict([(name, value) for name, value in found.items() if value is not None][:1])
+
+
 def _register_all(
-    pool: Pool, pairs: Sequence[_Pair], output: Path, options: Options, options_record: Mapping[str, Any]
+    pool: Pool, title: str, pairs: Sequence[_Pair], output: Path, options: Options, options_record: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Register the pairs; yields name and reason of each failure."""
     calls = {pair.name: (pair, output, options, options_record) for pair in pairs}
     failed = set()
-    for name, reason in failures(pool, "register", "pair", _register_pair, calls):
+    for name, reason in failures(pool, title, "pair", _register_pair, calls, lambda name: _likeness(output / name)):
         failed.add(name)
         yield name, reason
     for pair in pairs:
@@ -322,6 +329,7 @@ def register_cohort(
     overwrite: bool = False,
     report: bool = True,
     show_face: bool = False,
+    title: str = "register",
 ) -> Cohort:
     """Register the pairs in a list into the folder ``output``: ``NAME/`` for each, and the table ``cohort.csv``.
 
@@ -341,6 +349,7 @@ def register_cohort(
         overwrite: replace results of other options.
         report: write ``report.png`` and ``report.html`` for each pair.
         show_face: show whole heads there; by default their faces are hidden.
+        title: what the progress calls the work.
 
     Raises:
         ValueError: the list, the folder or an option cannot be used.
@@ -365,7 +374,7 @@ def register_cohort(
         todo = [pair for pair in listed if not _is_done(pair, output, options_record)]
         try:
             with _pool(jobs, scheduler, len(todo)) as pool:
-                for name, reason in _register_all(pool, todo, output, complete, options_record):
+                for name, reason in _register_all(pool, title, todo, output, complete, options_record):
                     errors[name] = reason
         finally:
             sweep(output)

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import psutil
-from tqdm import tqdm
 
 from voxelmorph_monai.memory import keep_freed_memory
+from voxelmorph_monai.progress import Progress
 
 __all__ = ["Pool", "Processes", "attempt", "default_jobs", "failures", "num_cpus"]
 
@@ -65,17 +65,34 @@ def attempt(function: Callable[..., object], args: Sequence[Any]) -> str | None:
 
 
 def failures(
-    pool: Pool, title: str, unit: str, function: Callable[..., object], calls: Mapping[str, Sequence[Any]]
+    pool: Pool,
+    title: str,
+    unit: str,
+    function: Callable[..., object],
+    calls: Mapping[str, Sequence[Any]],
+    values: Callable[[str], Mapping[str, float]] | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Make all ``calls`` of ``function`` with a progress bar; yields name and reason of each failure as it happens."""
+    """Make all ``calls`` of ``function`` and show the progress; yields name and reason of each failure as it happens.
+
+    Args:
+        pool: what runs them.
+        title: what is being done.
+        unit: what a call is for, in the singular.
+        function: what to call.
+        calls: arguments by name.
+        values: numbers that a call of this name gave, once it succeeded; the progress shows their means.
+    """
     tasks = {pool.submit(function, *args): name for name, args in calls.items()}
-    for task in tqdm(as_completed(tasks), title, len(tasks), unit=unit):
-        try:
-            reason = str(task.exception() or task.result() or "")
-        except CancelledError:
-            reason = "it was cancelled"
-        if reason:
-            yield tasks[task], reason
+    with Progress(title, len(tasks), unit) as progress:
+        for task in as_completed(tasks):
+            try:
+                reason = str(task.exception() or task.result() or "")
+            except CancelledError:
+                reason = "it was cancelled"
+            name = tasks[task]
+            progress.advance(failed=bool(reason), means=values(name) if values and not reason else None)
+            if reason:
+                yield name, reason
 
 
 def _follow_parent() -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from voxelmorph_monai.affines import Affine, ImageGrid, half_map, spacing
 from voxelmorph_monai.apps.heads import align_to_mni152, find_brains
@@ -30,6 +29,7 @@ from voxelmorph_monai.folds import remove_folds
 from voxelmorph_monai.maps.spatial_map import Displacement, SpatialMap, map_name, warp_scan
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.objective import SIMILARITIES
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.refinement import mean_map, refine
 from voxelmorph_monai.space.alignment import align
 from voxelmorph_monai.space.resampling import SCALINGS, fraction_inside, resample_intensities
@@ -54,7 +54,7 @@ class _Stages:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the time that is spent inside."""
         start = time.perf_counter()
-        with tqdm(desc=name, bar_format="{desc} ...", leave=False, disable=None if self.progress else True):
+        with Progress(name, shown=self.progress):
             yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
@@ -350,7 +350,7 @@ def register(
         alignment: as there.
         brain_extraction: as there.
         grid: as there.
-        progress: show what is being done, if standard error is a terminal.
+        progress: show what is being done, on standard error.
 
     Raises:
         TypeError: an input is not a scan.

@@ -81,7 +81,7 @@ def register_files(
         overwrite: replace an earlier registration in ``output``.
         report: write ``report.png`` and ``report.html``, to look at.
         show_face: show whole heads there; by default their faces are hidden.
-        progress: show what is being done, if standard error is a terminal.
+        progress: show what is being done, on standard error.
 
     Returns:
         The content of ``summary.json``.

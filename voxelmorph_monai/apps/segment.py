@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from voxelmorph_monai.anatomy import STRUCTURES, load_anatomy, segment
 from voxelmorph_monai.anatomy_transforms import SEGMENTATION_FILES, save_anatomy
@@ -14,6 +13,7 @@ from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
 from voxelmorph_monai.io.atomic import atomic, atomic_folder, require_replaceable
 from voxelmorph_monai.io.formats import scan_name
 from voxelmorph_monai.io.tables import read_table
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["BRAIN", "Segmented", "by_name", "read_list", "segment_file", "segment_files"]
@@ -133,15 +133,16 @@ def segment_files(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     errors: dict[str, str] = {}
-    skipped = 0
-    for name, scan in tqdm(scans.items(), "segment", unit="scan", disable=None):
-        if not overwrite and all((output / name / file).exists() for file in SEGMENTATION_FILES):
-            skipped += 1
-            continue
-        try:
-            segment_file(scan, output / name, weights=weights, device=device, overwrite=overwrite)
-        except (ValueError, OSError) as error:
-            errors[name] = " ".join(str(error).split())
+    todo = [
+        name for name in scans if overwrite or not all((output / name / file).exists() for file in SEGMENTATION_FILES)
+    ]
+    with Progress("segment", len(todo), "scan") as progress:
+        for name in todo:
+            try:
+                segment_file(scans[name], output / name, weights=weights, device=device, overwrite=overwrite)
+            except (ValueError, OSError) as error:
+                errors[name] = " ".join(str(error).split())
+            progress.advance(failed=name in errors)
     structures = [structure.name for structure in STRUCTURES]
     table = output / "volumes.csv"
     with atomic(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -153,7 +154,7 @@ def segment_files(
                 with (output / name / "volumes.csv").open(encoding="utf-8", newline="") as volumes:
                     row |= {each["structure"]: each["volume_mm3"] for each in csv.DictReader(volumes)}
             rows.writerow(row)
-    return Segmented(table, skipped, errors)
+    return Segmented(table, len(scans) - len(todo), errors)
 
 
 def by_name(scans: list[Path]) -> dict[str, Path]:

@@ -36,6 +36,7 @@ from voxelmorph_monai.maps.chains import chain, chain_of_map, matrix_of, on_grid
 from voxelmorph_monai.maps.displacements import read_displacement
 from voxelmorph_monai.maps.files import read_transform
 from voxelmorph_monai.maps.spatial_map import SpatialMap, warp_scan
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.report import correlation
 from voxelmorph_monai.space.middle import grid_around, linear_mean
 from voxelmorph_monai.space.resampling import rescale
@@ -255,13 +256,19 @@ def build_template(
                 temporary.write_text("\n".join(["name,moving,fixed", *lines]) + "\n", encoding="utf-8")
             options = Options(weights="none", refine=number > 0, steps=steps, similarity=similarity, space="fixed")
             done = register_cohort(
-                folder / "pairs.csv", folder / "registered", jobs=jobs, scheduler=scheduler, options=options
+                folder / "pairs.csv",
+                folder / "registered",
+                jobs=jobs,
+                scheduler=scheduler,
+                options=options,
+                title=f"round {number} of {rounds}" if number else "align",
             )
             if done.errors:
                 name, reason = next(iter(sorted(done.errors.items())))
                 image = next(member.image for member in members if member.name == name)
                 raise ValueError(f"{image} and {len(done.errors) - 1} others cannot be registered: {reason}")
-            _next(members, Scan.read(template), folder, number == 0, spacing)
+            with Progress("average"):
+                _next(members, Scan.read(template), folder, number == 0, spacing)
         template = folder / "template.nii.gz"
     for name in ("template.nii.gz", "mean.nii.gz", "template_labels.nii.gz"):
         if (template.parent / name).exists():
