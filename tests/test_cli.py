@@ -98,7 +98,7 @@ def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls[1][1] == {"grid": WorkingGrid((80, 96, 112), 2.0), "seed": 4, "jobs": 3, **options}
     shown = capsys.readouterr()
     assert shown.err == "vxm prepare: x7 failed: no space left\n"
-    assert "qc.png" in shown.out
+    assert "index.html" in shown.out
 
 
 def test_what_is_asked_of_register_is_what_is_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

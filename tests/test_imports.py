@@ -45,7 +45,7 @@ ALLOWED = {
     "io": {"affines", "lazy", "threads"},
     "space": {"affines", "io", "lazy", "switch"},
     "maps": {"affines", "blocks", "io", "lazy", "space", "switch"},
-    "pages": {"affines", "anatomy", "io", "lazy", "maps", "pose", "space"},
+    "pages": {"affines", "anatomy", "io", "lazy", "maps", "pose", "progress", "space"},
     "pictures": {"affines", "io", "lazy", "pages"},
     "report": {"affines", "blocks", "io", "maps", "metrics", "pictures", "space", "switch"},
     "data": {"affines", "io"},

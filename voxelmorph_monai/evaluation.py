@@ -174,7 +174,7 @@ def summarise(evaluation: Evaluation) -> pd.DataFrame:
 
 def check_folder(folder: str | Path, overwrite: bool) -> None:
     """Raise FileExistsError or ValueError if :func:`save_evaluation` must not write to ``folder``."""
-    require_replaceable(folder, overwrite, "an evaluation", [*_FILES, "*.png"])
+    require_replaceable(folder, overwrite, "an evaluation", [*_FILES, "*.png", "index.html"])
 
 
 def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -276,9 +276,10 @@ def test_all_faults_of_a_list_are_told_before_the_work(tmp_path: Path, listed: P
         ",b.nii,f.nii,c.nii",
         f"{'x' * 201},d.nii,f.nii,a.nii",
         "ten.,d.nii,f.nii,b.nii",
+        "Thumbnails,c.nii,f.nii,b.nii",
     ]
     write_list(tmp_path, *rows, columns="\ufeffname, moving,fixed,moving_labels")
-    with pytest.raises(ValueError, match=r"pairs\.csv has 13 errors:") as caught:
+    with pytest.raises(ValueError, match=r"pairs\.csv has 14 errors:") as caught:
         register_cohort(listed, out)
 
     def name(wrong: str) -> str:
@@ -298,6 +299,7 @@ def test_all_faults_of_a_list_are_told_before_the_work(tmp_path: Path, listed: P
         "  line 14: the name 'b_to_f' is also used in line 13; give each pair its own",
         f"  line 15: {name('x' * 201)}",
         f"  line 16: {name('ten.')}",
+        f"  line 17: {name('Thumbnails')}",
     ]
     write_list(tmp_path, *(f"p{i},none{i}.nii,f.nii" for i in range(30)))
     with pytest.raises(ValueError, match="has 30 errors") as caught:

@@ -11,7 +11,6 @@ from typing import Any
 
 import itk
 import make_sample
-import matplotlib.image
 import nibabel as nib
 import numpy as np
 import psutil
@@ -27,6 +26,7 @@ from voxelmorph_monai.affines import Affine, ImageGrid
 from voxelmorph_monai.apps import prepare as preparation
 from voxelmorph_monai.apps.prepare import prepare
 from voxelmorph_monai.io.images import read_image, read_labels, save_image
+from voxelmorph_monai.pages.cohort import find_entries
 from voxelmorph_monai.space.alignment import align
 from voxelmorph_monai.space.itk_bridge import from_itk, to_itk, transform_affine
 from voxelmorph_monai.space.resampling import resample, resample_intensities, rescale
@@ -360,36 +360,32 @@ def test_one_scan_that_fails_does_not_stop_the_others(
     assert (quick, errors) == (["c"], {})
 
 
-def test_the_contact_sheet_shows_every_scan_the_worst_first(tmp_path: Path, scans: Path, quick: list[str]) -> None:
+def test_the_index_shows_every_scan_and_why_one_failed(
+    tmp_path: Path, scans: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shift = np.eye(4)
     shift[:3, 3] = (0, 30, 0)
     write_scan(scans, "d", shift)  # without registration it stays 30 mm too far to the front
+    mapping = np.diag([1.1, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(preparation, "align_to_mni152", lambda scan, head, alignment: mapping)
+    save = Scan.save
+
+    def full(scan: Scan, path: Path) -> None:
+        if path.name == "c.nii.gz":
+            raise OSError("no space left")
+        save(scan, path)
+
+    monkeypatch.setattr(Scan, "save", full)
     prepare([scans], tmp_path / "out", **PATTERNS, grid=GRID)
-    sheet = matplotlib.image.imread(tmp_path / "out" / "qc.png")[..., :3]
-    width = 70 + 54 + 54 + 6  # sagittal (I, A), coronal (I, L), axial (A, L), a margin
-    height = 16 + 70 + 2
-    assert sheet.shape == (3 * height, 3 * width, 3)  # 7 scans in 3 columns
-    outline = np.isclose(sheet, [1.0, 0.35, 0.0], atol=0.01).all(axis=-1)  # 8 bits a colour
-    tiles = [
-        (slice(row * height + 16, (row + 1) * height), slice(column * width, (column + 1) * width))
-        for row in range(3)
-        for column in range(3)
-    ]
-    assert [outline[tile].sum() > 400 for tile in tiles] == [True] * 7 + [False] * 2
-    brain, _ = read_image(tmp_path / "out" / "images" / "d.nii.gz")
-    drawn = np.where(outline[tiles[0]], 0, sheet[tiles[0]][..., 0])[:60, :70]
-    assert np.corrcoef(drawn.ravel(), brain[27].ravel())[0, 1] > 0.9  # the middle sagittal slice, but for the outline
-
-
-def test_slices_are_seen_from_the_left_the_front_and_below() -> None:
-    marked = np.zeros((4, 6, 8))  # left, inferior, anterior
-    marked[2, 1, 6], marked[3, 3, 4], marked[0, 2, 4] = 1, 2, 3
-    sheet = preparation._slices(marked)
-    assert sheet.shape == (8, 8 + 4 + 4)
-    assert sheet[1, 6] == 1  # sagittal: down, forward
-    assert sheet[3, 8 + 3] == 2  # coronal: down, left
-    assert sheet[8 - 1 - 4, 12 + 3] == 2  # axial: back, left
-    assert (sheet == 3).sum() == 1  # coronal alone
+    index = find_entries(tmp_path / "out")
+    found = {entry.name: entry for entry in index.entries}
+    assert list(found) == list("cabdefg")
+    assert found["c"].failed == "no space left"
+    assert found["a"].values["ncc"] > found["d"].values["ncc"] + 0.2
+    assert "template" in found["d"].odd[0]
+    assert found["a"].values["volume"] == pytest.approx(1.1)
+    assert (tmp_path / "out" / found["d"].picture).exists()
+    assert '"no space left"' in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def test_many_scans_get_a_folder_each_and_one_table(
     [
         ("scan\na.nii\nb/a.nii\n", r"line 3: .* a "),
         ("name,scan\n../x,a.nii\n", r"line 2: \.\./x "),
+        ("name,scan\nthumbnails,a.nii\n", "line 2: thumbnails "),
         ("file\na.nii\n", r"columns file\."),
         ("name,scan\nx\n", "line 2"),
     ],

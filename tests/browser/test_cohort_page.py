@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.browser.chromium import Open, serious
 from tests.pages.test_index import add, summary
+from tests.pages.test_scans import evaluated  # noqa: F401 (a fixture)
 from voxelmorph_monai.pages.cohort import save_index
 
 MANY = 2000
@@ -129,6 +130,24 @@ def test_plots(show: Open, cohort: Path) -> None:
     page.locator("#plot circle.odd").first.dispatch_event("click")
     assert page.inner_text("#detail-title") == "sub-05"
     assert page.locator("#picture img").get_attribute("src") == "sub-05/report.png"
+
+
+def test_boxes_say_what_they_are_and_lead_to_pairs(show: Open, evaluated: Path) -> None:  # noqa: F811
+    save_index(evaluated)
+    page = show(evaluated / "index.html")
+    assert page.locator("#box g.before").count() == page.locator("#box g.after").count() == 3
+    told = page.locator("#box g.after title").all_text_contents()
+    assert told[0].startswith("left thalamus, after: median 0.8")
+    assert told[1].endswith("19 pairs")
+    beyond = page.locator("#box circle.after").filter(has_text="m04 to f")
+    assert beyond.count() == 3
+    beyond.first.dispatch_event("click")
+    assert page.inner_text("#detail-title") == "m04 to f"
+    page.click("text=As a table")
+    assert page.locator("#box-table tr").count() == 1 + 3 * 2
+    assert page.locator("#pairs tbody td").first.is_hidden()  # nothing has a picture
+    assert serious(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light")])

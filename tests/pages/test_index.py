@@ -48,7 +48,7 @@ def data_of(folder: Path) -> dict[str, object]:
 
 
 def test_nothing_is_an_index_too(tmp_path: Path) -> None:
-    assert save_index(tmp_path) == []
+    assert save_index(tmp_path).entries == []
     assert data_of(tmp_path)["rows"] == []
     assert "no registrations" in (tmp_path / "index.html").read_text(encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="missing"):
@@ -65,7 +65,7 @@ def test_failed_pairs_come_first_with_their_reason(tmp_path: Path) -> None:
     (tmp_path / "broken" / "summary.json").write_text('{"folding_percent": ', encoding="utf-8")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "summary.json").write_text("{}", encoding="utf-8")
-    found = {entry.name: entry for entry in save_index(tmp_path)}
+    found = {entry.name: entry for entry in save_index(tmp_path).entries}
     assert list(found) == ["broken", "stale", "z", "a", "b"]
     assert found["stale"].failed == "t.nii.gz, a slice, is none"
     assert "summary.json" in found["broken"].failed
@@ -84,7 +84,7 @@ def test_numbers_that_are_none_cost_nobody_else_anything(tmp_path: Path) -> None
     (tmp_path / "b" / "summary.json").write_text(
         json.dumps(summary(float("nan"), sdlogj=float("inf"), correlation_after="high")), encoding="utf-8"
     )
-    first, second = save_index(tmp_path)
+    first, second = save_index(tmp_path).entries
     assert first.values["sdlogj"] == 0.3
     assert [second.values[key] for key in ("dice_after", "sdlogj", "correlation_after")] == [None] * 3
     assert second.values["correlation_before"] == 0.8
@@ -96,7 +96,7 @@ def test_outliers_on_the_bad_side_are_flagged(tmp_path: Path) -> None:
     for i in range(20):
         changes = {"folding_percent": 0.4 if i == 7 else 0.0, "sdlogj": 0.05 if i == 9 else rng.normal(0.3, 0.01)}
         add(tmp_path, f"p{i:02}", summary(0.5 if i == 3 else rng.normal(0.8, 0.01), **changes), page=False)
-    odd = {entry.name: entry.odd for entry in find_entries(tmp_path) if entry.odd}
+    odd = {entry.name: entry.odd for entry in find_entries(tmp_path).entries if entry.odd}
     assert odd.keys() == {"p03", "p07"}  # a very smooth map is no fault
     assert "Dice after 0.500" in odd["p03"][0]
     assert "0.4000" in odd["p07"][0]  # most values are equal
@@ -105,12 +105,12 @@ def test_outliers_on_the_bad_side_are_flagged(tmp_path: Path) -> None:
 def test_equal_pairs_are_no_outliers(tmp_path: Path) -> None:
     for i in range(8):
         add(tmp_path, f"p{i}", summary(), page=False)
-    assert not any(entry.odd for entry in find_entries(tmp_path))
+    assert not any(entry.odd for entry in find_entries(tmp_path).entries)
 
 
 def test_names_are_text_and_addresses(tmp_path: Path) -> None:
     add(tmp_path, "Zoë <b>& 100%#1", summary())
-    (entry,) = save_index(tmp_path)
+    (entry,) = save_index(tmp_path).entries
     assert entry.page == "Zo%C3%AB%20%3Cb%3E%26%20100%25%231/report.html"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<b>" not in page
@@ -119,7 +119,7 @@ def test_names_are_text_and_addresses(tmp_path: Path) -> None:
 
 def test_thumbnails_lie_beside_the_page_and_are_made_once(tmp_path: Path) -> None:
     add(tmp_path, "deep/sub-1", summary())
-    (entry,) = save_index(tmp_path)
+    (entry,) = save_index(tmp_path).entries
     assert entry.name == "deep/sub-1"
     thumbnail = tmp_path / entry.thumbnail
     assert thumbnail.read_bytes() == b"\xff\xd8\xff\xd9"

@@ -32,6 +32,7 @@ __all__ = ["Cohort", "register_cohort"]
 _FILES = ("moving", "fixed", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask")
 _NAME = re.compile(r"(?!.*\.$)\w[\w.+-]{0,199}", re.ASCII)  # safe as a folder on every system
 _OPTIONS, _RECORD, _TABLE = "options.json", "pair.json", "cohort.csv"
+_RESERVED = (_OPTIONS, _TABLE, "index.html", "thumbnails")  # the last two are those of vxm report
 _COLUMNS = (
     *("name", "status", "reason", "dice_before", "dice_affine", "dice_after"),
     *("correlation_before", "correlation_affine", "correlation_after"),
@@ -97,7 +98,7 @@ def _errors(pair: _Pair, output: Path) -> Iterator[str]:
             yield f"{role} does not exist: {path}"
         if output in path.parents:
             yield f"{role} lies in the output folder: {path}"
-    if not _NAME.fullmatch(pair.name) or pair.name.casefold() in (_OPTIONS, _TABLE):
+    if not _NAME.fullmatch(pair.name) or pair.name.casefold() in _RESERVED:
         yield f"the name '{pair.name}' cannot be a folder here; use up to 200 letters, digits and _ . + -"
 
 

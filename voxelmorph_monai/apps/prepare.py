@@ -5,6 +5,7 @@ left, inferior, anterior (LIA, like FreeSurfer's), and its centre is the centre 
 160 x 192 x 224 voxels of 1 mm, is the grid that is common in the literature.
 """
 
+import csv
 import json
 import random
 import re
@@ -15,15 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from voxelmorph_monai.apps.heads import align_to_mni152, find_brain
 from voxelmorph_monai.apps.processes import Processes, default_jobs, failures
 from voxelmorph_monai.io.atomic import atomic, sweep, write_json
 from voxelmorph_monai.io.formats import stamp
 from voxelmorph_monai.maps.itk_files import save_linear
+from voxelmorph_monai.pages.cohort import save_index
 from voxelmorph_monai.space.resampling import resample, resample_intensities, rescale
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import STANDARD_GRID, WorkingGrid, check_brain, check_in_grid, mni152
@@ -31,7 +31,6 @@ from voxelmorph_monai.synthesis import paint
 
 __all__ = ["Prepared", "prepare"]
 
-_ORANGE = [1.0, 0.35, 0.0]
 _MEMORY = 3 * 2**30  # bytes for each process: measured were 1.7 GiB for a brain of 1 mm
 
 
@@ -166,7 +165,16 @@ def _prepare_scan(scan: _Source, grid: WorkingGrid, output: Path) -> None:
     save_linear(output / "transforms" / f"{scan.name}.txt", mapping)
     template = _template(grid)
     ncc = np.corrcoef(prepared.array[template > 0], template[template > 0])[0, 1]
-    write_json(_record(output, scan.name), {"inputs": inputs, "ncc": round(float(ncc), 4)})
+    volume = np.linalg.det(mapping[:3, :3])
+    write_json(
+        _record(output, scan.name), {"inputs": inputs, "ncc": round(float(ncc), 4), "volume": round(float(volume), 4)}
+    )
+
+
+def _numbers(output: Path, name: str) -> dict[str, float]:
+    """What the record of a scan says of it: how it correlates with the template, and by how much larger it was."""
+    record = json.loads(_record(output, name).read_text(encoding="utf-8"))
+    return {key: record[key] for key in ("ncc", "volume") if key in record}  # older records have no volume
 
 
 def _is_done(scan: _Source, output: Path) -> bool:
@@ -257,37 +265,14 @@ def _write_datalist(
     return path
 
 
-def _slices(array: NDArray[Any]) -> NDArray[Any]:
-    """Middle slices of an LIA volume side by side ``(H, W)``: sagittal, coronal, and axial, seen from the feet."""
-    middle = [n // 2 for n in array.shape]
-    views = [array[middle[0]], array[:, :, middle[2]].T, array[:, middle[1], ::-1].T]
-    height = max(len(view) for view in views)
-    return np.concatenate([np.pad(view, [(0, height - len(view)), (0, 0)]) for view in views], axis=1)
-
-
-def _draw_contact_sheet(names: Sequence[str], grid: WorkingGrid, output: Path) -> None:
-    """Draw middle slices of every scan with the template's outline and its correlation, lowest correlation first."""
-    ncc = {name: json.loads(_record(output, name).read_text(encoding="utf-8"))["ncc"] for name in names}
-    order = sorted(names, key=ncc.__getitem__)
-    step = max(1, round(max(grid.size) / 112))  # pictures of about 112 pixels
-    brain = _slices(_template(grid) > 0)[::step, ::step]
-    outline = (brain & ~ndimage.binary_erosion(brain))[..., None]
-    head, columns = 16, 3
-    tiles = []
-    for name in order:
-        grey = _slices(Scan.read(output / "images" / f"{name}.nii.gz").array)[::step, ::step, None]
-        tiles.append(np.pad(np.where(outline, _ORANGE, grey), [(head, 2), (0, 6), (0, 0)]))
-    height, width = tiles[0].shape[:2]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
-    figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100), dpi=100)
-    figure.figimage(sheet)
-    for i, name in enumerate(order):
-        left, top = i % columns * width, sheet.shape[0] - i // columns * height
-        place = (left + 3) / sheet.shape[1], (top - head + 4) / sheet.shape[0]
-        figure.text(*place, f"{name}   NCC {ncc[name]:.2f}", color="w", fontsize=8)
-    with atomic(output / "qc.png") as temporary:
-        figure.savefig(temporary)
+def _write_table(scans: Sequence[_Source], errors: Mapping[str, str], output: Path) -> None:
+    """Write ``scans.csv``: what became of each scan."""
+    with atomic(output / "scans.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["name", "reason", "ncc", "volume"], lineterminator="\n")
+        writer.writeheader()
+        for scan in scans:
+            row = {"name": scan.name, "reason": errors.get(scan.name, "")}
+            writer.writerow(row if row["reason"] else row | _numbers(output, scan.name))
 
 
 def prepare(
@@ -310,8 +295,8 @@ def prepare(
 
     The files in ``output`` are ``images/NAME.nii.gz`` (float32 in [0, 1]), ``labels/NAME.nii.gz`` (nearest neighbour,
     in their original type), ``transforms/NAME.txt`` (ITK: from points of MNI152 to points of the scan),
-    ``datalist.json`` with the sections ``training``, ``validation`` and ``test``, and ``qc.png``, which shows at a
-    glance which scans went wrong.
+    ``datalist.json`` with the sections ``training``, ``validation`` and ``test``, ``scans.csv``: what became of each
+    scan, and ``index.html``, which shows at a glance which ones went wrong.
 
     All inputs are checked before the work starts. A second call prepares only scans that are missing or have a changed
     input; another grid needs another folder. The work runs in new processes, so a script must call this under
@@ -356,8 +341,10 @@ def prepare(
             raise ValueError(f"{bad} cannot be used. {first}: {faults[first]}")
         _create_output(output, grid)
         calls = {scan.name: [scan, grid, output] for scan in todo}
-        errors = dict(failures(pool, "prepare", "scan", _prepare_scan, calls))
+        errors = dict(
+            failures(pool, "prepare", "scan", _prepare_scan, calls, lambda name: {"NCC": _numbers(output, name)["ncc"]})
+        )
     good = [scan for scan in scans if scan.name not in errors]
-    if good:
-        _draw_contact_sheet([scan.name for scan in good], grid, output)
+    _write_table(scans, errors, output)
+    save_index(output)
     return Prepared(_write_datalist(good, sections, grid, output), errors)

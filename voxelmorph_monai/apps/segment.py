@@ -20,6 +20,8 @@ __all__ = ["BRAIN", "Segmented", "by_name", "read_list", "segment_file", "segmen
 
 _SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".nrrd", ".mha", ".mhd")
 
+_RESERVED = ("..", "volumes.csv", "index.html", "thumbnails")  # the last two are those of vxm report
+
 BRAIN = "brain.nii.gz"
 """The file with the scan as it was, but 0 outside the brain."""
 
@@ -106,7 +108,7 @@ def _add(scans: dict[str, Path], name: str | None, scan: Path, where: str) -> No
     name = name or scan_name(str(scan))
     if name in scans:
         raise ValueError(f"{where}: another scan is also called {name}. Give each its own name, in a list (--list).")
-    if Path(name).name != name or name in ("..", "volumes.csv"):
+    if Path(name).name != name or name in _RESERVED:
         raise ValueError(f"{where}: {name} cannot be the name of a folder.")
     scans[name] = scan
 

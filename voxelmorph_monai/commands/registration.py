@@ -236,17 +236,20 @@ def _register_list(args: argparse.Namespace, options: Options) -> int:
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder of registrations, for example from vxm register --list"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="folder that vxm register --list, vxm segment, vxm prepare or an evaluation made",
     )
 
 
 def _index(args: argparse.Namespace) -> int:
     from voxelmorph_monai.pages.cohort import save_index
 
-    entries = save_index(args.folder)
-    flagged = sum(bool(entry.warnings or entry.odd) for entry in entries)
-    failed = sum(bool(entry.failed) for entry in entries)
-    print(f"{len(entries)} pairs, {failed} of them failed, {flagged} flagged")
+    index = save_index(args.folder)
+    flagged = sum(bool(entry.warnings or entry.odd) for entry in index.entries)
+    failed = sum(bool(entry.failed) for entry in index.entries)
+    print(f"{len(index.entries)} {index.kind.many}, {failed} of them failed, {flagged} flagged")
     print(f"{args.folder / 'index.html'}: look at it in a browser")
     return 0
 

@@ -66,7 +66,7 @@ def _prepare(args: argparse.Namespace) -> int:
     prepared = prepare(args.inputs, args.output, grid=grid_of(args), **options)
     for name, reason in sorted(prepared.errors.items()):
         print(f"vxm prepare: {name} failed: {reason}", file=sys.stderr)
-    print(f"{prepared.datalist}\n{prepared.datalist.with_name('qc.png')}: look at it before you train")
+    print(f"{prepared.datalist}\n{prepared.datalist.with_name('index.html')}: look at it before you train")
     return 1 if prepared.errors else 0
 
 

@@ -28,7 +28,7 @@ OCTAVES = 2.0  # of the change of volume that a page can show: a quarter to four
 _STEP = 5.0  # mm between the vectors of a page, where that takes at most as many as the next line says
 _VECTORS = 44  # along each axis
 _EDGE = 0.08  # of the extent of the anatomy, at either end, where slices show little of it
-_START = (0.35, 0.45, 0.55)  # which slice is shown first: through a hemisphere, not between them
+START = (0.35, 0.45, 0.55)  # which slice is shown first: through a hemisphere, not between them
 _BUFFER = 8.0  # mm between the brain and the part of the head that is hidden
 _BRAIN = 2.2  # litres: what shows more is a head, air around it included; the largest brains have 1.9
 _MEAN_BRAIN = 1.83  # litres, of MNI152
@@ -321,7 +321,7 @@ class Views:
             low, high = anatomy[axis]
             edge = _EDGE * (high - low)
             positions = _positions(int(np.ceil(low + edge)), int(np.floor(high - edge)))
-            start = round(_START[axis] * (len(positions) - 1))
+            start = round(START[axis] * (len(positions) - 1))
             up, across = 1 if axis == 2 else 2, 1 if axis == 0 else 0
             yield Plane(axis, positions, start, _pixels(*self.box[up])[::-1], _pixels(*self.box[across]))
 

@@ -1,5 +1,5 @@
 "use strict";
-const { cohort, measures, rows } = JSON.parse(document.getElementById("data").textContent);
+const { cohort, one, many, first, measures, rows, plots } = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const AT_A_TIME = 50; // rows in the page, whatever the number of pairs
 const STORE = `voxelmorph_monai:${cohort}`;
@@ -80,7 +80,7 @@ function fromCsv(text) {
     }
   }
   const parts = [`${taken} decisions read`];
-  if (unknown) parts.push(`${unknown} of pairs that are not here`);
+  if (unknown) parts.push(`${unknown} of ${many} that are not here`);
   if (wrong) parts.push(`${wrong} that are neither accept nor reject`);
   return `${parts.join(", ")}.`;
 }
@@ -141,14 +141,14 @@ function line(row) {
 function list(all = false) {
   const start = all ? 0 : state.page * AT_A_TIME, end = all ? state.shown.length : Math.min(start + AT_A_TIME, state.shown.length);
   document.querySelector("#pairs tbody").replaceChildren(...state.shown.slice(start, end).map(line));
-  byId("shown").textContent = state.shown.length ? `${start + 1} to ${end} of ${state.shown.length}` : "No pair matches.";
+  byId("shown").textContent = state.shown.length ? `${start + 1} to ${end} of ${state.shown.length}` : `No ${one} matches.`;
   byId("previous").disabled = state.page === 0;
   byId("next").disabled = end >= state.shown.length;
 }
 
 function counts() {
   const count = (test) => rows.filter(test).length;
-  byId("counts").textContent = `${rows.length} pairs: ${count((row) => row.failed)} failed, ` +
+  byId("counts").textContent = `${rows.length} ${rows.length === 1 ? one : many}: ${count((row) => row.failed)} failed, ` +
     `${count((row) => !row.failed && row.notes.length)} flagged; ${count(WHICH.accept)} accepted, ` +
     `${count(WHICH.reject)} rejected, ${count(WHICH.open)} undecided`;
 }
@@ -184,11 +184,11 @@ function plot() {
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.replaceChildren();
   const name = n === null ? measures[m].name : `${measures[m].name} against ${measures[n].name}`;
-  if (!known.length) { byId("plot-text").textContent = `${name}: measured in none of these pairs`; return; }
+  if (!known.length) { byId("plot-text").textContent = `${name}: measured in none of these ${many}`; return; }
   const values = known.map((row) => row.values[m]), sorted = [...values].sort((a, b) => a - b);
   const digits = measures[m].digits;
   let low = sorted[0], high = sorted[sorted.length - 1];
-  byId("plot-text").textContent = `${name}: ${known.length} pairs, median ${sorted[sorted.length >> 1].toFixed(digits)}, ${low.toFixed(digits)} to ${high.toFixed(digits)}`;
+  byId("plot-text").textContent = `${name}: ${known.length} ${many}, median ${sorted[sorted.length >> 1].toFixed(digits)}, ${low.toFixed(digits)} to ${high.toFixed(digits)}`;
   if (high === low) { low -= 0.5; high += 0.5; }
   const wide = high - low, x = (value) => LEFT + ((value - low) / wide) * (WIDTH - LEFT - 15);
   const bottom = HEIGHT - BOTTOM;
@@ -206,7 +206,7 @@ function plot() {
       if (!bin.length) return;
       const from = low + (i / bins) * wide, to = low + ((i + 1) / bins) * wide, tall = (bin.length / most) * (bottom - 10);
       const bar = drawn("rect", { class: "bar", x: x(from) + 1, y: bottom - tall, width: Math.max(2, x(to) - x(from) - 2), height: tall },
-        drawn("title", {}, `${from.toFixed(digits)} to ${to.toFixed(digits)}: ${bin.length} pairs`));
+        drawn("title", {}, `${from.toFixed(digits)} to ${to.toFixed(digits)}: ${bin.length} ${many}`));
       bar.addEventListener("click", () => {
         limits[m][0].value = String(from);
         limits[m][1].value = String(i === bins - 1 ? high : to);
@@ -229,6 +229,55 @@ function plot() {
       svg.append(dot);
     });
   }
+}
+
+// ---- boxes of structures
+
+function boxes() {
+  const { name, digits, stages, rows: structures } = plots[Number(byId("which-box").value)];
+  const svg = byId("box"), wide = Math.max(svg.clientWidth, 280), left = Math.min(230, wide * 0.42);
+  const tall = stages.length * 10 + 8, height = structures.length * tall + 30, right = wide - 18;
+  const found = structures.flatMap(([, all]) => all.filter(Boolean));
+  const ends = found.flatMap((box) => [box.low, box.high, ...box.beyond.map(([, value]) => value)]);
+  const low = Math.min(...ends), high = Math.max(...ends), x = (value) => left + ((value - low) / (high - low || 1)) * (right - left);
+  const told = (box) => `median ${box.median.toFixed(digits)}, half from ${box.first.toFixed(digits)} to ${box.third.toFixed(digits)}`;
+  byId("box-text").textContent = found.length
+    ? `${name} of each structure: median, quartiles, and what lies within 1.5 times their distance; ${stages.join(" above ")}`
+    : `${name}: no values`;
+  svg.setAttribute("viewBox", `0 0 ${wide} ${height}`);
+  svg.style.height = `${height}px`;
+  svg.replaceChildren();
+  const head = ["structure", "stage", many, "lowest", "first quartile", "median", "third quartile", "highest"];
+  const table = [element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)))];
+  for (const share of found.length ? [0, 0.5, 1] : []) {
+    const value = low + share * (high - low);
+    svg.append(drawn("line", { x1: x(value), x2: x(value), y1: 0, y2: height - 22 }),
+      drawn("text", { x: x(value), y: height - 6, "text-anchor": share === 1 ? "end" : "middle" }, value.toFixed(digits)));
+  }
+  structures.forEach(([structure, all], i) => {
+    const most = Math.floor(left / 7), label = structure.length > most ? `${structure.slice(0, most - 1)}…` : structure;
+    svg.append(drawn("text", { x: left - 10, y: i * tall + tall / 2 + 4, "text-anchor": "end" }, label, drawn("title", {}, structure)));
+    all.forEach((box, stage) => {
+      if (!box) return;
+      const y = i * tall + 4 + stage * 10 + 5, kind = stages.length > 1 && stage === 0 ? "before" : "after";
+      const group = drawn("g", { class: `whole ${kind}` }, drawn("title", {}, `${structure}, ${stages[stage]}: ${told(box)}, ${box.number} ${many}`),
+        drawn("rect", { class: "catch", x: x(box.low), y: y - 5, width: Math.max(4, x(box.high) - x(box.low)), height: 10 }),
+        drawn("line", { x1: x(box.low), x2: x(box.high), y1: y, y2: y }),
+        drawn("rect", { x: x(box.first), y: y - 4, width: Math.max(1, x(box.third) - x(box.first)), height: 8 }),
+        drawn("line", { class: "median", x1: x(box.median), x2: x(box.median), y1: y - 4, y2: y + 4 }));
+      svg.append(group);
+      for (const [place, value] of box.beyond) {
+        const dot = drawn("circle", { class: kind, cx: x(value), cy: y, r: 3 },
+          drawn("title", {}, `${rows[place].name}: ${structure}, ${stages[stage]}, ${value.toFixed(digits)}`));
+        dot.addEventListener("click", () => choose(rows[place]));
+        svg.append(dot);
+      }
+      table.push(element("tr", {}, element("th", { scope: "row" }, structure), element("td", {}, stages[stage]),
+        element("td", { class: "number" }, String(box.number)),
+        ...[box.low, box.first, box.median, box.third, box.high].map((value) => element("td", { class: "number" }, value.toFixed(digits)))));
+    });
+  });
+  byId("box-table").replaceChildren(...table);
 }
 
 // ---- what people do
@@ -265,8 +314,8 @@ measures.forEach((measure, m) => {
   byId("across").append(element("option", { value: String(m) }, measure.name));
   byId("up").append(element("option", { value: String(m) }, measure.name));
 });
-const best = [1, 3].find((m) => rows.some((row) => typeof row.values[m] === "number"));
-byId("across").value = String(best ?? 3);
+const isKnown = (m) => rows.some((row) => typeof row.values[m] === "number");
+byId("across").value = String([first, ...measures.keys()].find(isKnown) ?? first);
 byId("across").addEventListener("change", plot);
 byId("up").addEventListener("change", plot);
 byId("search").addEventListener("input", () => { state.page = 0; refresh(); });
@@ -314,9 +363,16 @@ document.addEventListener("keydown", (event) => {
   else return;
   event.preventDefault();
 });
+plots.forEach((each, i) => byId("which-box").append(element("option", { value: String(i) }, each.name)));
+if (plots.length) {
+  byId("which-box").addEventListener("change", boxes);
+  window.addEventListener("resize", boxes);
+  boxes();
+}
 window.addEventListener("resize", plot);
 window.addEventListener("beforeprint", () => list(true));
 window.addEventListener("afterprint", () => list());
+byId("pairs").classList.toggle("bare", !rows.some((row) => row.thumbnail));
 counts();
 refresh();
 document.documentElement.dataset.ready = "true";
