@@ -114,6 +114,13 @@ TESTS = {
     "groupwise": ["tests/test_groupwise.py"],
     "vxmdense": ["tests/test_vxmdense.py"],
     "space.middle": ["tests/apps/test_longitudinal.py", "-k", "linear_maps or all_show"],
+    "pages.views": ["tests/pages/test_views.py", "-k", "not real and not stripped"],
+    "pages.checks": ["tests/pages/test_checks.py"],
+    "pages.index": ["tests/pages/test_index.py", "tests/pages/test_scans.py"],
+    "pages.scans": ["tests/pages/test_scans.py"],
+    "pages.cohort": ["tests/pages/test_index.py"],
+    "pages.registration": ["tests/pages/test_registration.py", "-k", "patient"],
+    "progress": ["tests/test_progress.py"],
     "io.formats": ["tests/io/test_headers.py"],
     "io.volumes": ["tests/io/test_headers.py", "-k", "text or fourth"],
     "io.dicom": ["tests/io/test_dicom.py"],
@@ -648,6 +655,58 @@ PREPARE = [
 ]
 
 
+VIEWS = [
+    ("high + more * (high - low)", "high", "window: of the brain alone, without what lies beyond"),
+    ('axcodes2ornt("RAS"))', 'axcodes2ornt("LAS"))', "sides: left and right exchanged"),
+    ("_pixels(*self.box[up])[::-1]", "_pixels(*self.box[up])", "axis: heads stand on their heads"),
+    ("np.where(folds, 0, level)", "level", "folds look like growth"),
+    ("blocks <= 0).any(", "blocks <= 0).all(", "a fold is lost in a block"),
+    ("self.normal, points, 1) > self.limit", "self.normal, points, 1) < self.limit", "sign: the brain is hidden"),
+    ("blocks / linear", "blocks * linear", "unit: the linear part counts twice"),
+]
+CHECKS = [
+    ("_FAR = 8.0", "_FAR = 30.0", "threshold: a shift of 20 mm passes"),
+    ("_FOLDS = 0.05", "_FOLDS = 50.0", "threshold: a map that folds passes"),
+    ("_LOOSE = 0.1", "_LOOSE = 0.9", "threshold: labels of another scan pass"),
+    ("_BETTER = 0.15", "_BETTER = 1.5", "threshold: labels of another brain in the same place pass"),
+    ("np.linalg.det(matrix) < 0", "np.linalg.det(matrix) < -9", "a mirrored map passes"),
+    ("[int(vector[axis] > 0)]", "[int(vector[axis] < 0)]", "sign: the words say the other side"),
+    ("lattice.points[:, shown].mean(axis=1) - lattice", "lattice", "place: without the fixed scan"),
+    ("centres[left][0] > centres[right][0]", "centres[left][0] < centres[right][0]", "sides exchanged pass"),
+    ("_TURN = 75.0", "_TURN = 200.0", "threshold: upside down passes"),
+    ("if one_contrast and after < before", "if after < before", "two contrasts are compared"),
+]
+INDEX_PAGE = [
+    ("_ODD = 3.5", "_ODD = 35.0", "threshold: nobody is an outlier"),
+    ("_FEWEST = 5", "_FEWEST = 2", "threshold: of three, one is an outlier"),
+    ('side = "low" if value < middle else "high"', 'side = "high" if value < middle else "low"', "side: the good ones"),
+    ("or 1.2533 * np.mean(np.abs(values - middle))", "", "rule: where most values are equal nobody is an outlier"),
+    ("hashlib.sha256(name.encode()).hexdigest()[:16]}.jpg", "name}.jpg", "a name leads out of the folder"),
+    ("return quote(path", "return str(path", "names with # lead nowhere"),
+    ("found if math.isfinite(found) and", "found if", "NaN breaks the page"),
+    ("if first - reach <= value", "if first <= value", "whiskers end at the quartile"),
+]
+SCANS = [
+    ("voxels[up][::-1]", "voxels[up]", "axis: heads stand on their heads"),
+    ("sides[1:].max()", "sides.max() * 2", "proportions: pictures do not fill their height"),
+    ("        at[1:] |= change\n", "", "outlines on one side only"),
+    ("value / 1000", "value", "unit: mm3 for ml"),
+    ('row.get("reason") or row["name"] not in entries', 'row["name"] not in entries', "a stale result for a failure"),
+]
+COHORT_PAGE = [
+    ('entry.failed == "", entry.name', "entry.name, entry.failed", "what failed is among the others"),
+    ("        if reason:  # what", "        if not reason:  # what", "a stale result for a failure"),
+]
+REGISTRATION_PAGE = [
+    ('each["sha256"]) for role', 'each["path"]) for role', "privacy: paths are shown"),
+    ('words.append(f"--{role', 'words.append(f"{inputs[role]} --{role', "privacy: the command has paths"),
+]
+PROGRESS = [
+    ("time.monotonic() - self._told >= _EVERY", "True", "a log gets a line for each step"),
+    ("seconds / self._done * (self._total - self._done)", "seconds / self._done * self._total", "what is done is left"),
+    ("self._failed += failed", "self._failed += 1", "all have failed"),
+]
+
 CHAINS = [
     ("in reversed(range(transform.GetNumber", "in (range(transform.GetNumber", "order: parts of a composite"),
     ("for part in reversed(parts):  #", "for part in parts:  #", "order: ITK applies the last one first"),
@@ -926,6 +985,13 @@ MUTANTS = [
         "apps.register": REGISTER,
         "apps.result": RESULT,
         "apps.prepare": PREPARE,
+        "pages.views": VIEWS,
+        "pages.checks": CHECKS,
+        "pages.index": INDEX_PAGE,
+        "pages.scans": SCANS,
+        "pages.cohort": COHORT_PAGE,
+        "pages.registration": REGISTRATION_PAGE,
+        "progress": PROGRESS,
         "maps.chains": CHAINS,
         "maps.displacements": DISPLACEMENTS,
         "maps.field_headers": FIELD_HEADERS,
@@ -987,6 +1053,7 @@ def failure(mutant: Mutant) -> str | None:
         sources = [
             *(ROOT / "tests").rglob("*.py"),
             *(ROOT / PACKAGE).rglob("*.py"),
+            *(ROOT / PACKAGE).glob("pages/assets/*"),
             *(ROOT / PACKAGE).glob("published/*"),
             *(ROOT / PACKAGE).glob("sample/*"),
             # and what numba compiled of the healthy loops, which spares each mutant seconds: it belongs to a time
@@ -995,6 +1062,7 @@ def failure(mutant: Mutant) -> str | None:
         for path in [ROOT / "pyproject.toml", *sources]:
             (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (shutil.copy2 if path.name.endswith("loops.py") else shutil.copy)(path, copy / path.relative_to(ROOT))
+        (copy / "bundles").symlink_to(ROOT / "bundles")  # their weights are large
         target = copy / source_of(mutant)
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.text, mutant.replacement), encoding="utf-8")
         process = multiprocessing.Process(target=run_tests, args=(folder, TESTS[mutant.module]))

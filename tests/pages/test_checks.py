@@ -6,6 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from tests.pages.bodies import SIZE, ball, grid_of, head, labels_of, points_of, registered, wave
 from voxelmorph_monai.apps.result import RegistrationResult
+from voxelmorph_monai.space.scan import Scan
 
 
 def shift(x: float = 0, y: float = 0, z: float = 0) -> np.ndarray:
@@ -109,6 +110,31 @@ def test_labels_of_another_scan(role: str) -> None:
     assert role in found["labels"]
 
 
+@pytest.mark.parametrize("role", ["fixed", "moving", None])
+def test_labels_of_another_scan_in_the_same_place(role: str | None) -> None:
+    """The other brain has the same outline, and its parts elsewhere."""
+    fixed, moving = pair("RAS")
+
+    def parts(scan: Scan, sign: int) -> Scan:
+        points = points_of(scan.affine)
+        labels = ball(points, (0, 0, 0), (65, 82, 65)).astype(np.int16)
+        labels[ball(points, (-30 * sign, 20, 20), (9, 9, 9))] = 2
+        labels[ball(points, (10 * sign, -30 * sign, 5), (14, 9, 12))] = 3
+        return scan.like(labels)
+
+    labels = {f"{name}_labels": parts(fixed, -1 if name == role else 1) for name in ("fixed", "moving")}
+    found = [w["text"] for w in registered(fixed, moving, **labels).measures()["warnings"] if w["check"] == "labels"]
+    assert len(found) == (role is not None)
+    assert role is None or f"the label file of the {role} scan" in found[0]
+
+
+def test_labels_of_different_things_are_not_compared() -> None:
+    fixed, moving = pair("RAS")
+    halves = fixed.like(np.where(points_of(fixed.affine)[0] < 0, 100, 200).astype(np.int16))
+    labels = {"fixed_labels": labels_of(fixed), "moving_labels": halves}
+    assert "labels of the other scan" not in str(registered(fixed, moving, **labels).measures()["warnings"])
+
+
 def test_a_moving_scan_that_ends_early() -> None:
     fixed, moving = pair("RAS")
     half = type(moving)(moving.array[:, :, : SIZE[2] // 2], moving.affine)
@@ -129,6 +155,7 @@ def test_two_contrasts_may_have_a_low_correlation() -> None:
     options = registered(fixed, moving).options
     found = checks(registered(fixed, inverted, options={**options, "similarity": "mind"}))
     assert found.keys().isdisjoint({"worse", "unlike"})
+    assert "worse" not in checks(registered(fixed, moving, shift(40, 30, 0), options={**options, "similarity": "mind"}))
 
 
 def test_empty_scans_give_sentences() -> None:

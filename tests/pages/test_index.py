@@ -102,6 +102,14 @@ def test_outliers_on_the_bad_side_are_flagged(tmp_path: Path) -> None:
     assert "0.4000" in odd["p07"][0]  # most values are equal
 
 
+def test_of_four_pairs_nobody_can_say_what_is_usual(tmp_path: Path) -> None:
+    for i, dice in enumerate([0.8, 0.81, 0.79, 0.1]):
+        add(tmp_path, f"p{i}", summary(dice), page=False)
+    assert not any(entry.odd for entry in find_entries(tmp_path).entries)
+    add(tmp_path, "p4", summary(0.8), page=False)
+    assert [entry.name for entry in find_entries(tmp_path).entries if entry.odd] == ["p3"]
+
+
 def test_equal_pairs_are_no_outliers(tmp_path: Path) -> None:
     for i in range(8):
         add(tmp_path, f"p{i}", summary(), page=False)

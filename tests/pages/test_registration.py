@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -100,12 +101,33 @@ def test_no_report_writes_none(tmp_path: Path) -> None:
     assert b'rel="icon"' in page[:60_000]  # where an index looks for it
 
 
-def test_warnings_come_first(tmp_path: Path) -> None:
+SHIFTED = np.eye(4)
+SHIFTED[2, 3] = 20.0  # mm
+
+
+@pytest.mark.parametrize(
+    ("wrong", "check", "words"),
+    [
+        ({"matrix": np.diag([-1.0, 1, 1, 1])}, "mirrored", "its determinant is negative"),
+        ({"matrix": SHIFTED}, "place", "mm up"),
+        ({"fixed_labels": (41, 2, 49, 10, 53, 17)}, "sides", "left and right exchanged"),
+        ({"fixed_labels": (2, 41, 10, 49, 17, 53), "centre": (40, 30, 0)}, "labels", "that of another scan"),
+    ],
+    ids=["axis", "shift", "sides", "labels"],
+)
+def test_warnings_come_first(tmp_path: Path, wrong: dict[str, Any], check: str, words: str) -> None:
     scan = head(grid_of())
-    matrix = np.diag([-1.0, 1, 1, 1])
-    registered(scan, scan, matrix).report(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.index('data-check="mirrored"') < page.index('id="images"')
+    given = {}
+    if "fixed_labels" in wrong:
+        labels = labels_of(scan, wrong["fixed_labels"])
+        steps = [round(mm / SIDE) for mm in wrong.get("centre", (0, 0, 0))]
+        given["fixed_labels"] = labels.like(np.roll(labels.array, steps, (0, 1, 2)))
+    registered(scan, scan, wrong.get("matrix"), **given).report(tmp_path / "report.html")
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    (text,) = re.findall(rf'data-check="{check}">(.*?)</li>', page)
+    assert words in text
+    assert page.index(f'data-check="{check}"') < page.index('id="images"')
+    assert "checks found nothing wrong" not in page
 
 
 def test_methods_say_what_was_done(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_outlines_of_all_structures_have_their_colours() -> None:
     coronal = (picture == (0, 0, 255)).all(axis=2)[:, 220:400]  # of the right half of the brain: all around it
     assert np.ptp(np.flatnonzero(coronal.any(axis=0))) > 60
     assert np.ptp(np.flatnonzero(coronal.any(axis=1))) > 125
+    assert coronal[:100].sum() == pytest.approx(coronal[100:].sum(), rel=0.2)
     assert (draw_scan(scan, np.zeros(scan.shape, np.int16), {})[..., 0] > 60).mean() > 0.2
 
 
@@ -75,10 +76,12 @@ def test_segmentations_have_volumes_and_what_failed_is_on_top(tmp_path: Path) ->
     segmentation(tmp_path, "a", {"Left-Hippocampus": 3500.0, "Right-Hippocampus": 2500.0})
     segmentation(tmp_path, "b", {})
     segmentation(tmp_path, "extra", {}, drawn=False)  # made alone, and its scan was deleted
-    table(tmp_path, ("a", ""), ("b", ""), ("c", "there is no head in it"), ("lost", ""))
+    segmentation(tmp_path, "again", {})  # is of an earlier call
+    table(tmp_path, ("a", ""), ("again", "memory ran out"), ("b", ""), ("c", "there is no head in it"), ("lost", ""))
     index = save_index(tmp_path)
     found = {entry.name: entry for entry in index.entries}
-    assert list(found) == ["c", "lost", "a", "b", "extra"]
+    assert list(found) == ["again", "c", "lost", "a", "b", "extra"]
+    assert found["again"].failed == "memory ran out"
     assert found["c"].failed == "there is no head in it"
     assert "not here" in found["lost"].failed
     assert found["a"].values["Hippocampus"] == 6.0

@@ -32,8 +32,11 @@ def marker(tiles: np.ndarray) -> np.ndarray:
 def test_left_is_left_and_up_is_up(codes: str) -> None:
     views = views_of(head(grid_of(codes)))
     views.windows = (Window(0, 180),) * 2  # in which only the ball is white
+    scan = views.result.fixed
+    ball = scan.like((scan.array > 180).astype(np.int16))
     for plane in views.planes:
         row, column = marker(views.images(plane)["fixed"])
+        assert np.allclose(marker(255 * views.labels(plane, ball, np.array([1]))), (row, column), atol=0.03)
         assert row < 0.45  # the ball lies in front of the middle and above it
         assert column < 0.45 if plane.axis != 0 else column > 0.52
 
@@ -86,6 +89,7 @@ def test_fat_does_not_darken_the_brain() -> None:
     points = np.random.default_rng(0).uniform(-40, 40, (500, 3))
     window = window_of(bright, Face(points, UP, np.inf))
     assert window.high < 260 < window_of(bright).high
+    assert window.high > 127  # tissue, 120 with noise of 3, is not clipped
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.0])

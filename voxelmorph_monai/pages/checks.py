@@ -35,6 +35,8 @@ _TURN = 75.0  # degrees
 _STRETCH = (0.1, 10.0)  # of a volume, beside the linear part
 _STRETCHED = 0.01  # of what is shown
 _LOOSE = 0.1  # of labelled voxels where the scan shows nothing
+_BETTER = 0.15  # of an image, explained by the labels of the other scan; own ones explain about as much or more
+_ALIKE = 0.5  # of the numbers of two label maps, in common
 _FEW = 20  # points of the lattice in a structure: fewer say nothing of where it is
 
 
@@ -304,6 +306,37 @@ def _of_exchange(moved: Array, fixed: Array) -> Iterator[Concern]:
         )
 
 
+def _explained(image: Array, labels: Array) -> float:
+    """How much of the variance of an image its labels explain, 0 to 1; both ``(N,)``."""
+    _, place = np.unique(labels, return_inverse=True)
+    means = np.bincount(place, image) / np.bincount(place)
+    return 1 - float(np.sum((image - means[place]) ** 2)) / max(float(np.sum((image - image.mean()) ** 2)), 1e-12)
+
+
+def _of_other_scans(moved: Array, fixed: Array, lattice: _Lattice) -> Iterator[Concern]:
+    """Whether labels explain the image of the other scan better than that scan's own labels do.
+
+    Of two brains of OASIS, registered to each other, own labels explained .71 to .76 of the variance, warped labels of
+    the other one .55 to .58, and labels of a third person .09 to .33.
+    """
+    both = (moved != 0) & (fixed != 0)
+    of_moved, of_fixed = np.unique(moved[both]), np.unique(fixed[both])
+    common = len(np.intersect1d(of_moved, of_fixed))
+    if both.sum() < 10 * _FEW or common < max(2, _ALIKE * len(np.union1d(of_moved, of_fixed))):
+        return  # too little to see, or maps of different things
+    for name, image, own, other in (
+        ("fixed", lattice.fixed, fixed, moved),
+        ("moving", lattice.warped, moved, fixed),
+    ):
+        mine, others = (_explained(image[both], each[both]) for each in (own, other))
+        if others > mine + _BETTER:
+            yield Concern(
+                "labels",
+                f"The labels of the other scan explain {others:.0%} of the contrasts of the {name} scan, its own "
+                f"labels only {mine:.0%}: the label file of the {name} scan may be that of another scan.",
+            )
+
+
 def concerns(result: Registered, measures: Mapping[str, Any], determinant: Array) -> list[Concern]:
     """What looks wrong about a registration; empty if nothing does.
 
@@ -332,4 +365,5 @@ def concerns(result: Registered, measures: Mapping[str, Any], determinant: Array
         found += _of_sides(moved, lattice.moved, "moving")
     if fixed is not None and moved is not None:
         found += _of_exchange(moved, fixed)
+        found += _of_other_scans(moved, fixed, lattice)
     return found
