@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from voxelmorph_monai.affines import apply_affine
 from voxelmorph_monai.apps import heads
 from voxelmorph_monai.apps.heads import (
     T1_WEIGHTED,
@@ -18,6 +19,7 @@ from voxelmorph_monai.apps.heads import (
 )
 from voxelmorph_monai.apps.options import DEFAULTS
 from voxelmorph_monai.pose import Anatomy, anatomy_of_mni152
+from voxelmorph_monai.space.resampling import resample
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import mni152
 
@@ -51,7 +53,7 @@ def head_of(contrast: tuple[float, float, float], name: str) -> Head:
     anatomy = anatomy_of_mni152()
     image = torch.tensordot(torch.tensor(contrast)[TISSUES], anatomy.posteriors, dims=1)
     brain = Scan(image.numpy(), anatomy.affine, name)
-    return Head(brain, anatomy, heads._order(brain, anatomy))
+    return Head(brain, anatomy, brain, heads._order(brain, anatomy))
 
 
 T1, T2, FLAIR = (1.0, 0.7, 0.2), (0.5, 0.7, 1.0), (0.7, 1.0, 0.2)
@@ -106,7 +108,7 @@ def test_a_head_is_aligned_by_its_structures_unless_the_headers_shall_do() -> No
     shift = np.eye(4)
     shift[:3, 3] = 5, -7, 11
     template = anatomy_of_mni152()
-    head = Head(scan_of(1.0), Anatomy(template.posteriors, shift @ template.affine))
+    head = Head(scan_of(1.0), Anatomy(template.posteriors, shift @ template.affine), scan_of(1.0))
     np.testing.assert_allclose(align_to_mni152(head.brain, head, "affine"), shift, atol=1e-3)
     np.testing.assert_allclose(align_to_mni152(head.brain, head, "rigid"), shift, atol=1e-3)
     np.testing.assert_array_equal(align_to_mni152(mni152(), head, "none"), np.eye(4))
@@ -123,6 +125,9 @@ def test_the_brain_of_a_real_head_is_found() -> None:
     assert head.order == T1_WEIGHTED
     found = head.brain.array > 0
     assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.9  # .927 when this was written
+    labels = resample(head.labels, scan.grid, np.eye(4), order=0).array
+    assert 2 * ((labels > 0) & true).sum() / ((labels > 0).sum() + true.sum()) > 0.88  # of voxels of 2 mm
+    assert apply_affine(scan.affine, np.argwhere(labels == 10).T).mean(axis=1)[0] < -5  # the left thalamus
     mapping = align_to_mni152(scan, head, "affine")
     np.testing.assert_allclose(mapping[:3, :3], np.eye(3), atol=0.12)  # Colin27 lies in MNI's space, a little larger
     np.testing.assert_allclose(mapping[:3, 3], 0, atol=10)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pages.bodies import SIDE, SIZE, grid_of, head, labels_of, registered, wave
+from tests.pages.bodies import SIDE, SIZE, grid_of, head, labels_of, points_of, registered, wave
 from voxelmorph_monai.apps.options import Options
 from voxelmorph_monai.apps.register_files import register_files
 from voxelmorph_monai.space.scan import Scan
@@ -49,6 +49,26 @@ def test_one_page_of_pictures_that_every_browser_shows(tmp_path: Path) -> None:
     assert {kind for kind in re.findall(r"data:image/(\w+)", page)} == {"jpeg", "png"}
     assert "Left Thalamus (10)" in html.unescape(page)
     data_of(page)
+
+
+def test_without_labels_the_structures_of_heads_are_outlined(tmp_path: Path) -> None:
+    scan = head(grid_of("LPI"))
+    coarse = head(grid_of(size=(30, 34, 28), spacing=(6.0, 6.0, 6.0)), (30, 34, 28))
+    matrix = np.eye(4)
+    matrix[0, 3] = 12.0  # mm
+    found = {"fixed": labels_of(coarse), "moving": labels_of(coarse)}
+    result = registered(scan, scan, matrix, anatomy=found)
+    for name, shift in (("fixed", 0), ("warped", -12)):
+        number = result.outlines[name].array
+        at = [points_of(scan.affine)[0][number == n].mean() for n in (10, 49)]
+        assert at == pytest.approx([-18 + shift, 18 + shift], abs=1.5)
+    result.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "outlines, warped structures that were found" in page
+    assert len(pictures(page)) == 1 + 3 * (3 + 1 + 2)
+    given = registered(scan, scan, matrix, anatomy=found, fixed_labels=labels_of(scan))
+    assert given.outlines == {"fixed": given.fixed_labels}
+    assert "outlines, fixed labels" in made(tmp_path / "given.html", fixed_labels=labels_of(scan))
 
 
 def test_the_size_does_not_grow_with_the_scan(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from voxelmorph_monai.affines import Affine, apply_affine, inside
-from voxelmorph_monai.anatomy import AnatomyNet, brain_mask, load_anatomy, look, seen_anatomy
+from voxelmorph_monai.anatomy import AnatomyNet, brain_mask, load_anatomy, look, seen_anatomy, to_freesurfer
 from voxelmorph_monai.apps.options import Options
 from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
 from voxelmorph_monai.pose import Anatomy, anatomy_of_mni152, fit
@@ -29,11 +29,13 @@ class Head(NamedTuple):
     Attributes:
         brain: the scan with 0 outside its brain.
         anatomy: its structures, with voxels of 4 mm.
+        labels: FreeSurfer's numbers of them, with voxels of 2 mm.
         order: the numbers 0 (white matter), 1 (cortex) and 2 (ventricles), the brightest first.
     """
 
     brain: Scan
     anatomy: Anatomy
+    labels: Scan
     order: tuple[int, ...] = T1_WEIGHTED
 
 
@@ -65,7 +67,8 @@ def find_brain(scan: Scan, device: str | None = None) -> Head | None:
     mask = brain_mask(posteriors, view, scan.grid)
     brain = scan.like(np.where(mask, scan.array, np.float32(0)))
     anatomy = seen_anatomy(posteriors, view, scan.grid).coarser(2)
-    return Head(brain, anatomy, _order(brain, anatomy))
+    classes = posteriors.argmax(0).cpu().numpy().astype(np.uint8)
+    return Head(brain, anatomy, Scan(to_freesurfer(classes), view.affine, "labels"), _order(brain, anatomy))
 
 
 def _order(brain: Scan, anatomy: Anatomy) -> tuple[int, ...]:

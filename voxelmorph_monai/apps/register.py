@@ -294,6 +294,7 @@ def register_scans(
         warped_labels=warped_labels,
         options=record,
         notes=tuple(notes),
+        anatomy={role: head.labels for role, head in zip(("moving", "fixed"), heads, strict=True) if head is not None},
     )
 
 

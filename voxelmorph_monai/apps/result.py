@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from voxelmorph_monai.io.atomic import atomic_folder
 from voxelmorph_monai.io.formats import scan_name
 from voxelmorph_monai.maps.grids import write_ends
 from voxelmorph_monai.maps.itk_files import save_linear
-from voxelmorph_monai.maps.spatial_map import SpatialMap
+from voxelmorph_monai.maps.spatial_map import SpatialMap, warp_scan
 from voxelmorph_monai.pages.checks import concerns
 from voxelmorph_monai.pages.registration import save_page
 from voxelmorph_monai.pages.views import Views
@@ -62,6 +62,7 @@ class RegistrationResult:
         warped_labels: the moving labels on the grid of the fixed scan, interpolated by nearest neighbour.
         options: options of the registration, as in the summary.
         notes: remarks on how it was registered, one sentence each.
+        anatomy: label maps of the structures found in whole heads, with voxels of 2 mm, by ``moving`` and ``fixed``.
     """
 
     moving: Scan
@@ -77,6 +78,7 @@ class RegistrationResult:
     warped_labels: Scan | None
     options: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    anatomy: Mapping[str, Scan] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         seconds = f"{sum(self.seconds.values()):.1f} s"
@@ -96,6 +98,19 @@ class RegistrationResult:
     def aligned(self) -> Scan:
         """The moving scan after the linear part of the map, on the fixed grid."""
         return self._aligned(self.moving)
+
+    @cached_property
+    def outlines(self) -> dict[str, Scan]:
+        """Label maps to draw on the fixed grid, ``fixed`` and ``warped``: those given, or what was found in heads."""
+        given = {"fixed": self.fixed_labels, "warped": self.warped_labels}
+        found = {name: labels for name, labels in given.items() if labels is not None}
+        if found:
+            return found
+        if "fixed" in self.anatomy:
+            found["fixed"] = resample(self.anatomy["fixed"], self.fixed.grid, np.eye(4), order=0)
+        if "moving" in self.anatomy:
+            found["warped"] = warp_scan(self.anatomy["moving"], self.ddf, self.fixed, order=0)
+        return found
 
     @cached_property
     def volume_change(self) -> NDArray[Any]:

@@ -212,19 +212,16 @@ def _methods(summary: Mapping[str, Any]) -> dict[str, Any]:
     )
     if summary.get("dice"):
         before, after = (summary["dice"][stage]["mean"] for stage in ("before", "after"))
-        parts.append(f"The mean Dice coefficient {cite('dice')} of the labels rose from {before:.3f} to {after:.3f}.")
-        if after < before:
-            parts[-1] = parts[-1].replace("rose", "fell")
+        parts.append(f"The mean Dice coefficient {cite('dice')} of the labels went from {before:.3f} to {after:.3f}.")
     return {"text": " ".join(parts), "references": [_REFERENCES[name] for name in used]}
 
 
-def _numbers(*scans: Scan | None) -> NDArray[Any]:
+def _numbers(*scans: Scan) -> NDArray[Any]:
     """Labels that are drawn; of very many the most frequent ones."""
     counts: dict[int, int] = {}
     for scan in scans:
-        if scan is not None:
-            for number, count in zip(*np.unique(scan.array, return_counts=True), strict=True):
-                counts[int(number)] = counts.get(int(number), 0) + int(count)
+        for number, count in zip(*np.unique(scan.array, return_counts=True), strict=True):
+            counts[int(number)] = counts.get(int(number), 0) + int(count)
     counts.pop(0, None)
     return np.array(sorted(sorted(counts, key=lambda n: -counts[n])[:_MOST_LABELS]), dtype=np.int64)
 
@@ -264,10 +261,8 @@ def _at_least(choices: Sequence[float], value: float) -> float:
 def _data(views: Views, determinant: NDArray[Any]) -> dict[str, Any]:
     """All that the script needs: grids, map, pictures."""
     result = views.result
-    pairs = (("fixed", result.fixed_labels), ("warped", result.warped_labels))
-    labels = {name: scan for name, scan in pairs if scan is not None}
-    numbers = _numbers(*labels.values())
-    labels = labels if len(numbers) else {}
+    numbers = _numbers(*result.outlines.values())
+    labels = result.outlines if len(numbers) else {}
     size, vectors, unit = views.vectors()
     lengths = np.linalg.norm(np.tensordot(views.frame.affine[:3, :3], vectors * unit, 1), axis=0)
     positive = determinant[determinant > 0][::17]
@@ -298,6 +293,8 @@ def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary
             their hashes, not their paths).
     """
     data = _data(views, determinant)
+    given = views.result.fixed_labels is not None or views.result.warped_labels is not None
+    labels = "labels" if given else "structures that were found"
     heads = [face is not None for face in views.faces]
     face = "Nothing of the scans is hidden."
     if views.hides:
@@ -307,6 +304,7 @@ def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary
         concerns=[{"check": each["check"], "text": each["text"]} for each in summary["warnings"]],
         planes=[plane.name for plane in views.planes],
         icon=data_uri(_icon(views)),
+        labels=labels,
         has_fixed_labels="fixed" in data["planes"][0]["labels"],
         has_warped_labels="warped" in data["planes"][0]["labels"],
         face=face,

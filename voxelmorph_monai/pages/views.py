@@ -59,6 +59,8 @@ class Registered(Protocol):
     @property
     def warped_labels(self) -> Scan | None: ...  # noqa: D102
     @property
+    def outlines(self) -> Mapping[str, Scan]: ...  # noqa: D102
+    @property
     def options(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
