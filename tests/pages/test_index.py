@@ -59,16 +59,18 @@ def test_failed_pairs_come_first_with_their_reason(tmp_path: Path) -> None:
     add(tmp_path, "a", summary())
     add(tmp_path, "b", summary(None), page=False)
     add(tmp_path, "stale", summary())
-    rows = ["name,status,reason", "a,done,", "b,done,", 'stale,failed,"t.nii.gz, a slice, is none"', "z,pending,"]
+    rows = ["name,status,reason,moving,fixed", "a,done,,,", "b,done,,,", 'stale,failed,"t.nii.gz, a slice, is none",,']
+    rows += ["lost,failed,/d/Jane Doe/x.nii and /d/y.nii differ,/d/Jane Doe/x.nii,/d/f.nii", "z,pending,,,"]
     (tmp_path / "cohort.csv").write_text("\n".join(rows), encoding="utf-8")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "summary.json").write_text('{"folding_percent": ', encoding="utf-8")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "summary.json").write_text("{}", encoding="utf-8")
     found = {entry.name: entry for entry in save_index(tmp_path).entries}
-    assert list(found) == ["broken", "stale", "z", "a", "b"]
+    assert list(found) == ["broken", "lost", "stale", "z", "a", "b"]
     assert found["stale"].failed == "t.nii.gz, a slice, is none"
     assert "summary.json" in found["broken"].failed
+    assert found["lost"].failed == "MOVING and FILE differ"  # the table has the paths
     assert found["z"].failed == "it is pending"
     assert found["a"].values["dice_after"] == 0.8
     assert found["a"].values["seconds"] == 3.0

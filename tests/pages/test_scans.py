@@ -77,12 +77,19 @@ def test_segmentations_have_volumes_and_what_failed_is_on_top(tmp_path: Path) ->
     segmentation(tmp_path, "b", {})
     segmentation(tmp_path, "extra", {}, drawn=False)  # made alone, and its scan was deleted
     segmentation(tmp_path, "again", {})  # is of an earlier call
-    table(tmp_path, ("a", ""), ("again", "memory ran out"), ("b", ""), ("c", "there is no head in it"), ("lost", ""))
+    table(
+        tmp_path,
+        ("a", ""),
+        ("again", "memory ran out"),
+        ("b", ""),
+        ("c", "/home/doe/c.nii.gz shows no head"),
+        ("lost", ""),
+    )
     index = save_index(tmp_path)
     found = {entry.name: entry for entry in index.entries}
     assert list(found) == ["again", "c", "lost", "a", "b", "extra"]
     assert found["again"].failed == "memory ran out"
-    assert found["c"].failed == "there is no head in it"
+    assert found["c"].failed == "SCAN shows no head"
     assert "not here" in found["lost"].failed
     assert found["a"].values["Hippocampus"] == 6.0
     assert found["a"].values["brain"] == pytest.approx(len(STRUCTURES) + 4.0)
@@ -114,6 +121,9 @@ def test_pictures_are_drawn_once_and_a_file_that_is_damaged_costs_nobody_else(
     (tmp_path / "b" / "brain.nii.gz").write_bytes(b"none")
     first = {entry.name: entry for entry in save_index(tmp_path).entries}
     assert "cannot be drawn" in first["b"].failed
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "DIR/b/brain.nii.gz" in page
+    assert str(tmp_path) not in page
     assert first["a"].picture
     monkeypatch.setattr(scans, "draw_scan", None)  # would fail
     (tmp_path / "a" / "brain.nii.gz").unlink()

@@ -19,6 +19,7 @@ from voxelmorph_monai.pages.index import (
     flag_outliers,
     number,
     thumbnail_of,
+    without_paths,
     write_index,
 )
 from voxelmorph_monai.pages.scans import find_prepared, find_segmentations, holds_prepared, holds_segmentations
@@ -112,11 +113,14 @@ def _listed(folder: Path) -> dict[str, str]:
     if not table.exists():
         return {}
     with table.open(encoding="utf-8", newline="") as file:
-        return {
-            row["name"]: "" if row.get("status") == "done" else row.get("reason") or f"it is {row.get('status')}"
-            for row in csv.DictReader(file)
-            if row.get("name")
-        }
+        rows = [row for row in csv.DictReader(file) if row.get("name")]
+    reasons = {}
+    for row in rows:
+        reason = "" if row.get("status") == "done" else row.get("reason") or f"it is {row.get('status')}"
+        reasons[row["name"]] = without_paths(
+            reason, {row.get(role) or "": role.upper() for role in ("moving", "fixed")}
+        )
+    return reasons
 
 
 def _find_registrations(folder: Path) -> Index:

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +26,14 @@ __all__ = [
     "flag_outliers",
     "number",
     "thumbnail_of",
+    "without_paths",
     "write_index",
 ]
 
 INDEX = "index.html"
 _MARK = "voxelmorph_monai-index"
 _THUMBNAILS = "thumbnails"
+_PATH = re.compile(r"(?<![\w.])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s'\",;:]+")
 _FEWEST = 5  # rows that say what is usual
 _ODD = 3.5  # robust z-score (Iglewicz and Hoaglin, How to detect and handle outliers, 1993)
 
@@ -179,6 +182,21 @@ def thumbnail_of(name: str, folder: Path) -> Path:
     return folder / _THUMBNAILS / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.jpg"
 
 
+def without_paths(text: str, names: Mapping[str, str]) -> str:
+    """A sentence as it may be shown to others: without paths, which often hold names of people.
+
+    Args:
+        text: the sentence, say the reason of a failure.
+        names: what to write for paths that are known.
+
+    >>> without_paths("/data/doe/t1.nii.gz and /tmp/x.nii differ", {"/data/doe/t1.nii.gz": "MOVING"})
+    'MOVING and FILE differ'
+    """
+    for path in sorted(filter(None, names), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return _PATH.sub("FILE", text)
+
+
 def flag_outliers(entries: Sequence[Entry], measures: Sequence[Measure], many: str) -> None:
     """Note for each entry in which measures it is unlike the others, by robust z-scores of at least five entries.
 
@@ -217,7 +235,7 @@ def write_index(folder: Path, index: Index) -> None:
     rows = [
         {
             "name": entry.name,
-            "failed": entry.failed,
+            "failed": without_paths(entry.failed, {str(folder): "DIR"}),
             "values": [entry.values.get(measure.key) for measure in index.measures],
             "notes": [*entry.warnings, *entry.odd],
             "page": entry.page,

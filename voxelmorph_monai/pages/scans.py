@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from voxelmorph_monai.anatomy import STRUCTURES
 from voxelmorph_monai.io.atomic import atomic
-from voxelmorph_monai.pages.index import Entry, Index, Kind, Measure, address, number, thumbnail_of
+from voxelmorph_monai.pages.index import Entry, Index, Kind, Measure, address, number, thumbnail_of, without_paths
 from voxelmorph_monai.pages.views import START, Frame, Plane, shown_box, window_of
 from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.space.resampling import resample
@@ -181,7 +181,8 @@ def find_segmentations(folder: Path) -> Index:
         entries[path.name] = Entry(path.name, values=_volumes(_rows(path / _TABLE)))
     for row in _rows(folder / _TABLE) if (folder / _TABLE).is_file() else ():
         if row.get("name") and (row.get("reason") or row["name"] not in entries):
-            entries[row["name"]] = Entry(row["name"], failed=row.get("reason") or "its folder is not here")
+            reason = without_paths(row.get("reason") or "its folder is not here", {row.get("scan") or "": "SCAN"})
+            entries[row["name"]] = Entry(row["name"], failed=reason)
 
     def draw(entry: Entry) -> str:
         of = folder / entry.name

@@ -18,6 +18,7 @@ function drawn(tag, attributes = {}, ...children) {
   made.append(...children);
   return made;
 }
+const counted = (n) => `${n} ${n === 1 ? one : many}`;
 const written = (row, m) => (row.values[m] === null || row.values[m] === undefined ? "" : row.values[m].toFixed(measures[m].digits));
 
 // ---- decisions, by the name of the pair
@@ -148,7 +149,7 @@ function list(all = false) {
 
 function counts() {
   const count = (test) => rows.filter(test).length;
-  byId("counts").textContent = `${rows.length} ${rows.length === 1 ? one : many}: ${count((row) => row.failed)} failed, ` +
+  byId("counts").textContent = `${counted(rows.length)}: ${count((row) => row.failed)} failed, ` +
     `${count((row) => !row.failed && row.notes.length)} flagged; ${count(WHICH.accept)} accepted, ` +
     `${count(WHICH.reject)} rejected, ${count(WHICH.open)} undecided`;
 }
@@ -188,8 +189,8 @@ function plot() {
   const values = known.map((row) => row.values[m]), sorted = [...values].sort((a, b) => a - b);
   const digits = measures[m].digits;
   let low = sorted[0], high = sorted[sorted.length - 1];
-  byId("plot-text").textContent = `${name}: ${known.length} ${many}, median ${sorted[sorted.length >> 1].toFixed(digits)}, ${low.toFixed(digits)} to ${high.toFixed(digits)}`;
-  if (high === low) { low -= 0.5; high += 0.5; }
+  byId("plot-text").textContent = `${name}: ${counted(known.length)}, median ${sorted[sorted.length >> 1].toFixed(digits)}, ${low.toFixed(digits)} to ${high.toFixed(digits)}`;
+  if (high === low) { const pad = 0.05 * Math.abs(high) || 1; low -= pad; high += pad; }
   const wide = high - low, x = (value) => LEFT + ((value - low) / wide) * (WIDTH - LEFT - 15);
   const bottom = HEIGHT - BOTTOM;
   svg.append(drawn("line", { x1: LEFT, x2: WIDTH - 10, y1: bottom, y2: bottom }));
@@ -206,7 +207,7 @@ function plot() {
       if (!bin.length) return;
       const from = low + (i / bins) * wide, to = low + ((i + 1) / bins) * wide, tall = (bin.length / most) * (bottom - 10);
       const bar = drawn("rect", { class: "bar", x: x(from) + 1, y: bottom - tall, width: Math.max(2, x(to) - x(from) - 2), height: tall },
-        drawn("title", {}, `${from.toFixed(digits)} to ${to.toFixed(digits)}: ${bin.length} ${many}`));
+        drawn("title", {}, `${from.toFixed(digits)} to ${to.toFixed(digits)}: ${counted(bin.length)}`));
       bar.addEventListener("click", () => {
         limits[m][0].value = String(from);
         limits[m][1].value = String(i === bins - 1 ? high : to);
@@ -260,7 +261,7 @@ function boxes() {
     all.forEach((box, stage) => {
       if (!box) return;
       const y = i * tall + 4 + stage * 10 + 5, kind = stages.length > 1 && stage === 0 ? "before" : "after";
-      const group = drawn("g", { class: `whole ${kind}` }, drawn("title", {}, `${structure}, ${stages[stage]}: ${told(box)}, ${box.number} ${many}`),
+      const group = drawn("g", { class: `whole ${kind}` }, drawn("title", {}, `${structure}, ${stages[stage]}: ${told(box)}, ${counted(box.number)}`),
         drawn("rect", { class: "catch", x: x(box.low), y: y - 5, width: Math.max(4, x(box.high) - x(box.low)), height: 10 }),
         drawn("line", { x1: x(box.low), x2: x(box.high), y1: y, y2: y }),
         drawn("rect", { x: x(box.first), y: y - 4, width: Math.max(1, x(box.third) - x(box.first)), height: 8 }),
