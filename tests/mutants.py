@@ -19,6 +19,8 @@ import resource
 import shutil
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
@@ -1079,6 +1081,11 @@ def failure(mutant: Mutant) -> str | None:
         return printed if process.exitcode else None
 
 
+def timed_failure(mutant: Mutant) -> tuple[str | None, float]:
+    start = time.perf_counter()
+    return failure(mutant), time.perf_counter() - start
+
+
 def main(modules: list[str]) -> int:
     """Print what became of each mutant, and give the exit status."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -1091,16 +1098,18 @@ def main(modules: list[str]) -> int:
     if problems := list(rotten(mutants)):
         sys.exit("\n".join(problems))
     healthy = [Mutant(module, "", "", "unchanged") for module in dict.fromkeys(m.module for m in mutants)]
-    survivors = 0
+    survivors, took = 0, Counter[str]()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         for mutant, printed in zip(healthy, pool.map(failure, healthy), strict=True):
             if printed is not None:
                 sys.exit(f"Tests that fail on healthy code tell nothing: {mutant.module}.\n{printed}")
-        for mutant, printed in zip(mutants, pool.map(failure, mutants), strict=True):
+        for mutant, (printed, seconds) in zip(mutants, pool.map(timed_failure, mutants), strict=True):
             killed = printed is not None
             survivors += not killed
+            took[mutant.module] += seconds
             change = f"{mutant.text.strip()!r} -> {mutant.replacement.strip()!r}"
             print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.module}: {mutant.why}: {change}", flush=True)
+    print("seconds:", ", ".join(f"{module} {seconds:.0f}" for module, seconds in took.most_common(12)))
     print(f"{len(mutants) - survivors} of {len(mutants)} killed.")
     return int(survivors > 0)
 
