@@ -130,8 +130,8 @@ SHIFTED[2, 3] = 20.0  # mm
     [
         ({"matrix": np.diag([-1.0, 1, 1, 1])}, "mirrored", "its determinant is negative"),
         ({"matrix": SHIFTED}, "place", "mm up"),
-        ({"fixed_labels": (41, 2, 49, 10, 53, 17)}, "sides", "left and right exchanged"),
-        ({"fixed_labels": (2, 41, 10, 49, 17, 53), "centre": (40, 30, 0)}, "labels", "that of another scan"),
+        ({"fixed_labels": (41, 2, 49, 10, 53, 17)}, "sides", "left and right are swapped"),
+        ({"fixed_labels": (2, 41, 10, 49, 17, 53), "centre": (40, 30, 0)}, "labels", "another scan"),
     ],
     ids=["axis", "shift", "sides", "labels"],
 )
