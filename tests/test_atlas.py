@@ -74,6 +74,12 @@ def test_joint_weights_solve_the_equations_of_each_window(size: tuple[int, ...])
     np.testing.assert_allclose(weights[(1, slice(None), *at)], expected / expected.sum(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("window", [-1, 0, 4])
+def test_joint_weights_refuse_windows_without_a_middle(window: int) -> None:
+    with pytest.raises(ValueError, match=rf"^window is {window} voxels\. .* odd"):
+        joint_weights(torch.zeros(1, 2, 5, 6), window)
+
+
 def test_joint_weights_of_known_errors() -> None:
     def weights(*differences: float) -> list[float]:
         return joint_weights(torch.tensor(differences).view(1, -1, 1, 1, 1).expand(1, -1, 7, 7, 7), 3)[

@@ -290,6 +290,13 @@ def test_lncc_gives_each_input_its_gradient_alone():
     assert_close(alone_b.grad, 3 * both[1])
 
 
+@pytest.mark.parametrize("window", [-1, 0, 4, 7])
+def test_box_sum_refuses_windows_without_a_middle_or_larger_than_the_image(window):
+    with pytest.raises(ValueError, match=rf"^window is {window} voxels, .* shape \[2, 1, 9, 6\]\. "):
+        losses.box_sum(torch.zeros(2, 1, 9, 6), window)
+    assert losses.box_sum(torch.zeros(2, 1, 9, 6), 5).shape == (2, 1, 5, 2)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("slab", [1, 40, 70])  # voxels: ranges of one, and of uneven numbers of them
 def test_lncc_does_not_depend_on_the_slabs(size, slab, monkeypatch):

@@ -34,13 +34,22 @@ MAX_LABELS = 255  # labels are stored in one byte per voxel
 SLAB_PLANES = 16  # planes whose votes are counted, or whose labels are chosen, at a time
 
 
+def _check_window(window: int) -> None:
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window is {window} voxels. It needs a voxel in the middle: give an odd number.")
+
+
 def joint_weights(differences: Tensor, window: int) -> Tensor:
     """Weights of joint label fusion ``(B, A, *spatial)`` from the absolute differences of A atlases to the scan.
 
     The weights are at least 0 and sum to 1. The window has ``window`` voxels a side, an odd number. Beyond the border,
     differences are 0. The matrix M in the formula of this module may be singular, so a tenth of the mean of its
     diagonal is added to the diagonal.
+
+    Raises:
+        ValueError: ``window`` is not an odd number.
     """
+    _check_window(window)
     spatial_dims, n = differences.ndim - 2, differences.shape[1]
     padded = F.pad(differences, [window // 2] * (2 * spatial_dims)).split(1, dim=1)
     # The lower half of M, row by row, is eliminated for all voxels at once.
@@ -108,8 +117,7 @@ class AtlasSegmentation(nn.Module):
         ends = [(first, n - first - length) for first, length, n in zip(start, box, size, strict=True)]
         if min(box) < 1 or min(min(end) for end in ends) < 0:
             raise ValueError(f"the box {list(box)} from {list(start)} does not lie in the grid of {list(size)} voxels.")
-        if window < 1 or window % 2 == 0:
-            raise ValueError(f"window is {window} voxels. It needs a voxel in the middle: give an odd number.")
+        _check_window(window)
         self.num_labels = num_labels
         self.num_atlases = num_atlases
         self.size = [int(n) for n in size]

@@ -104,10 +104,17 @@ class MSELoss(_Loss):
 def box_sum(image: Tensor, window: int) -> Tensor:
     """Sum ``(B, C, *spatial)`` over windows of ``window`` voxels a side that lie fully inside.
 
-    ``window`` is odd. Sums of 1, 2, 4, ... voxels are added up along each axis in turn. On a CPU this takes a tenth of
-    the time of average pooling if the image fits the cache, and two thirds if not. It keeps one more digit of float32
-    than cumulative sums.
+    Sums of 1, 2, 4, ... voxels are added up along each axis in turn. On a CPU this takes a tenth of the time of average
+    pooling if the image fits the cache, and two thirds if not. It keeps one more digit of float32 than cumulative sums.
+
+    Raises:
+        ValueError: ``window`` is not an odd number, or larger than the shortest side of the image.
     """
+    if window < 1 or window % 2 == 0 or window > min(list(image.shape[2:])):
+        raise ValueError(
+            f"window is {window} voxels, for an image of shape {list(image.shape)}. Give an odd number, at most the "
+            "length of its shortest side."
+        )
     for axis in range(2, image.ndim):
         num_windows = image.shape[axis] - window + 1
         run, length = image, 1  # run: sums over length voxels
