@@ -45,6 +45,14 @@ def test_swapping_two_images_turns_the_velocity_over(images: list[Tensor]) -> No
     torch.testing.assert_close(two[0], -there / 2)
 
 
+def test_no_images_and_unknown_similarities_are_refused(images: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"^there are no images"):
+        centred_velocities([])
+    for number in (2, 3):
+        with pytest.raises(ValueError, match=r"^similarity is 'ncc'\. Choose one of lncc, mi, mind\."):
+            centred_velocities(images[:number], similarity="ncc")
+
+
 def test_velocities_of_three_add_up_to_nothing_in_any_order(images: list[Tensor]) -> None:
     found = centred_velocities(images, steps=6, rounds=1)
     torch.testing.assert_close(sum(found), torch.zeros_like(found[0]), atol=1e-5, rtol=0)

@@ -31,6 +31,8 @@ def logarithm(ddf: Tensor) -> Tensor:
 
 
 def _velocity(moving: Tensor, fixed: Tensor, steps: int, similarity: str, mask: Tensor | None) -> Tensor:
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity is '{similarity}'. Choose one of {', '.join(SIMILARITIES)}.")
     found = refine(
         moving,
         fixed,
@@ -50,6 +52,9 @@ def velocity_between(
     """Velocity from points of one image to those of another, both ``(1, 1, *spatial)``; swapping them negates it.
 
     Each is registered to the other, and the two velocities are averaged.
+
+    Raises:
+        ValueError: the similarity is unknown.
     """
     return (_velocity(second, first, steps, similarity, mask) - _velocity(first, second, steps, similarity, mask)) / 2
 
@@ -65,7 +70,12 @@ def centred_velocities(
     """Velocities from the shape in the middle of all images ``(1, 1, *spatial)`` to each of them; their sum is 0.
 
     Two images are registered to each other, more of them to their mean, ``rounds`` times. Their order does not matter.
+
+    Raises:
+        ValueError: there are no images, or the similarity is unknown.
     """
+    if not images:
+        raise ValueError("there are no images, so they have no middle. Give two or more.")
     if len(images) == 2:
         whole = velocity_between(images[0], images[1], steps=steps, similarity=similarity, mask=mask)
         return [-whole / 2, whole / 2]
