@@ -316,7 +316,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
         ["--weights", "vm2.pt", "--preset", "vm2", "--size", "4", "4", "4"],
         "a grid of [4.0, 4.0, 4.0] mm is too small for ",
     ),
-    "grid of two axes": (["--weights", "vm2.pt", "--preset", "vm2", "--size", "64", "64"], "3 sizes above 0"),
+    "grid of two axes": (["--weights", "vm2.pt", "--preset", "vm2", "--size", "64", "64"], "Give 3 sizes"),
     "spacing of 0": (
         ["--weights", "vm2.pt", "--preset", "vm2", "--size", *"999", "--spacing", "0"],
         "and a spacing above 0",

@@ -160,7 +160,7 @@ def test_other_options_are_refused_or_redo_all(tmp_path: Path, listed: Path, cal
     assert len(calls) == 4
     with pytest.raises(ValueError, match=r"out holds .*: alignment was affine, now rigid\. "):
         register_cohort(listed, out, options=replace(plain, alignment="rigid"))
-    with pytest.raises(ValueError, match=r"grid was None, now \[\[80, 96, 112\], 2.0\]"):
+    with pytest.raises(ValueError, match=r"grid was None, now {'size': \[80, 96, 112\], 'spacing': 2.0}"):
         register_cohort(listed, out, options=replace(plain, grid=WorkingGrid((80, 96, 112), 2.0)))
     with pytest.raises(ValueError, match=r"steps was None, now 2"):
         register_cohort(listed, out, options=replace(plain, steps=2))

@@ -175,6 +175,15 @@ def test_resampling_is_that_of_itk() -> None:
         np.testing.assert_allclose(ours[inside], theirs[inside], atol=1e-5)  # float32
 
 
+@pytest.mark.parametrize(
+    ("size", "spacing"),
+    [((3,), 1), ((4, 5, 6, 7), 1), ((0, 10, 10), 1), ((8, 8), 0), ((8, 8), float("nan")), ((8, 8), float("inf"))],
+)
+def test_a_grid_that_is_not_possible_is_refused_when_it_is_made(size: tuple[int, ...], spacing: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"a grid of size {size} and spacing {spacing} is not possible. ")):
+        WorkingGrid(size, spacing)
+
+
 @pytest.mark.parametrize("grid", [STANDARD_GRID, WorkingGrid((80, 96, 112), 2.0), WorkingGrid((61, 67, 75), 2.5)])
 def test_the_grid_runs_left_down_forward_around_the_middle_of_the_template(grid: WorkingGrid) -> None:
     placed = grid.around()
@@ -473,9 +482,7 @@ def test_bad_options_are_refused(tmp_path: Path, scans: Path) -> None:
         ({"seed": -1}, r"^seed is -1\."),
         ({"validation": 0.7, "test": 0.4}, r"^validation is 0\.7 and test is 0\.4\."),
         ({"validation": -0.1}, r"^validation is -0\.1 and test is 0\.1\."),
-        ({"grid": WorkingGrid((0, 10, 10))}, "possible. Give 3 sizes above 0 and a spacing above 0"),
-        ({"grid": WorkingGrid((10, 10), 20.0)}, "possible. Give 3 sizes above 0 and a spacing above 0"),  # type: ignore[arg-type]
-        ({"grid": WorkingGrid(spacing=float("nan"))}, "possible. Give 3 sizes above 0 and a spacing above 0"),
+        ({"grid": WorkingGrid((10, 10), 20.0)}, r"^a grid of size \(10, 10\) .* the template's brain\. Give 3 sizes"),
         ({"grid": WorkingGrid((80, 96, 112))}, r"a grid of \[80\.0, 96\.0, 112\.0\] mm is too small for the template"),
         # Axes in another order: 224 voxels from left to right, 160 to the front where the brain is 180 mm long.
         ({"grid": WorkingGrid((224, 192, 160))}, "too small for the template's brain"),

@@ -337,7 +337,7 @@ def test_slices_are_registered_without_a_word_about_a_grid() -> None:
         (
             np.eye(4),
             {"weights": network(), "grid": WorkingGrid()},
-            r"grid of size \(160, 192, 224\) .* 2 sizes above 0",
+            r"grid of size \(160, 192, 224\) does not fit fixed\. Give 2 sizes",
         ),
     ],
 )

@@ -276,7 +276,7 @@ def make_atlas_bundle(
         if atlases
         else _template("mni152_license.txt")
     )
-    grid.around()  # raises an error if the grid is not possible
+    grid.around()  # raises an error if the grid does not fit the template
     scans = [_read_atlas(Path(image), Path(labels)) for image, labels in atlases]
     scans = scans or [_Atlas(mni152(), mni152_tissue())]
     used = {int(label) for scan in scans for label in np.unique(scan.labels.array) if label > 0}

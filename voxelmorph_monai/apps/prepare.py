@@ -325,7 +325,7 @@ def prepare(
         raise ValueError(f"jobs is {jobs}. At least 1 process is needed.")
     if seed < 0:  # Python's generator ignores the sign
         raise ValueError(f"seed is {seed}. Give 0 or more.")
-    grid.around()  # raises an error if the grid is not possible
+    grid.around()  # raises an error if the grid does not fit the template
     if maps and labels:
         raise ValueError(f"labels '{labels}' cannot be combined with maps, which are labels themselves.")
     scans = _find_scans(inputs, images, images if maps else labels)

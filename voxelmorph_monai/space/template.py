@@ -4,9 +4,10 @@ The axes of such a grid run left, inferior, anterior (LIA, like FreeSurfer's), a
 template's brain. With 160 x 192 x 224 voxels of 1 mm it is the grid of the literature.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,16 +36,28 @@ _MARGIN = 8  # voxels around the image in a grid that fits it
 _LEAST_IN_GRID = 0.75  # fraction of a brain that must lie in a grid around MNI152; aligned brains do completely
 
 
-class WorkingGrid(NamedTuple):
+@dataclass(frozen=True)
+class WorkingGrid:
     """Size and spacing of the grid on which a network works; :meth:`around` gives it a position.
 
     Attributes:
         size: number of voxels along left, inferior, anterior, or along the two axes of a plane.
         spacing: side of a voxel, in mm.
+
+    Raises:
+        ValueError: there are not two or three sizes, or one of the numbers is not above 0.
     """
 
     size: tuple[int, ...] = (160, 192, 224)
     spacing: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a grid that no network can work on."""
+        if len(self.size) not in (2, 3) or min(self.size) < 1 or not 0 < self.spacing < np.inf:
+            raise ValueError(
+                f"a grid of size {self.size} and spacing {self.spacing} is not possible. Give 2 or 3 sizes above 0 and "
+                "a spacing above 0 (--size, --spacing)."
+            )
 
     @classmethod
     def fitting(cls, scan: Scan) -> "WorkingGrid":
@@ -68,17 +81,14 @@ class WorkingGrid(NamedTuple):
             The grid, for a slice of size ``(X, Y, 1)``.
 
         Raises:
-            ValueError: the grid is not possible, or too small for the content.
+            ValueError: the grid is one of a volume and not of a slice, or the reverse, or too small for the content.
         """
         plane, axes, low, high = _extent(scan)
-        if len(self.size) != len(axes) or min(self.size) < 1 or not 0 < self.spacing < np.inf:
-            raise ValueError(
-                f"a grid of size {self.size} and spacing {self.spacing} is not possible. Give {len(axes)} sizes above "
-                "0 and a spacing above 0 (--size, --spacing)."
-            )
+        what = "the template's brain" if scan is None else scan.name
+        if len(self.size) != len(axes):
+            raise ValueError(f"a grid of size {self.size} does not fit {what}. Give {len(axes)} sizes (--size).")
         extent, needed = np.multiply(self.size, self.spacing), np.abs(axes.T @ (high - low))
         if (extent < needed).any():
-            what = "the template's brain" if scan is None else scan.name
             raise ValueError(
                 f"a grid of {extent.round(1).tolist()} mm is too small for {what}, which needs "
                 f"{needed.round(1).tolist()} mm: choose a larger one (--size, --spacing)."
