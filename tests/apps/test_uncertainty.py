@@ -146,6 +146,15 @@ def test_calibration_of_predictions_that_are_known() -> None:
     assert calibration_error(uneven) == pytest.approx(1 / 4 + (1 / 3 - 1 / 4) * 3 / 4)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_k_of_n_is_in_the_kth_of_n_bins(dtype: type) -> None:
+    for n in range(1, 101):  # rounded, k / n may be above the end of its bin, as 7 / 13 is, and 54 / 100
+        confidence = np.arange(1, n + 1, dtype=dtype) / dtype(n)
+        table = reliability(confidence, np.ones(n, bool), num_bins=n)
+        np.testing.assert_allclose(table["up_to"], confidence, rtol=1e-7)  # float32
+        assert (table["count"] == 1).all()
+
+
 def test_structures_out_of_sight_leave_nothing_to_calibrate() -> None:
     assert np.isnan(calibration_error(reliability(np.array([]), np.array([], bool))))
     (_, labels), found = scan(1), estimate(num_samples=2)
