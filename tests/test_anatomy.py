@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
@@ -18,9 +19,11 @@ from voxelmorph_monai.anatomy import (
     AnatomyNet,
     BlockUNet,
     Segmentation,
+    clean,
     colour_table,
     mirror_pairs,
     restore,
+    seen_anatomy,
     segment,
     to_freesurfer,
 )
@@ -138,6 +141,39 @@ def test_a_head_anywhere_in_a_large_view_is_found(
     for axis in range(3):  # nothing touches the end of the fine look
         others = tuple(d for d in range(3) if d != axis)
         assert not brain.amax(others)[[0, -1]].any()
+
+
+def test_what_is_seen_of_a_view_has_the_volume_of_the_scan() -> None:
+    grid = placed((6, 5, 7), (4.0, 3.0, 4.0), (0, 0, 0), "PSR")
+    view = placed((40, 40, 40), (1.0, 1.0, 1.0), (0, 0, 0), "LIA")
+    grid.affine[:3, 3] += (2.0, -3.0, 0.5)  # its ends lie between voxels of the view
+    seen = seen_anatomy(torch.ones(2, *view.size), view, grid).seen
+    assert int(seen.sum()) == (6 * 4) * (5 * 3) * (7 * 4)  # mm3
+    middle = centre(seen.numpy(), np.asarray(view.affine))
+    np.testing.assert_allclose(middle, (2.0, -3.0, 0.5), atol=1e-12)  # halves are exact
+
+
+def test_holes_of_a_brain_are_filled_but_nothing_around_it() -> None:
+    index = np.indices((30, 28, 26)) - np.reshape((14, 14, 13), (3, 1, 1, 1))
+    ball, hole = (index**2).sum(0) < 10**2, (index**2).sum(0) < 3**2
+    pit = (np.abs(index[0]) < 2) & (np.abs(index[1]) < 2) & (index[2] > 5)  # open at the top
+    speck = np.zeros_like(ball)
+    speck[1:4, 1:4, 1:4] = True
+    brain = torch.from_numpy((ball & ~hole & ~pit) | speck)
+    posteriors = torch.rand(5, *brain.shape, dtype=torch.float64)
+    posteriors[0] = torch.where(brain, 0.0, posteriors[0] + 4.0)  # of 4 others, up to 1 each
+    posteriors /= posteriors.sum(0)
+    cleaned = clean(posteriors)
+    filled, open_, loose = (torch.from_numpy(mask) for mask in (hole, pit, speck))
+    assert not cleaned[0, filled].any()
+    torch.testing.assert_close(cleaned[-1, filled], posteriors[-1, filled] + posteriors[0, filled])
+    assert torch.equal(cleaned[1:-1, filled], posteriors[1:-1, filled])
+    at_the_wall = open_ & torch.from_numpy(ndimage.binary_dilation(ball & ~pit))
+    for kept in (at_the_wall, torch.from_numpy(ball & ~hole & ~pit)):
+        assert torch.equal(cleaned[:, kept], posteriors[:, kept])
+    assert (cleaned[0, loose] == 1).all()
+    torch.testing.assert_close(cleaned.sum(0), torch.ones_like(cleaned[0]))
+    assert torch.equal(cleaned[0] < 0.5, torch.from_numpy(ball & ~pit))
 
 
 def test_a_head_cut_by_the_view_is_labelled_to_its_end(stub: AnatomyNet) -> None:

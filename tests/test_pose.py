@@ -87,6 +87,15 @@ def test_a_missing_structure_or_a_wrong_one_hardly_matters() -> None:
     assert fit_centres(Anatomy(brain.posteriors * 0, brain.affine), anatomy_of_mni152())[1] == np.inf
 
 
+def test_the_rest_of_the_mask_does_not_count() -> None:
+    brain = moved(pose(25.0, (1.1, 0.9, 1.0)))
+    mapping, missed = fit_centres(brain, anatomy_of_mni152())
+    brain.posteriors[-1] = brain.posteriors[-1].roll(5, dims=0)
+    again, missed_again = fit_centres(brain, anatomy_of_mni152())
+    np.testing.assert_array_equal(again, mapping)  # the same numbers in the same order
+    assert missed_again == missed
+
+
 @pytest.mark.parametrize("contrast", [(0.3, 0.1, 1.0, 0.7, 0.75, 0.9, 0.8), (1.0, 0.9, 0.4, 0.55, 0.5, 0.45, 0.5)])
 @pytest.mark.parametrize("turn", [0.0, 100.0, 180.0])
 def test_any_pose_is_found_in_any_contrast(contrast: tuple[float, ...], turn: float) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai.affines import spacing
-from voxelmorph_monai.report import Images, correlation, overlap, regularity, save_results
+from voxelmorph_monai.report import Images, correlation, overlap, regularity, save_results, volume_change
 
 SIZE = (7, 9, 8)
 
@@ -46,6 +47,15 @@ def test_overlap_counts_the_labels_of_the_result_and_of_the_fixed_map() -> None:
 def test_regularity_of_maps_that_are_known() -> None:
     assert regularity(scale(1.5)) == {"folding_percent": 0.0, "sdlogj": pytest.approx(0, abs=1e-6)}  # float32
     assert regularity(scale(-1.0)) == {"folding_percent": 100.0, "sdlogj": None}
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.5, -0.5])
+def test_the_area_of_a_slice_that_is_turned_over_is_negative(factor: float) -> None:
+    """Whatever the plane lies in, as in a volume: the determinant of the map."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix() @ np.diag([0.8, 3.0, 1.2])
+    np.testing.assert_allclose(volume_change(scale(factor)[:, :, 3:4], affine), factor, rtol=1e-6)  # float32
+    np.testing.assert_allclose(volume_change(scale(factor), affine), factor, rtol=1e-6)
 
 
 def test_what_is_saved(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import cli
-from voxelmorph_monai.apps.longitudinal import Change, longitudinal
+from voxelmorph_monai.apps.longitudinal import Change, _harmonised, longitudinal
 from voxelmorph_monai.maps.files import read_transform
 from voxelmorph_monai.maps.grids import read_ends
 from voxelmorph_monai.space.middle import grid_around, linear_mean
@@ -108,6 +108,30 @@ def test_no_change_is_none_and_swapping_turns_the_sign() -> None:
     logs = [np.log1p(found.change[0].array / 100) for found in (there, back)]
     assert np.abs(logs[0] + logs[1])[there.visits[0].array > 0.1].mean() <= 0.01
     assert percent(back) == pytest.approx(-percent(there), abs=0.02)
+
+
+def test_a_few_bright_voxels_do_not_make_the_rest_darker() -> None:
+    """They set the scale of their visit, by the brightest half percent, which is a gain for all else."""
+    first = visit(1.0, 1, GRIDS[0], np.eye(4)).image
+    bright = np.random.default_rng(3).uniform(size=SIZE) < 0.02
+    second = first.like(np.where(bright, 3, 1).astype(np.float32) * first.array, "bright")
+    one, other = (each.array for each in longitudinal([first, second], steps=1).visits)
+    shown = (one > 0.2) & (other > 0.05)
+    # It is 0.26 without; the bright voxels themselves pull the mean of the logarithms by 2 % of log(3), or 0.02.
+    assert abs(np.median(np.log(one[shown] / other[shown]))) < 0.1
+
+
+def test_gain_and_shading_are_those_of_the_mean() -> None:
+    """A Gaussian leaves exp(-(k s)^2 / 2) of a cosine of k a mm, which is what is known of the shading."""
+    side, wave = 5.0, 2 * np.pi / 300
+    x = side * np.arange(81)[:, None, None]
+    shading = np.broadcast_to(0.2 + 0.1 * np.cos(wave * x), (81, 20, 20))  # half of the logarithm of the ratio
+    images = [0.4 * np.exp(sign * shading).astype(np.float32) for sign in (1, -1)]
+    first, second = (np.log(image / 0.4) for image in _harmonised(images, side))
+    np.testing.assert_allclose(first, -second, atol=1e-5)  # float32, and the weight of what is not shown
+    left = (1 - np.exp(-((25 * wave) ** 2) / 2)) * 0.1 * np.cos(wave * x)
+    inner = slice(20, -20)  # 100 mm, four deviations, from the ends
+    np.testing.assert_allclose(first[inner], np.broadcast_to(left, first.shape)[inner], atol=2e-4)  # the last deviation
 
 
 def save(folder: Path) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from voxelmorph_monai import cli, report
 from voxelmorph_monai.apps import cohort, template_building
 from voxelmorph_monai.apps.processes import attempt
-from voxelmorph_monai.apps.template_building import build_template
+from voxelmorph_monai.apps.template_building import _robust_mean, build_template
 from voxelmorph_monai.io.images import read_image, read_labels, save_image
 
 SIZE, SIDE = (18, 22, 16), 4.0
@@ -110,6 +111,15 @@ def test_the_template_moves_to_the_middle_and_the_scans_grow_alike(built: Path) 
     assert moved[0] > 1  # at first it was one of the scans, which lie apart
     assert moved[2] < 0.8 * moved[0]
     assert rounds[2]["correlation"] > 0.98
+
+
+@pytest.mark.parametrize(("deviations", "counts"), [(2.85, True), (3.15, False), (-2.85, True), (-3.15, False)])
+def test_what_is_three_standard_deviations_off_is_left_out(deviations: float, counts: bool) -> None:
+    """One more value among those of a normal distribution; it changes their median absolute deviation by 2 %."""
+    values = norm(1000, 100).ppf(np.arange(1, 100) / 100)
+    stack = np.append(values, 1000 + 100 * deviations).astype(np.float32).reshape(-1, 1, 1, 1)
+    expected = stack.mean() if counts else values.mean()
+    assert _robust_mean(stack).item() == pytest.approx(expected, rel=1e-6)  # float32
 
 
 def test_the_range_of_intensities(built: Path) -> None:

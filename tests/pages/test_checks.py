@@ -48,6 +48,16 @@ def test_a_shift_of_20_mm(matrix: np.ndarray, direction: str) -> None:
     assert f"mm {side}" in words
 
 
+@pytest.mark.parametrize(("place", "side"), [(61.5, "right"), (-61.5, "left")])
+def test_a_shift_of_more_than_half_the_field_of_view(place: float, side: str) -> None:
+    """The points of the lattice are voxels, so a shift by 30 of them is one by 123 mm, of 180."""
+    affine = grid_of()
+    fixed, moving = (
+        Scan(100 * ball(points_of(affine), (x, 0, 0), (20, 20, 20)).astype(np.float32), affine) for x in (place, -place)
+    )
+    assert f"if it lay 123 mm to the {side} of where it is" in checks(registered(fixed, moving))["shift"]
+
+
 def test_an_axis_inverted() -> None:
     fixed, moving = pair()
     found = checks(registered(fixed, moving, np.diag([-1.0, 1, 1, 1])))

@@ -8,7 +8,13 @@ from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import switch
 from voxelmorph_monai.affines import ImageGrid
-from voxelmorph_monai.space.resampling import fraction_inside, resample, rescale, scale_white_matter
+from voxelmorph_monai.space.resampling import (
+    fraction_inside,
+    resample,
+    resample_intensities,
+    rescale,
+    scale_white_matter,
+)
 from voxelmorph_monai.space.scan import Scan
 
 
@@ -50,6 +56,20 @@ def test_every_order_is_scipys(order: int, enabled: bool, monkeypatch: pytest.Mo
     points = (mapping @ grid.affine)[:3, :3] @ np.indices(grid.size).reshape(3, -1) + (mapping @ grid.affine)[:3, 3:]
     expected = map_coordinates(array, points, np.float64, order=order, mode="constant").reshape(grid.size)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(array).max()
+
+
+def test_the_profile_of_a_coarser_voxel_is_as_wide_as_the_voxel() -> None:
+    """A Gaussian stays one; the squares of widths at half height, 2 sqrt(2 log 2) of its deviation, add up."""
+    sides, coarse, deviation = np.array([1.0, 2.0, 4.0]), 4.0, 6.0  # mm; along the last axis nothing is lost
+    affine = np.diag([*sides, 1])
+    affine[:3, 3] = -sides * (24, 12, 6)
+    points = np.indices((49, 25, 13)) * sides.reshape(3, 1, 1, 1) + affine[:3, 3].reshape(3, 1, 1, 1)
+    scan = Scan(np.exp(-(points**2).sum(0) / (2 * deviation**2)), affine)
+    grid = ImageGrid((2, 2, 2), np.diag([coarse, coarse, coarse, 1]))  # its first voxel is at the top
+    kernel = (coarse**2 - sides**2) / (8 * np.log(2))
+    expected = np.sqrt(deviation**2 / (deviation**2 + kernel)).prod()
+    # The scan ends at four deviations, and the kernel is sampled: together 1 in 1000. Without any kernel it were 1.
+    assert resample_intensities(scan, grid, np.eye(4)).array[0, 0, 0] == pytest.approx(expected, rel=2e-3)
 
 
 def tissues(modes: tuple[float, float, float], volumes: tuple[int, int, int], vessels: float) -> NDArray[np.float32]:
