@@ -87,6 +87,25 @@ def test_a_choice_that_cannot_be_made_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(("number", "radius"), [(3, 3.0), (8, 5.0)])
+def test_labels_come_from_the_series_that_was_chosen(study: Path, number: int, radius: float) -> None:
+    fixed, output = study.parent / "fixed.nii.gz", study.parent / "labels.nii.gz"
+    (study.parent / "still.txt").write_text(
+        "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+        "Parameters: 1 0 0 0 1 0 0 0 1 0 0 0\nFixedParameters: 0 0 0\n"
+    )
+    words = ["--labels", str(study), "--series", str(number), "--reference", str(fixed), "--output", str(output)]
+    assert main(["apply", str(study.parent / "still.txt"), *words]) == 0
+    np.testing.assert_array_equal(nib.load(output).get_fdata(), ball(radius))
+
+
+def test_labels_of_several_series_are_refused_with_a_way_out(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed, out = str(study.parent / "fixed.nii.gz"), study.parent / "out"
+    assert main(["register", fixed, fixed, "--moving-labels", str(study), "--output", str(out), *ALIGNED]) == 2
+    assert "labels and masks of vxm register, give a folder with one series." in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_series_is_not_of_a_list_nor_of_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "list.csv").write_text("moving,fixed\n")
     listed = ["--list", str(tmp_path / "list.csv"), "--moving-series", "1", "--output", str(tmp_path / "out")]

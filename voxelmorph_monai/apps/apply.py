@@ -160,7 +160,7 @@ def apply_to_image(
     """
     interpolation = _interpolation(kind, interpolation)
     _check_image_output(output, overwrite, [moving, reference, *transforms])
-    scan = Scan.read(moving, series) if kind == "image" else Scan.read_labels(moving)
+    scan = (Scan.read if kind == "image" else Scan.read_labels)(moving, series)
     grid = read_grid(reference, reference_series)
     found, backwards = None, fits_backwards(transforms, scan.grid, grid, (str(moving), str(reference)))
     if (

@@ -130,7 +130,8 @@ def _chosen(folder: Path, number: int | None) -> Series:
         raise ValueError(f"{folder} has no series {number}. It holds {listed}.")
     raise ValueError(
         f"{folder} holds {len(series)} series: {listed}. Choose one by its number: --moving-series or --fixed-series "
-        "of vxm register, --series or --reference-series of vxm apply."
+        "of vxm register, --series or --reference-series of vxm apply. For anything else, such as labels and masks of "
+        "vxm register, give a folder with one series."
     )
 
 

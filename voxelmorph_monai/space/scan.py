@@ -92,14 +92,18 @@ class Scan:
         return cls(*read_image(path, planar=True, series=series), str(path), **_header(Path(path)))
 
     @classmethod
-    def read_labels(cls, path: str | Path) -> "Scan":
+    def read_labels(cls, path: str | Path, series: int | None = None) -> "Scan":
         """Read a label map as integers, from the same formats as :meth:`read`.
+
+        Args:
+            path: file or folder.
+            series: as in :meth:`read`.
 
         Raises:
             FileNotFoundError: the file does not exist.
             ValueError: the file is not a label map, or programs disagree on its position.
         """
-        return cls(*read_labels(path, planar=True), str(path), **_header(Path(path)))
+        return cls(*read_labels(path, planar=True, series=series), str(path), **_header(Path(path)))
 
     @classmethod
     def of(cls, value: ScanLike, name: str, *, labels: bool = False) -> "Scan":
