@@ -26,6 +26,10 @@ def test_correlation_is_that_of_numpy_and_0_where_nothing_is_seen() -> None:
     assert correlation(first, second) == pytest.approx(np.corrcoef(first.ravel(), second.ravel())[0, 1], abs=1e-12)
     assert correlation(first, -3 * first + 7) == pytest.approx(-1, abs=1e-6)  # float32
     assert correlation(first, np.full(SIZE, 4.0)) == 0
+    where = first > np.median(first)
+    expected = np.corrcoef(first[where], second[where])[0, 1]
+    assert correlation(first, second, where) == pytest.approx(expected, abs=1e-12)
+    assert correlation(first, second, np.zeros(SIZE, bool)) == 0
 
 
 def test_overlap_counts_the_labels_of_the_result_and_of_the_fixed_map() -> None:

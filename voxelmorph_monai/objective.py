@@ -56,6 +56,11 @@ def double(ddf: Tensor) -> Tensor:
     return ddf
 
 
+def _whole(mask: Tensor) -> Tensor:
+    """1 where an interpolated mask is 1: an image mixes in what lies outside wherever the mask does."""
+    return (mask > 0.999).float()
+
+
 def times(function: Callable[[Tensor], Tensor], number: int, tensor: Tensor) -> Tensor:
     """Apply a function so many times."""
     for _ in range(number):
@@ -85,7 +90,7 @@ class Pair(NamedTuple):
 
     moving: Tensor
     fixed: Tensor
-    mask: Tensor | None
+    masks: tuple[Tensor, Tensor] | None
     labels: tuple[Tensor, Tensor] | None
     points: tuple[Tensor, Tensor] | None
     scale: int = 1
@@ -96,7 +101,7 @@ class Pair(NamedTuple):
         return self._replace(
             moving=cut(self.moving, start, size),
             fixed=cut(self.fixed, start, size),
-            mask=None if self.mask is None else cut(self.mask, start, size),
+            masks=None if self.masks is None else (cut(self.masks[0], start, size), cut(self.masks[1], start, size)),
             labels=None
             if self.labels is None
             else (cut(self.labels[0], start, size), cut(self.labels[1], start, size)),
@@ -105,8 +110,8 @@ class Pair(NamedTuple):
 
     def exchanged(self) -> "Pair":
         """The pair with moving and fixed exchanged."""
-        labels, points = (each and each[::-1] for each in (self.labels, self.points))
-        return self._replace(moving=self.fixed, fixed=self.moving, labels=labels, points=points)
+        masks, labels, points = (each and each[::-1] for each in (self.masks, self.labels, self.points))
+        return self._replace(moving=self.fixed, fixed=self.moving, masks=masks, labels=labels, points=points)
 
     def halved(self) -> "Pair":
         """The pair at half the resolution."""
@@ -114,7 +119,7 @@ class Pair(NamedTuple):
         return self._replace(
             moving=halve(self.moving),
             fixed=halve(self.fixed),
-            mask=None if self.mask is None else halve(self.mask),
+            masks=None if self.masks is None else (_whole(halve(self.masks[0])), _whole(halve(self.masks[1]))),
             labels=None if self.labels is None else (self.labels[0][every_other], self.labels[1][every_other]),
             scale=2 * self.scale,
         )
@@ -140,12 +145,13 @@ class Objective(NamedTuple):
     def _images(self, pair: Pair, ddf: Tensor, inverse: Tensor | None) -> tuple[float, Tensor]:
         """Dissimilarity and its gradient for a step, with ``ddf`` and its inverse on the grid of the images."""
         warped = warp(pair.moving, ddf)
-        loss, slope = self._slope(warped, pair.fixed, pair.mask)
+        mask = None if pair.masks is None else _whole(warp(pair.masks[0], ddf)) * pair.masks[1]
+        loss, slope = self._slope(warped, pair.fixed, mask)
         force = image_force(warped, slope)
         if inverse is None:
             return loss, force
         # A step moves the warped fixed image the other way, at the points that the map takes to the moving grid.
-        mask = None if pair.mask is None else warp(pair.mask, inverse)
+        mask = None if pair.masks is None else pair.masks[0] * _whole(warp(pair.masks[1], inverse))
         back, slope = self._slope(warp(pair.fixed, inverse), pair.moving, mask)
         force -= image_force(pair.fixed, warp(slope, ddf) * jacobian_determinant(ddf).clamp_min_(0))
         return (loss + back) / 2, force / 2

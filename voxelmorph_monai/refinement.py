@@ -269,7 +269,8 @@ def _check(pair: Pair, ddf: Tensor | None) -> None:
             "(1, C, *spatial), with at least 2 voxels along each of 2 or 3 axes."
         )
     labels = pair.labels or (None, None)
-    fields = (("ddf", ddf, len(shape) - 2), ("mask", pair.mask, 1), *(("labels", label, 1) for label in labels))
+    masks = zip(("moving_mask", "mask"), pair.masks or (None, None), (1, 1), strict=True)
+    fields = (("ddf", ddf, len(shape) - 2), *masks, *(("labels", label, 1) for label in labels))
     for name, tensor, channels in fields:
         expected = [1, channels, *shape[2:]]
         if tensor is not None and list(tensor.shape) != expected:
@@ -382,6 +383,7 @@ def refine(
     bidirectional: bool = False,
     symmetric: bool = False,
     mask: Tensor | None = None,
+    moving_mask: Tensor | None = None,
     labels: tuple[Tensor, Tensor] | None = None,
     label_weight: float = 1.0,
     points: tuple[Tensor, Tensor] | None = None,
@@ -411,6 +413,7 @@ def refine(
         symmetric: refine in both directions, each in half of the ``budget``, and return the mean of the two
             (:func:`mean_map`): exchanging the images then gives the inverse.
         mask: nonzero where the images are compared, ``(1, 1, *spatial)`` on the fixed grid.
+        moving_mask: the same on the moving grid. What lies outside either mask does not count.
         labels: label maps of moving and fixed, integers ``(1, 1, *spatial)``, whose Dice is part of the loss.
         label_weight: factor of minus their soft Dice (``LabelDiceLoss``).
         points: landmarks in moving and in fixed, ``(1, N, D)`` in voxels, whose mean squared distance is part of it.
@@ -441,11 +444,15 @@ def refine(
         raise ValueError(f"spacing of {dims}-D images is {spacing}. Give 1 or {dims} widths above 0, in mm.")
     if labels is not None:
         labels = as_signed(labels[0]), as_signed(labels[1])
-    if symmetric and mask is not None:
-        raise ValueError("mask and symmetric exclude each other: there is no mask on the moving grid. Leave one out.")
     if inverse_ddf is not None and not symmetric:
         raise ValueError("inverse_ddf has no effect without symmetric. Leave it out, or set symmetric.")
-    pair = Pair(moving, fixed, None if mask is None else (mask != 0).float(), labels, points)
+    masks = None
+    if mask is not None or moving_mask is not None:
+        inside = [
+            torch.ones_like(fixed[:, :1]) if each is None else (each != 0).float() for each in (moving_mask, mask)
+        ]
+        masks = inside[0], inside[1]
+    pair = Pair(moving, fixed, masks, labels, points)
     _check(pair, ddf)
     _check(pair, inverse_ddf)
     objective = Objective(similarity or SIMILARITIES["lncc"], bidirectional, label_weight, points_weight)

@@ -44,8 +44,18 @@ class Images(NamedTuple):
     warped: Array
 
 
-def correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Pearson's correlation of two images over the whole grid: -1 to 1, and 0 if one of them shows nothing."""
+def correlation(first: NDArray[Any], second: NDArray[Any], where: NDArray[np.bool_] | None = None) -> float:
+    """Pearson's correlation of two images: -1 to 1, and 0 if one of them shows nothing.
+
+    Args:
+        first: an image ``(X, Y, Z)``.
+        second: another one.
+        where: the voxels that count, ``(X, Y, Z)`` (default: all).
+    """
+    if where is not None and not where.all():
+        first, second = first[where], second[where]
+    if not first.size:
+        return 0.0
     a, b = (image.astype(np.float64) - image.mean(dtype=np.float64) for image in (first, second))
     scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / scale if scale > 0 else 0.0

@@ -413,7 +413,14 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
     assert summary["seconds"].keys() == {"brain", "affine", "network", "folds", "compose", "warp"}
     assert summary["versions"]["torch"] == torch.__version__
     fixed, warped = (nib.load(path).get_fdata() for path in (paths["fixed"], out / "warped.nii.gz"))
-    assert summary["correlation_after"] == pytest.approx(np.corrcoef(fixed.ravel(), warped.ravel())[0, 1], abs=1e-6)
+    result = register(paths["moving"], paths["fixed"], weights=network(), **ALIGNED)
+    at = np.tensordot(result.fixed.affine[:3, :3], np.indices(SIZE) + result.ddf, 1)
+    at += (result.fixed.affine - result.moving.affine)[:3, 3].reshape(3, 1, 1, 1)
+    at = np.tensordot(np.linalg.inv(result.moving.affine[:3, :3]), at, 1)
+    known = np.all((at >= -0.5) & (at < np.reshape(SIZE, (3, 1, 1, 1)) - 0.5), axis=0)
+    assert 0.5 < known.mean() < 1
+    expected = np.corrcoef(fixed[known], warped[known])[0, 1]
+    assert summary["correlation_after"] == pytest.approx(expected, abs=1e-5)  # a point at the border may fall out
     assert summary["correlation_before"] == summary["correlation_affine"] != summary["correlation_after"]
     labels, reference = (
         np.asarray(nib.load(path).dataobj) for path in (out / "warped_labels.nii.gz", paths["fixed_labels"])
@@ -425,12 +432,38 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
     after["mean"] = np.mean(list(after.values()))
     assert summary["dice"]["after"] == pytest.approx(after, abs=1e-9)
     assert summary["dice"]["before"].keys() == after.keys()
-    ddf = register(paths["moving"], paths["fixed"], weights=network(), **ALIGNED).ddf
-    determinant = jacobian_determinant(torch.from_numpy(ddf)[None]).numpy()
+    determinant = jacobian_determinant(torch.from_numpy(result.ddf)[None]).numpy()
     found = nib.load(out / "jacobian.nii.gz").get_fdata()
     np.testing.assert_allclose(found, determinant[0, 0], atol=1e-5)  # float32
     assert summary["folding_percent"] == 100 * np.mean(determinant <= 0)
     assert summary["sdlogj"] == pytest.approx(np.log(determinant[determinant > 0]).std(), rel=1e-4)
+
+
+def part(scan: Scan, start: int, stop: int) -> Scan:
+    """What a smaller field of view shows: these planes."""
+    affine = scan.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ (0, 0, start)
+    return Scan(scan.array[..., start:stop], affine, scan.name)
+
+
+# Planes of a phantom that shows something in 3 to 19 of 23.
+VIEWS = {"half in common": ((0, 14), (8, 23)), "slab": ((5, 15), (8, 18)), "vertex cut": ((0, 13), (0, 16))}
+
+
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+def test_what_lies_outside_a_field_of_view_counts_neither_in_the_refinement_nor_in_the_correlation(
+    views: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    """Two views of one body: there is nothing to move, and where both show it they are the same."""
+    of_moving, of_fixed = (part(body(AFFINES["straight"]), *view) for view in views)
+    result = register(of_moving, of_fixed, weights="none", space="fixed", alignment="none", steps=15)
+    start, stop = (max(views[0][0], views[1][0]) - views[1][0], min(views[0][1], views[1][1]) - views[1][0])
+    shown = of_fixed.array[..., start:stop] > 0
+    moved = np.linalg.norm(result.ddf, axis=0)[..., start:stop]
+    assert moved[shown].mean() < 0.1  # voxels
+    measures = result.measures()
+    assert measures["correlation_before"] == pytest.approx(1, abs=1e-6)
+    assert measures["correlation_after"] > 0.99
 
 
 def test_without_a_network_the_map_is_the_affine(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 from voxelmorph_monai import switch
 from voxelmorph_monai.affines import ImageGrid
 from voxelmorph_monai.space.resampling import (
+    cut_off,
     fraction_inside,
     resample,
     resample_intensities,
@@ -70,6 +71,28 @@ def test_the_profile_of_a_coarser_voxel_is_as_wide_as_the_voxel() -> None:
     expected = np.sqrt(deviation**2 / (deviation**2 + kernel)).prod()
     # The scan ends at four deviations, and the kernel is sampled: together 1 in 1000. Without any kernel it were 1.
     assert resample_intensities(scan, grid, np.eye(4)).array[0, 0, 0] == pytest.approx(expected, rel=2e-3)
+
+
+def test_what_a_field_of_view_cuts_off_lies_beyond_a_side_that_shows_something() -> None:
+    wider = np.diag([2.0, 2, 2, 1])
+    wider[:3, 3] = -10
+    grid = ImageGrid((40, 40, 40), wider)  # five voxels more at each end
+    expected = np.zeros(grid.size, bool)
+    expected[:5] = True
+    np.testing.assert_array_equal(cut_off(block(0, 20), grid, np.eye(4)), expected)
+    assert not cut_off(block(1, 29), grid, np.eye(4)).any()
+    assert not cut_off(block(0, 20), ImageGrid((30, 30, 30), np.diag([2.0, 2, 2, 1])), np.eye(4)).any()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_scan_continues_with_its_border_where_that_is_wanted(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(switch, "enabled", False)
+    wider = np.diag([2.0, 2, 2, 1])
+    wider[:3, 3] = -10
+    scan = Scan(np.random.default_rng(0).random((30, 30, 30), np.float32), np.diag([2.0, 2, 2, 1]))
+    found = resample(scan, ImageGrid((40, 40, 40), wider), np.eye(4), outside=None).array
+    np.testing.assert_allclose(found, np.pad(scan.array, 5, mode="edge"), rtol=1e-6)  # float32
 
 
 def tissues(modes: tuple[float, float, float], volumes: tuple[int, int, int], vessels: float) -> NDArray[np.float32]:

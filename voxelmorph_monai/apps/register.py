@@ -9,10 +9,11 @@ evaluated, at the voxels of the fixed scan, and the moving scan is interpolated 
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from voxelmorph_monai.objective import SIMILARITIES
 from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.refinement import mean_map, refine
 from voxelmorph_monai.space.alignment import align
-from voxelmorph_monai.space.resampling import SCALINGS, fraction_inside, resample_intensities
+from voxelmorph_monai.space.resampling import SCALINGS, cut_off, fraction_inside, resample_intensities
 from voxelmorph_monai.space.scan import Plane, Scan, ScanLike
 from voxelmorph_monai.space.template import STANDARD_GRID, WorkingGrid, check_brain, check_in_grid
 from voxelmorph_monai.threads import num_threads, run
@@ -143,18 +144,57 @@ def padded_field(ddf: Tensor, affine: Affine) -> Displacement:
     return Displacement(_taper(ddf), wider)
 
 
-def network_input(scans: tuple[Scan, Scan], maps: tuple[Affine, Affine], grid: ImageGrid, dims: int = 3) -> Tensor:
+def _channels(arrays: Iterable[NDArray[Any]], grid: ImageGrid, dims: int) -> Tensor:
+    """Arrays ``(X, Y, Z)`` on a grid as ``(1, C, *spatial)``."""
+    images = torch.stack([torch.from_numpy(array.T) for array in arrays])[None]  # X is fastest in scans, Z for torch
+    return images.permute(0, 1, 4, 3, 2).reshape(1, -1, *grid.size[:dims]).contiguous()
+
+
+def network_input(
+    scans: tuple[Scan, Scan],
+    maps: tuple[Affine, Affine],
+    grid: ImageGrid,
+    dims: int = 3,
+    *,
+    outside: float | None = 0.0,
+) -> Tensor:
     """Sample two scans, scaled to [0, 1], on the grid of a network: ``(1, 2, *spatial)`` in ``dims`` dimensions.
 
-    ``maps`` lead from points of the grid to points of the moving and the fixed scan.
+    ``maps`` lead from points of the grid to points of the moving and the fixed scan; ``outside`` is the value beyond
+    their outermost voxels, None for theirs.
     """
-    pair = [resample_intensities(scan, grid, mapping).array for scan, mapping in zip(scans, maps, strict=True)]
-    images = torch.stack([torch.from_numpy(array.T) for array in pair])[None]  # X is fastest in scans, Z for torch
-    return images.permute(0, 1, 4, 3, 2).reshape(1, 2, *grid.size[:dims]).contiguous()
+    pairs = zip(scans, maps, strict=True)
+    return _channels((resample_intensities(scan, grid, to, outside).array for scan, to in pairs), grid, dims)
+
+
+class _Seen(NamedTuple):
+    """What a refinement compares of two scans, where a field of view cuts one of them off.
+
+    Attributes:
+        images: ``(1, 2, *spatial)``, continued beyond the fields of view, so that their ends are no edges.
+        masks: where each scan knows what is there, of the same shape.
+    """
+
+    images: Tensor
+    masks: Tensor
+
+    @classmethod
+    def of(cls, scans: tuple[Scan, Scan], maps: tuple[Affine, Affine], grid: ImageGrid, dims: int) -> "_Seen | None":
+        """That of two scans, as :func:`network_input` takes them; None if nothing is cut off."""
+        lost = [cut_off(scan, grid, mapping) for scan, mapping in zip(scans, maps, strict=True)]
+        if not any(each.any() for each in lost):
+            return None
+        images = network_input(scans, maps, grid, dims, outside=None)
+        return cls(images, _channels((~each for each in lost), grid, dims))
 
 
 def _predict(
-    network: Registration | None, options: Options, images: Tensor, spacing: float, stages: _Stages
+    network: Registration | None,
+    options: Options,
+    images: Tensor,
+    seen: _Seen | None,
+    spacing: float,
+    stages: _Stages,
 ) -> tuple[Tensor, Tensor]:
     """Displacement of ``images`` ``(1, 2, *spatial)``, and its inverse: ``(1, D, *spatial)``, neither with a fold."""
     found: dict[str, Tensor] = {}
@@ -166,6 +206,10 @@ def _predict(
     if options.refines:
         with stages.stage("refine"):
             limited = refine if options.steps is None else partial(refine, max_steps=options.steps)
+            if seen is not None:
+                images = seen.images.to(images.device)
+                moving_mask, mask = seen.masks.to(images.device).split(1, dim=1)
+                limited = partial(limited, mask=mask, moving_mask=moving_mask)
             refined = limited(
                 images[:, :1],
                 images[:, 1:],
@@ -262,8 +306,10 @@ def register_scans(
             check_in_grid(scan, mapping, grid)
     fields: tuple[Displacement | None, Displacement | None] = (None, None)
     if grid is not None:
-        images = network_input(scaled, (to_moving, to_fixed), grid, dims).to(device)
-        ddf, inverse_ddf = _predict(network, options, images, float(spacing(grid.affine)[:dims].max()), stages)
+        maps = to_moving, to_fixed
+        images = network_input(scaled, maps, grid, dims).to(device)
+        seen = _Seen.of(scaled, maps, grid, dims) if options.refines else None
+        ddf, inverse_ddf = _predict(network, options, images, seen, float(spacing(grid.affine)[:dims].max()), stages)
         there, back = run(lambda field: padded_field(field, grid.affine), (ddf, inverse_ddf), num_threads())
         fields = there, back
     dims = fixed.spatial_dims

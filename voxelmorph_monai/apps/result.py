@@ -122,12 +122,23 @@ class RegistrationResult:
 
         Returns:
             ``dice`` (by label and ``mean``, 0 to 1; None without labels of both scans) and ``correlation_before``
-            (where the headers put the scans), ``_affine`` (after the alignment) and ``_after``;
+            (where the headers put the scans), ``_affine`` (after the alignment) and ``_after``, each over the voxels of
+            the fixed scan that lie in the field of view of the moving one;
             ``folding_percent``, ``sdlogj``, ``inverse_consistency_mm``, the ``seconds`` of each stage, and
             ``warnings``: what looks wrong, each with the ``check`` and a ``text``.
         """
         stages = {"before": self._before(self.moving), "affine": self.aligned, "after": self.warped}
-        correlations = run(lambda scan: correlation(scan.array, self.fixed.array), [*stages.values()], num_threads())
+        everywhere = self.moving.like(np.ones(self.moving.shape, np.float32))
+        pulls = {
+            "before": self._before,
+            "affine": self._aligned,
+            "after": lambda scan: warp_scan(scan, self.ddf, self.fixed),
+        }
+
+        def likeness(stage: str) -> float:
+            return correlation(stages[stage].array, self.fixed.array, pulls[stage](everywhere).array > 0.5)
+
+        correlations = run(likeness, [*stages], num_threads())
         dice = None
         if self.moving_labels is not None and self.fixed_labels is not None and self.warped_labels is not None:
             moved = {

@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.affines import ImageGrid, inside, spacing
 from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.space.mutual_information import is_shown
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.switch import compiled_module
 
 __all__ = [
     "SCALINGS",
+    "cut_off",
     "fraction_inside",
     "loops_for",
     "resample",
@@ -35,7 +37,7 @@ def loops_for(scan: Scan, order: int) -> Any:
 
 
 def resample(
-    scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], order: int = 1, outside: float = 0.0
+    scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], order: int = 1, outside: float | None = 0.0
 ) -> Scan:
     """Sample a scan on another grid.
 
@@ -44,25 +46,50 @@ def resample(
         grid: the other grid.
         mapping: 4 x 4, from points of the other grid to points of the scan (RAS, mm).
         order: 1, linear; or 0, nearest neighbour, which invents no labels.
-        outside: the value beyond the outermost voxels of the scan.
+        outside: the value beyond the outermost voxels of the scan; None: theirs.
     """
     to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
     to_voxels[:3][np.array(scan.shape) == 1] = 0  # across a slice there is no outside
     loops = loops_for(scan, order)
     if loops is not None:
-        return Scan(loops.pull(scan.array, to_voxels, grid.size, None, order, outside, 0.0), grid.affine, scan.name)
-    array = ndimage.affine_transform(scan.array, to_voxels, output_shape=tuple(grid.size), order=order, cval=outside)
+        value, reach = (0.0, np.inf) if outside is None else (outside, 0.0)
+        return Scan(loops.pull(scan.array, to_voxels, grid.size, None, order, value, reach), grid.affine, scan.name)
+    beyond: dict[str, Any] = {"mode": "nearest"} if outside is None else {"cval": outside}
+    array = ndimage.affine_transform(scan.array, to_voxels, output_shape=tuple(grid.size), order=order, **beyond)
     return Scan(array, grid.affine, scan.name)
 
 
-def resample_intensities(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> Scan:
+def resample_intensities(
+    scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], outside: float | None = 0.0
+) -> Scan:
     """Sample a scan as :func:`resample` does, smoothed along each axis that the other grid samples more coarsely.
 
     A voxel of that grid then stands for all that lies within it.
     """
     width = np.sqrt(np.maximum(spacing(grid.affine).max() ** 2 - scan.spacing**2, 0)) / scan.spacing  # at half height
     smooth = scan.like(ndimage.gaussian_filter(scan.array, width / 2.355)) if width.any() else scan
-    return resample(smooth, grid, mapping)
+    return resample(smooth, grid, mapping, outside=outside)
+
+
+def cut_off(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Which voxels of a grid, ``(X, Y, Z)``, a scan says nothing of: they lie beyond a side of it that cuts something.
+
+    Beyond its other sides background goes on.
+
+    Args:
+        scan: whose background is 0.
+        grid: size and affine.
+        mapping: 4 x 4, from points of the grid to points of the scan (RAS, mm).
+    """
+    shown, to_voxels = is_shown(scan.array), np.linalg.inv(scan.affine) @ mapping @ grid.affine
+    index, lost = np.ogrid[tuple(map(slice, grid.size))], np.zeros(tuple(grid.size), bool)
+    for axis in np.flatnonzero(np.array(scan.shape) > 1):
+        at = sum(factor * along for factor, along in zip(to_voxels[axis, :3], index, strict=True)) + to_voxels[axis, 3]
+        if shown.take(0, axis).any():
+            lost |= at < -0.5
+        if shown.take(-1, axis).any():
+            lost |= at > scan.shape[axis] - 0.5
+    return lost
 
 
 def rescale(scan: Scan) -> Scan:
