@@ -70,6 +70,16 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert line == f"vxm prepare: these inputs do not exist: {tmp_path / 'nothing'}."
 
 
+@pytest.mark.parametrize("words", [["--output=~/out"], ["--output", "~/out"]])
+def test_a_home_that_the_shell_did_not_expand_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", *words]) == 2
+    assert "write ./~/out." in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_is_asked_is_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     calls: list[Any] = []
     errors: dict[str, str] = {}

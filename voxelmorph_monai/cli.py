@@ -71,9 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return codes[0]
 
 
+def _check_home(argv: Sequence[str]) -> None:
+    """Raise ValueError where the shell left a ``~``: a folder of that name would be made."""
+    for word in argv:
+        value = word.partition("=")[2] if word.startswith("--") else word
+        if value.startswith("~"):
+            raise ValueError(
+                f"{word} is no path: the shell expands ~, but not in quotes or after =. Write the full path; for a file "
+                f"or folder with that name write ./{value}."
+            )
+
+
 def _run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
+        _check_home(argv)
         return COMMANDS[args.command].run(args)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
