@@ -1,6 +1,9 @@
 """Kill commands at random moments: nothing is half-written, and the next run ends as one that was left alone.
 
     python -m tests.killing 50
+    python -m tests.killing 20 prepare segment
+
+The number of moments is shared by the commands: all, or those that are named.
 
 Each command is run once to its end, which gives the result to reach and the time it takes. It is then killed with
 SIGKILL at moments spread over that time. What it leaves must be whole files; the same command is run again to its end,
@@ -24,6 +27,7 @@ import numpy as np
 from tests.phantoms import AFFINES, Write
 from voxelmorph_monai.apps.shipped import shipped_bundle
 from voxelmorph_monai.maps.files import read_transform
+from voxelmorph_monai.space.template import sample_scan
 
 VXM = [sys.executable, "-m", "voxelmorph_monai.cli"]
 QUICK = ["--space", "fixed", "--steps", "3"]
@@ -34,10 +38,16 @@ def commands(inputs: Path) -> dict[str, list[str]]:
     write = Write(inputs)
     moving = write("moving", AFFINES["oblique"], 2.0)["moving"]
     fixed = write("fixed", AFFINES["straight"])["fixed"]
+    brains = inputs / "brains"
+    brains.mkdir()
+    for name in ("mni152", "colin27"):
+        shutil.copy(sample_scan(name), brains)
     (inputs / "pairs.csv").write_text(f"name,moving,fixed\na,{moving},{fixed}\nb,{fixed},{moving}\n")
     return {
         "register": ["register", moving, fixed, *QUICK, "--output"],
         "register --list": ["register", "--list", str(inputs / "pairs.csv"), "--jobs", "2", *QUICK, "--output"],
+        "prepare": ["prepare", str(brains), "--size", "40", "48", "48", "--spacing", "4"],
+        "segment": ["segment", str(brains / "colin27.nii.gz"), "--output"],
         "pack-bundle": ["pack-bundle", str(shipped_bundle("brain_t1_registration")), "--output"],
     }
 
@@ -125,7 +135,7 @@ def run(name: str, command: Sequence[str], times: int, random: np.random.Generat
 def main() -> None:
     times, random = int(sys.argv[1]), np.random.default_rng(0)
     with TemporaryDirectory() as folder:
-        lines = commands(Path(folder))
+        lines = {name: words for name, words in commands(Path(folder)).items() if name in (sys.argv[2:] or [name])}
         for name, command in lines.items():
             killed = run(name, command, -(-times // len(lines)), random, Path(folder))
             print(f"{name}: killed {killed} times; nothing lost, nothing half-written", flush=True)

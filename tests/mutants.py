@@ -655,7 +655,7 @@ RESULT = [
     ("array > self.fixed.background", "array >= self.fixed.background", "mean: over the background, too"),
     ('"after": self.warped_labels', '"after": self._aligned(self.moving_labels)', "step: the labels are not bent"),
     ('"affine": self.aligned', '"affine": self.warped', "stage: what is bent passes for aligned"),
-    (", pulls[stage](everywhere).array > 0.5)", ")", "padding counts as alike"),
+    (", viewed(self.moving, self.fixed.grid, *way))", ")", "padding counts as alike"),
 ]
 
 PREPARE = [

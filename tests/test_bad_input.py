@@ -409,7 +409,7 @@ def test_a_disk_that_fills_up_later_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"voxelmorph_monai.apps.result.{writer}", full)
-    refused(pair(folder), "No space left on device")
+    refused(pair(folder), "No space left on device. Nothing half-written is left: make room")
 
 
 # What may look wrong but is right. --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ importing torch takes seconds, which nobody should wait for ``vxm --help``.
 
 import argparse
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -77,8 +78,8 @@ def _check_home(argv: Sequence[str]) -> None:
         value = word.partition("=")[2] if word.startswith("--") else word
         if value.startswith("~"):
             raise ValueError(
-                f"{word} is no path: the shell expands ~, but not in quotes or after =. Write the full path; for a file "
-                f"or folder with that name write ./{value}."
+                f"{word} is no path: the shell expands ~, but not in quotes or after =. Write the full path; for a "
+                f"file or folder with that name write ./{value}."
             )
 
 
@@ -91,6 +92,8 @@ def _run(argv: Sequence[str]) -> int:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{error.strerror}. Nothing half-written is left: make room, or write to another disk."
         print(f"vxm {args.command}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -24,7 +24,7 @@ from voxelmorph_monai.pages.registration import save_page
 from voxelmorph_monai.pages.views import Views
 from voxelmorph_monai.report import NAMES, Images, correlation, overlap, regularity, save_results, volume_change
 from voxelmorph_monai.space.alignment import header_map
-from voxelmorph_monai.space.resampling import resample
+from voxelmorph_monai.space.resampling import resample, viewed
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import WorkingGrid
 from voxelmorph_monai.threads import num_threads, run
@@ -128,15 +128,11 @@ class RegistrationResult:
             ``warnings``: what looks wrong, each with the ``check`` and a ``text``.
         """
         stages = {"before": self._before(self.moving), "affine": self.aligned, "after": self.warped}
-        everywhere = self.moving.like(np.ones(self.moving.shape, np.float32))
-        pulls = {
-            "before": self._before,
-            "affine": self._aligned,
-            "after": lambda scan: warp_scan(scan, self.ddf, self.fixed),
-        }
+        still = {"before": header_map(self.moving, self.fixed), "affine": self.forward.linear}
 
         def likeness(stage: str) -> float:
-            return correlation(stages[stage].array, self.fixed.array, pulls[stage](everywhere).array > 0.5)
+            way = (still[stage],) if stage in still else (np.eye(4), self.ddf)
+            return correlation(stages[stage].array, self.fixed.array, viewed(self.moving, self.fixed.grid, *way))
 
         correlations = run(likeness, [*stages], num_threads())
         dice = None

@@ -1,5 +1,6 @@
 """Sample scans on other grids, and scale their intensities."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ __all__ = [
     "resample_intensities",
     "rescale",
     "scale_white_matter",
+    "viewed",
 ]
 
 ndimage = lazy("scipy.ndimage")
 
+_ROUNDED = 1e-3  # voxels beyond the outermost ones that are rounding
 _NUM_BINS, _BIN_SIGMA = 256, 3.0  # histogram from 0 to the 99.9th percentile, and the Gaussian that smooths it
 _LARGE_PEAK = 0.3  # of the highest peak: grey matter may be more frequent than white; vessels and noise are far below
 _NUM_POINTS = 100_000  # points at which the part of a scan within a grid is measured, to 0.5 %
@@ -71,6 +74,37 @@ def resample_intensities(
     return resample(smooth, grid, mapping, outside=outside)
 
 
+def _positions(
+    scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], ddf: NDArray[np.float32] | None = None
+) -> Iterator[tuple[int, NDArray[np.floating[Any]]]]:
+    """Where the voxels of a grid lie along each axis of a scan, in its voxels; across a slice there is no outside."""
+    to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
+    index = np.ogrid[tuple(map(slice, grid.size))]
+    for axis in range(3):
+        if scan.shape[axis] > 1:
+            at = to_voxels[axis, 3] + sum(float(to_voxels[axis, k]) * index[k] for k in range(3))
+            if ddf is not None:
+                at = at + sum(float(to_voxels[axis, k]) * ddf[k] for k in range(3))
+            yield axis, at
+
+
+def viewed(
+    scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], ddf: NDArray[np.float32] | None = None
+) -> NDArray[np.bool_]:
+    """Which voxels of a grid, ``(X, Y, Z)``, lie in the field of view of a scan, between its outermost voxels.
+
+    Args:
+        scan: what may show less than the grid.
+        grid: size and affine.
+        mapping: 4 x 4, from points of the grid, once they are displaced, to points of the scan (RAS, mm).
+        ddf: ``(3, X, Y, Z)`` in voxels of the grid; None for no displacement.
+    """
+    found = np.ones(tuple(grid.size), bool)
+    for axis, at in _positions(scan, grid, mapping, ddf):
+        found &= (at > -_ROUNDED) & (at < scan.shape[axis] - 1 + _ROUNDED)
+    return found
+
+
 def cut_off(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
     """Which voxels of a grid, ``(X, Y, Z)``, a scan says nothing of: they lie beyond a side of it that cuts something.
 
@@ -81,10 +115,8 @@ def cut_off(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> 
         grid: size and affine.
         mapping: 4 x 4, from points of the grid to points of the scan (RAS, mm).
     """
-    shown, to_voxels = is_shown(scan.array), np.linalg.inv(scan.affine) @ mapping @ grid.affine
-    index, lost = np.ogrid[tuple(map(slice, grid.size))], np.zeros(tuple(grid.size), bool)
-    for axis in np.flatnonzero(np.array(scan.shape) > 1):
-        at = sum(factor * along for factor, along in zip(to_voxels[axis, :3], index, strict=True)) + to_voxels[axis, 3]
+    shown, lost = is_shown(scan.array), np.zeros(tuple(grid.size), bool)
+    for axis, at in _positions(scan, grid, mapping):
         if shown.take(0, axis).any():
             lost |= at < -0.5
         if shown.take(-1, axis).any():
