@@ -10,6 +10,16 @@ from voxelmorph_monai.io.atomic import atomic, atomic_folder, require_new, requi
 from voxelmorph_monai.io.formats import scan_files, stamp
 
 
+@pytest.mark.parametrize("name", ["a.nii.gz", "new/folder/a.nii.gz"])
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    require_new(tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda folder, mode: (folder, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(ValueError, match=f"cannot create .*{name}: .*{tmp_path.name} is not a folder"):
+        require_new(tmp_path / name)
+
+
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("old")

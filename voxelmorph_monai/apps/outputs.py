@@ -37,6 +37,3 @@ def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[st
     except UnicodeEncodeError as error:
         raise ValueError(f"the path {str(output)!r} is not UTF-8, which ITK needs. Choose another folder.") from error
     require_replaceable(output, overwrite, "'vxm register'", names)
-    above = next(folder for folder in output.parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"cannot create {output}: {above} is not a folder that you can write to.")

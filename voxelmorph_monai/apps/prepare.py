@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.apps.heads import align_to_mni152, find_brain
 from voxelmorph_monai.apps.processes import Processes, default_jobs, failures
-from voxelmorph_monai.io.atomic import atomic, sweep, write_json
+from voxelmorph_monai.io.atomic import atomic, require_writable, sweep, write_json
 from voxelmorph_monai.io.formats import stamp
 from voxelmorph_monai.maps.itk_files import save_linear
 from voxelmorph_monai.pages.cohort import save_index
@@ -193,7 +193,7 @@ def _grid_json(grid: WorkingGrid) -> dict[str, Any]:
 
 
 def _require_ours(output: Path, grid: WorkingGrid) -> None:
-    """Raise ValueError unless ``output`` is new, empty, or from an earlier call with the same grid."""
+    """Raise ValueError unless ``output`` is new, empty, or from an earlier call with the same grid, and writable."""
     mark = output / "grid.json"
     if mark.exists():
         recorded, asked = json.loads(mark.read_text(encoding="utf-8")), _grid_json(grid)
@@ -203,6 +203,7 @@ def _require_ours(output: Path, grid: WorkingGrid) -> None:
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} was not made by 'vxm prepare', and is not empty. Choose another folder.")
+    require_writable(mark)
 
 
 def _create_output(output: Path, grid: WorkingGrid) -> None:

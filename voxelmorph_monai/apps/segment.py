@@ -10,7 +10,7 @@ import numpy as np
 from voxelmorph_monai.anatomy import STRUCTURES, load_anatomy, segment
 from voxelmorph_monai.anatomy_transforms import SEGMENTATION_FILES, save_anatomy
 from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
-from voxelmorph_monai.io.atomic import atomic, atomic_folder, require_replaceable
+from voxelmorph_monai.io.atomic import atomic, atomic_folder, require_new, require_replaceable
 from voxelmorph_monai.io.formats import scan_name
 from voxelmorph_monai.io.tables import read_table
 from voxelmorph_monai.progress import Progress
@@ -52,8 +52,8 @@ def segment_file(
     only_labels = output.name.endswith((".nii", ".nii.gz"))
     if not only_labels:
         require_replaceable(output, overwrite, "a segmentation", (*SEGMENTATION_FILES, BRAIN))
-    elif output.exists() and not overwrite:
-        raise FileExistsError(f"{output} already exists. Choose another output, or --overwrite to replace it.")
+    else:
+        require_new(output, overwrite)
     image = Scan.read(scan)
     network = load_anatomy(weights or shipped_anatomy())
     found = segment(image, network.to(choose_device(device)))

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "atomic_folder", "require_new", "require_replaceable", "sweep", "write_json"]
+__all__ = ["atomic", "atomic_folder", "require_new", "require_replaceable", "require_writable", "sweep", "write_json"]
 
 
 def _mark() -> str:
@@ -74,11 +74,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _remove(leftover)
 
 
+def require_writable(path: str | Path) -> None:
+    """Raise ValueError unless the folder above ``path``, or the nearest one that exists, can be written to."""
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"cannot create {path}: {above} is not a folder that you can write to.")
+
+
 def require_new(path: str | Path, overwrite: bool | None = None) -> None:
-    """Raise FileExistsError if ``path`` exists, unless ``overwrite``; None if the command has no --overwrite."""
+    """Check that ``path`` can be written, before long work starts.
+
+    Raises:
+        FileExistsError: it exists and must not be overwritten (None: there is no such option).
+        ValueError: its folder cannot be written to.
+    """
     if Path(path).exists() and not overwrite:
         choice = "" if overwrite is None else ", or --overwrite to replace it"
         raise FileExistsError(f"{path} already exists. Choose another output{choice}.")
+    require_writable(path)
 
 
 def require_replaceable(folder: str | Path, overwrite: bool | None, maker: str, patterns: Iterable[str]) -> None:
