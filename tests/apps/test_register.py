@@ -409,6 +409,8 @@ def test_the_summary_says_what_was_done_and_how_good_it_is(
         "smoothness": 0.5,
         "symmetric": False,
         "grid": {"size": [36, 40, 44], "spacing": GRID.spacing},
+        "command": "vxm register MOVING FIXED --output DIR --weights WEIGHTS --space fixed --alignment none "
+        f"--no-refine --size 36 40 44 --spacing {GRID.spacing:g}",
     }
     assert summary["seconds"].keys() == {"brain", "affine", "network", "folds", "compose", "warp"}
     assert summary["versions"]["torch"] == torch.__version__
