@@ -523,9 +523,9 @@ BAD_TRANSFORMS = {
     "nan.txt": "finite numbers: 0 nan 0 0 0 0",
     "inf.tfm": "finite numbers: 0 0 0 1e999",
     "word.txt": "finite numbers: 0 x 0 0 0 0",
-    "nan.mat": "TranslationTransform with NaN",
-    "nan.h5": "DisplacementFieldTransform with NaN",
-    "nan.hdf5": "BSplineTransform with NaN",
+    "nan.mat": "NaN or Inf in its TranslationTransform",
+    "nan.h5": "NaN or Inf in its DisplacementFieldTransform",
+    "nan.hdf5": "NaN or Inf in its BSplineTransform",
     "nothing.tfm": "empty composite",
     "moving.txt.gz": r"\.h5, .*, \.nii\.gz",
 }
