@@ -93,8 +93,10 @@ def main() -> int:
     """Run the command, then print its timeline."""
     from voxelmorph_monai.cli import main as vxm
     from voxelmorph_monai.memory import keep_freed_memory
+    from voxelmorph_monai.threads import wait_without_spinning
 
     keep_freed_memory()
+    wait_without_spinning()
     lines = watch(sys.argv[1])
     code = vxm(sys.argv[1:])
     for line in sorted(lines):
