@@ -94,9 +94,10 @@ TESTS = {
     "maps.chains": ["tests/maps/test_chains.py"],
     "maps.displacements": [
         "tests/maps/test_field_headers.py",
+        "tests/space/test_spaces.py",
         "tests/apps/test_apply.py",
         "-k",
-        "field or position or slices or (displacement and read)",
+        "field or position or slices or (displacement and read) or saved_displacement or saved_map",
     ],
     "maps.field_headers": ["tests/maps/test_field_headers.py"],
     "maps.files": [

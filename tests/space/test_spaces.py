@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from voxelmorph_monai import switch
 from voxelmorph_monai.affines import (
     Affine,
     ImageGrid,
@@ -49,6 +50,13 @@ AFFINES = {
     "mirrored oblique": grid(LAS, (0.7, 1.3, 2.1), (-8, 15, 100)),
 }
 affines = pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES.keys())
+
+
+@pytest.fixture(params=[True, False], ids=["loops", "scipy"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch, "enabled", request.param)
+
+
 SHEARED = AFFINES["oblique"] @ np.array([[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
@@ -377,6 +385,7 @@ def bent(affine: Affine) -> SpatialMap:
     return SpatialMap(linear[0], linear[1], Displacement(ddf.astype(np.float32), affine))
 
 
+@pytest.mark.usefixtures("both_paths")
 @affines
 def test_simpleitk_moves_points_by_a_saved_map_as_we_do(tmp_path: Path, affine: Affine) -> None:
     map_ = bent(affine)
@@ -393,6 +402,7 @@ def test_simpleitk_moves_points_by_a_saved_map_as_we_do(tmp_path: Path, affine: 
     np.testing.assert_allclose(SpatialMap(map_.pre, map_.post).apply(points), straight, atol=1e-9)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_a_map_on_a_grid_is_where_the_voxels_go() -> None:
     map_, affine = bent(AFFINES["oblique"]), AFFINES["mirrored oblique"]
     size = (3, 1100, 1000)  # cut into slabs of one row
@@ -405,6 +415,7 @@ def test_a_map_on_a_grid_is_where_the_voxels_go() -> None:
         np.testing.assert_allclose(target[:3], map_.apply(source)[0], atol=1e-3)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize(("moving", "fixed"), [("straight", "permuted"), ("oblique", "mirrored oblique")])
 def test_a_scan_is_warped_as_simpleitk_warps_it(tmp_path: Path, moving: str, fixed: str, order: int) -> None:
@@ -450,6 +461,7 @@ def test_a_displacement_in_whole_voxels_comes_back(tmp_path: Path, affine: Affin
     np.testing.assert_allclose(found, affine, atol=HEADER)
 
 
+@pytest.mark.usefixtures("both_paths")
 @affines
 def test_a_map_bends_its_outermost_voxels_as_itk_does(affine: Affine) -> None:
     """Half a voxel beyond them the field ends; rounding must not end it earlier."""
