@@ -137,7 +137,7 @@ TESTS = {
     ],
 }
 # Modules whose tests take a minute or more of a processor for each mutant.
-SLOW = {"apps.prepare", "apps.register", "apps.result", "space.alignment", "space.template"}
+SLOW = {"apps.prepare", "apps.register", "apps.result", "data", "folds", "space.alignment", "space.template"}
 # Imported once, before processes are forked: the package, for what it imports (ITK loads its parts when they are first
 # used, which takes seconds), and what its tests import.
 LIBRARIES = [

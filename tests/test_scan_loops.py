@@ -109,3 +109,12 @@ def test_threads_share_a_volume(monkeypatch: pytest.MonkeyPatch, rng: np.random.
     once = resample(scan, scan.grid, place(0.1, 1.0)).array
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     np.testing.assert_array_equal(resample(scan, scan.grid, place(0.1, 1.0)).array, once)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_across_a_slice_nothing_lies_outside(axis: int) -> None:
+    size = [5, 6, 7]
+    size[axis] = 1
+    points = np.full((3, 4), 2.0)
+    points[axis] = -4, -0.6, 0.7, 9
+    np.testing.assert_array_equal(scan_loops.displace(np.full((3, *size), 3.0), points), np.full((3, 4), 3.0))
