@@ -62,6 +62,7 @@ ALLOWED = {
     "pose": {"affines", "blocks", "lazy"},
     "anatomy": {"affines", "blocks", "lazy", "networks", "pose", "space"},
     "anatomy_transforms": {"affines", "anatomy", "atlas_transforms", "io", "networks", "space"},
+    "anatomy_training": {"networks"},
 }
 ALLOWED["apps"] = {"__init__", *ALLOWED}
 ALLOWED["commands"] = {"__init__", "apps", "maps", "pages", "space"}
