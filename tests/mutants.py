@@ -598,8 +598,9 @@ MUTUAL_INFORMATION = [
     ("1.0 - (goes_on & beyond)", "1.0 - beyond", "background ends with the field of view"),
     ("known = None if not", "known = None if", "what is cut off counts as its border"),
     ("np.sign(x)\n", "1\n", "sign: slope of the spline"),
-    ("(turn.T @ gradient / total)", "(gradient / total)", "axes: of the moving image for the fixed"),
+    ("(turn.T @ gradient.reshape(", "(gradient.reshape(", "axes: of the moving image for the fixed"),
     ("zip(at, shape, steps", "zip(at, shape, steps[::-1]", "axis order: neighbours along another axis"),
+    ("nearest * n + np.clip(x + 0.5", "nearest * n + np.clip(x", "a glance at the voxel below"),
     ("given - np.log(np.maximum(of_fixed", "given + np.log(np.maximum(of_fixed", "sign: entropy of the fixed image"),
     ("there.value > here.value", "there.value < here.value", "sign: climbs down"),
 ]
@@ -790,6 +791,16 @@ SCAN_LOOPS = [
     ("linear[:3] - np.eye(3, 4)", "linear[:3]", "displacement: the voxel itself is added"),
     ("size[0] == 1 or", "False or", "slice: a point beside its plane lies outside"),
     ("max(y1 - y0, 1)", "2", "border: one-sided differences are halved"),
+    ("nearest * size[axis]", "nearest * size[0]", "axis order: of the voxels at a glance"),
+    ("min(max(x + 0.5, 0.0)", "min(max(x, 0.0)", "a glance at the voxel below"),
+    ("sx, sy, sz = size[1] * size[2], size[2], 1", "sx, sy, sz = 1, size[2], size[1] * size[2]", "axis order"),
+    ("counts[cells[n]] += weights[n]", "counts[cells[n]] += 1.0", "what is not known counts"),
+    ("slopes[2, n] = f1 - f0", "slopes[2, n] = f0 - f1", "sign: slope along z"),
+    (
+        "square[i, j] += weights[n] * x[i]",
+        "square[i, j] += x[i]",
+        "what is not known has a part in Fisher's information",
+    ),
 ]
 
 FILES = [

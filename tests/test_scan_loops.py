@@ -13,6 +13,7 @@ from voxelmorph_monai import scan_loops, switch
 from voxelmorph_monai.affines import Affine, ImageGrid
 from voxelmorph_monai.maps.spatial_map import Displacement, SpatialMap, warp_scan
 from voxelmorph_monai.report import volume_change
+from voxelmorph_monai.space.mutual_information import MutualInformation, coarsen
 from voxelmorph_monai.space.resampling import resample
 from voxelmorph_monai.space.scan import Scan
 
@@ -118,3 +119,31 @@ def test_across_a_slice_nothing_lies_outside(axis: int) -> None:
     points = np.full((3, 4), 2.0)
     points[axis] = -4, -0.6, 0.7, 9
     np.testing.assert_array_equal(scan_loops.displace(np.full((3, *size), 3.0), points), np.full((3, 4), 3.0))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_mutual_information(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    """Of images that their border cuts off, a part of the points is unknown."""
+    affine = place(0.2, 3)
+    images = [gaussian_filter(rng.random(SIZE), 2) for _ in range(2)]
+    if not cut:
+        images = [np.pad(image[6:-6, 6:-6, 6:-6], 6) for image in images]
+    moving, fixed = (coarsen(image, affine, (1.0,), 4)[0] for image in images)
+    assert (moving.known is None) != cut
+    # no point lies in a voxel's centre, where the slope jumps
+    maps = [place(0.0, 0.4, (1, 1, 1)), place(0.05, 1, (1, 1, 1)), place(-0.1, 2, (1.1, 0.9, 1))]
+
+    def work() -> list[NDArray[Any]]:
+        information = MutualInformation(moving, fixed, 2)
+        slopes = [information.slope(each, with_fisher=True) for each in maps]
+        assert all(slope.fisher is not None for slope in slopes)
+        return [
+            information.glance(maps),
+            np.array([information(each) for each in maps]),
+            np.stack([slope.gradient for slope in slopes]),
+            np.stack([slope.fisher for slope in slopes if slope.fisher is not None]),
+        ]
+
+    for loops, other in zip(*both(monkeypatch, work), strict=True):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(loops, other, atol=1e-9 * np.abs(other).max())  # sums of thousands, in float64

@@ -1,4 +1,4 @@
-"""Loops over the voxels of scans, compiled by numba: interpolation along maps between grids, in one pass.
+"""Loops over the voxels of scans, compiled by numba: interpolation along maps between grids, and joint histograms.
 
 The callers have equivalents with SciPy's operators, which need several passes and the coordinates of all voxels in
 memory. Both give the same numbers up to rounding: coordinates and weights are in float64 here, too. Nothing here needs
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from voxelmorph_monai.compiled import compiled
 from voxelmorph_monai.threads import num_threads, run
 
-__all__ = ["bend", "displace", "interleaved", "pull", "volume_change"]
+__all__ = ["bend", "displace", "glance", "interleaved", "match", "moments", "pull", "volume_change"]
 
 _Array = NDArray[Any]
 
@@ -273,3 +273,102 @@ def interleaved(ddf: _Array, matrix: _Array) -> _Array:
     m = np.ascontiguousarray(matrix, ddf.dtype)
     _for_slabs(lambda first, last: _interleave(*flat, steps, m, out, first, last), len(out))
     return out.transpose(2, 1, 0, 3)
+
+
+@compiled
+def _glance(values: Any, known: Any, size: Any, rows: Any, maps: Any, points: Any, counts: Any) -> None:
+    for k in range(len(maps)):
+        for n in range(points.shape[1]):
+            nearest = 0
+            for axis in range(3):
+                m, p = maps[k, axis], points[:, n]
+                x = m[0] * p[0] + m[1] * p[1] + m[2] * p[2] + m[3]
+                nearest = nearest * size[axis] + int(min(max(x + 0.5, 0.0), size[axis] - 0.5))
+            counts[k, rows[n] + int(values[nearest])] += known[nearest] if len(known) else 1.0
+
+
+def glance(
+    values: _Array, known: _Array, size: tuple[int, ...], rows: _Array, maps: _Array, points: _Array, number: int
+) -> _Array:
+    """Joint histograms ``(K, number)`` of two volumes under K maps, from the voxels that are nearest to the points.
+
+    Args:
+        values: level of each voxel of the moving volume, flat.
+        known: what a voxel counts, flat; empty if each counts 1.
+        size: size of the moving volume.
+        rows: first cell of the histogram for the intensity of the fixed volume at each point ``(N,)``.
+        maps: ``(K, 3, 4)``, from points to voxels of the moving volume.
+        points: ``(4, N)``, the last coordinate 1.
+        number: number of cells.
+    """
+    counts = np.zeros((len(maps), number))
+    _glance(values, known, np.array(size), rows, maps, points, counts)
+    return counts
+
+
+@compiled
+def _clipped(p: Any, size: Any, steps: Any) -> Any:
+    """Like :func:`_cell`, for a volume that goes on beyond its border and has at least two voxels along each axis."""
+    p = min(max(p, 0.0), size - 1.0 - 1e-6)
+    return _Index(p) * steps, p - _Index(p)
+
+
+@compiled
+def _match(
+    v: Any, known: Any, size: Any, rows: Any, m: Any, p: Any, counts: Any, cells: Any, weights: Any, slopes: Any
+) -> None:
+    sx, sy, sz = size[1] * size[2], size[2], 1
+    for n in range(p.shape[1]):
+        bx, tx = _clipped(m[0, 0] * p[0, n] + m[0, 1] * p[1, n] + m[0, 2] * p[2, n] + m[0, 3], size[0], sx)
+        by, ty = _clipped(m[1, 0] * p[0, n] + m[1, 1] * p[1, n] + m[1, 2] * p[2, n] + m[1, 3], size[1], sy)
+        bz, tz = _clipped(m[2, 0] * p[0, n] + m[2, 1] * p[1, n] + m[2, 2] * p[2, n] + m[2, 3], size[2], sz)
+        b = bx + by + bz
+        x0, x1 = v[b + sx] - v[b], v[b + sx + sy] - v[b + sy]
+        x2, x3 = v[b + sx + sz] - v[b + sz], v[b + sx + sy + sz] - v[b + sy + sz]
+        e0, e1 = v[b] + tx * x0, v[b + sy] + tx * x1
+        e2, e3 = v[b + sz] + tx * x2, v[b + sy + sz] + tx * x3
+        f0, f1, x4, x5 = e0 + ty * (e1 - e0), e2 + ty * (e3 - e2), x0 + ty * (x1 - x0), x2 + ty * (x3 - x2)
+        slopes[0, n] = x4 + tz * (x5 - x4)
+        slopes[1, n] = e1 - e0 + tz * (e3 - e2 - (e1 - e0))
+        slopes[2, n] = f1 - f0
+        weights[n] = _mixed(known, b, sx, sy, sz, tx, ty, tz) if len(known) else 1.0
+        cells[n] = rows[n] + int(f0 + tz * (f1 - f0))
+        counts[cells[n]] += weights[n]
+
+
+def match(
+    values: _Array, known: _Array, size: tuple[int, ...], rows: _Array, matrix: _Array, points: _Array, number: int
+) -> tuple[_Array, _Array, _Array, _Array]:
+    """Joint histogram ``(number,)`` of two volumes under one map, with linear interpolation, and what it is made of.
+
+    That is the cell of each point ``(N,)``, what the point counts ``(N,)``, and the slope of the moving volume there
+    ``(3, N)``. The arguments are those of :func:`glance`, with one map ``(3, 4)``.
+    """
+    n = len(rows)
+    found = np.zeros(number), np.empty(n, _Index), np.empty(n), np.empty((3, n))
+    _match(values, known, np.array(size), rows, matrix, points, *found)
+    return found
+
+
+@compiled
+def _moments(s: Any, slopes: Any, points: Any, weights: Any, mean: Any, square: Any) -> None:
+    x = np.empty(12)
+    for n in range(len(s)):
+        for i in range(3):
+            for j in range(4):
+                x[4 * i + j] = s[n] * slopes[i, n] * points[j, n]
+        for i in range(12):
+            mean[i] += weights[n] * x[i]
+            for j in range(len(square)):
+                square[i, j] += weights[n] * x[i] * x[j]
+
+
+def moments(score: _Array, slopes: _Array, points: _Array, weights: _Array, *, squared: bool) -> tuple[_Array, _Array]:
+    """Weighted sums of ``x``, ``(12,)``, and of ``x x^T``, ``(12, 12)`` or empty if not wanted, over the points.
+
+    ``x`` is the outer product of the slope and the point, times the score ``(N,)``; the others are those of
+    :func:`match`.
+    """
+    mean, square = np.zeros(12), np.zeros((12, 12) if squared else (0, 0))
+    _moments(score, slopes, points, weights, mean, square)
+    return mean, square

@@ -289,10 +289,8 @@ def register_scans(
     with stages.stage("affine"):
         if options.space == "mni152":
             kind = "rigid" if options.same_person else options.alignment
-            # one after the other: each is a thousand short calls, which threads would make wait for each other
-            to_moving, to_fixed = (
-                align_to_mni152(image, head, kind) for image, head in zip(scaled, heads, strict=True)
-            )
+            pairs = [*zip(scaled, heads, strict=True)]
+            to_moving, to_fixed = run(lambda pair: align_to_mni152(*pair, kind), pairs, num_threads())
             if options.same_person:
                 to_moving, to_fixed = _towards_each_other(to_moving, to_fixed, _align_both_ways(*scaled))
         elif options.same_person:

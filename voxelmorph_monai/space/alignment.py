@@ -155,8 +155,7 @@ def register_affine(
             )
     poses = [*_poses(*coarse, 1.0 if kind == "rigid" else sides[0] / sides[1])]
     information = MutualInformation(*coarse, reach)
-    scores = [information.glance(pose) for pose in poses]
-    starts = [poses[k] for k in np.argsort(scores, kind="stable")[::-1][:_NUM_STARTS]]
+    starts = [poses[k] for k in np.argsort(information.glance(poses), kind="stable")[::-1][:_NUM_STARTS]]
     starts.append(np.eye(dims + 1))
     start_kind = "rigid" if kind == "rigid" else "similarity"
     results = [maximise(information, start, start_kind, 5 * _TOLERANCE * sizes[0]) for start in starts]

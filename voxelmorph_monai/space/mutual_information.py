@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from voxelmorph_monai.affines import Affine, spacing
 from voxelmorph_monai.lazy import lazy
+from voxelmorph_monai.switch import compiled_module
 
 __all__ = ["Copy", "MutualInformation", "coarsen", "generators", "is_shown", "maximise"]
 
@@ -34,6 +35,7 @@ _THIN = 4  # least number of voxels of a copy along each axis, if the image has 
 _LEVELS = 16  # levels of intensity within a bin; more of them change the result by less than 1e-3 mm
 _MAX_BINS = 32
 _BLOCK = 8192  # points that are processed together: their intermediate results stay in the cache (3 times faster)
+_MAPS = 64  # maps that are looked at together
 _LEAST = 0.25  # least fraction of the comparable points that has to be compared
 _MAX_STEPS = 40
 _FARTHEST = 0.5  # longest step, in units of the points' root mean square distance from their centre
@@ -161,16 +163,13 @@ def _spline(bins: int) -> tuple[_Array, _Array]:
     return weights, slopes / _LEVELS
 
 
-def _interpolate(
-    values: _Array, shape: tuple[int, ...], at: _Array, with_slope: bool = True
-) -> tuple[_Array, list[_Array]]:
+def _interpolate(values: _Array, shape: tuple[int, ...], at: _Array) -> tuple[_Array, list[_Array]]:
     """Values of an image between its voxels, linear, and their slopes along each axis; beyond its border, those there.
 
     Args:
         values: of the image, flat.
         shape: of the image, at least 2 along each axis.
         at: positions in voxels ``(D, N)``; they are overwritten.
-        with_slope: whether the slopes are wanted.
     """
     steps = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
     first = np.zeros(at.shape[1], np.intp)
@@ -185,10 +184,51 @@ def _interpolate(
     for x in at:
         half = len(found) // 2
         steep = [found[half + k] - found[k] for k in range(half)]
-        if with_slope:
-            slopes = [[each[k] + x * (each[half + k] - each[k]) for k in range(half)] for each in slopes] + [steep]
+        slopes = [[each[k] + x * (each[half + k] - each[k]) for k in range(half)] for each in slopes] + [steep]
         found = [found[k] + x * steep[k] for k in range(half)]
     return found[0], [each[0] for each in slopes]
+
+
+class _Sums:
+    """The sums over points of ``scan_loops``, by NumPy and in 2-D, too."""
+
+    @staticmethod
+    def glance(
+        values: _Array, known: _Array, size: tuple[int, ...], rows: _Array, maps: _Array, points: _Array, number: int
+    ) -> _Array:
+        """As in ``scan_loops``."""
+        counts = []
+        for matrix in maps:
+            nearest = np.zeros(points.shape[1], np.intp)
+            for x, n in zip(matrix @ points, size, strict=True):
+                nearest = nearest * n + np.clip(x + 0.5, 0, n - 0.5).astype(np.intp)
+            cells = rows + values.take(nearest).astype(np.intp)
+            counts.append(np.bincount(cells, known.take(nearest) if len(known) else None, minlength=number))
+        return np.stack(counts)
+
+    @staticmethod
+    def match(
+        values: _Array, known: _Array, size: tuple[int, ...], rows: _Array, matrix: _Array, points: _Array, number: int
+    ) -> tuple[_Array, _Array, _Array, _Array]:
+        """As in ``scan_loops``."""
+        counts, parts = np.zeros(number), []
+        for start in range(0, points.shape[1], _BLOCK):
+            at = matrix @ points[:, start : start + _BLOCK]
+            weights = _interpolate(known, size, at.copy())[0] if len(known) else np.ones(at.shape[1])
+            level, slopes = _interpolate(values, size, at)
+            cells = rows[start : start + _BLOCK] + level.astype(np.intp)
+            counts += np.bincount(cells, weights, minlength=number)
+            parts.append((cells, weights, np.stack(slopes)))
+        cells, weights, slope = (np.concatenate(each, axis=-1) for each in zip(*parts, strict=True))
+        return counts, cells, weights, slope
+
+    @staticmethod
+    def moments(
+        score: _Array, slopes: _Array, points: _Array, weights: _Array, *, squared: bool
+    ) -> tuple[_Array, _Array]:
+        """As in ``scan_loops``."""
+        rows = ((score * slopes)[:, None] * points).reshape(-1, len(score))
+        return rows @ weights, (rows * weights) @ rows.T if squared else np.zeros((0, 0))
 
 
 class _Slope(NamedTuple):
@@ -232,12 +272,14 @@ class MutualInformation:
         self.bins = int(min(np.cbrt(self.points.shape[1]), _MAX_BINS))
         self._weights, self._slopes = _spline(self.bins)
         row = len(self._weights)
+        self._cells = self.bins * row
         self._rows = (self._levels(fixed.array, taken, self.bins) // 1).clip(max=self.bins - 1).astype(np.intp) * row
-        self._values = self._levels(moving.array, ..., row - 1).ravel() + 0.5
-        self._known = None if moving.known is None else moving.known.ravel()
-        self._shape = moving.array.shape
+        levels = self._levels(moving.array, ..., row - 1).ravel() + 0.5
+        known = np.empty(0) if moving.known is None else moving.known.ravel()
+        self._moving = levels, known, moving.array.shape
         self._to_voxels = np.linalg.inv(moving.affine)
         volumes = [float(np.prod(spacing(each.affine))) * each.array.size for each in (moving, fixed)]
+        self._sums: Any = (compiled_module("scan_loops") if moving.array.ndim == 3 else None) or _Sums
         self.least = _LEAST * min(1.0, volumes[0] / volumes[1])
 
     @staticmethod
@@ -250,73 +292,58 @@ class MutualInformation:
 
         What is not known explains nothing: so maps that have more or less in common can be compared.
         """
-        histogram, _ = self._histogram(self._to_voxels @ matrix @ self.to_mm, with_slope=False)
-        return self._score(histogram, self.points.shape[1])
+        return float(self._score(self._match(self._to_voxels @ matrix @ self.to_mm)[0], self.points.shape[1]))
 
-    def glance(self, matrix: Affine) -> float:
-        """Approximate :meth:`__call__` in less time, from the voxels that are nearest to half of the points."""
-        at = (self._to_voxels @ matrix @ self.to_mm)[:-1] @ self.points[:, ::2]
-        nearest = np.zeros(at.shape[1], np.intp)
-        for x, n in zip(at, self._shape, strict=True):
-            nearest = nearest * n + np.clip(x + 0.5, 0, n - 0.5).astype(np.intp)
-        cells = self._rows[::2] + self._values.take(nearest).astype(np.intp)
-        known = None if self._known is None else self._known.take(nearest)
-        return self._score(np.bincount(cells, known, minlength=self.bins * len(self._weights)), at.shape[1])
+    def glance(self, matrices: Sequence[Affine]) -> _Array:
+        """Approximate :meth:`__call__` for K maps in less time: ``(K,)``.
 
-    def _score(self, histogram: NDArray[Any], number: int) -> float:
-        fraction = float(histogram.sum()) / number
-        return fraction * self._information(histogram)[0] if fraction >= self.least else 0.0
+        Only half of the points are taken, and of the moving image the voxels that are nearest to them.
+        """
+        maps = (self._to_voxels @ np.stack(matrices) @ self.to_mm)[:, :-1]
+        rows, points, scores = self._rows[::2].copy(), np.ascontiguousarray(self.points[:, ::2]), []
+        for start in range(0, len(maps), _MAPS):
+            some = maps[start : start + _MAPS]
+            counts = self._sums.glance(*self._moving, rows, some, points, self._cells)
+            scores.append(self._score(counts, len(rows)))
+        return np.concatenate(scores)
 
-    def _histogram(self, to_voxels: Affine, with_slope: bool) -> tuple[_Array, list[Any]]:
+    def _score(self, histograms: _Array, number: int) -> _Array:
+        """What :meth:`__call__` gives, for histograms ``(..., cells)`` of so many points."""
+        fraction = histograms.sum(axis=-1) / number
+        return np.where(fraction >= self.least, fraction * self._information(histograms)[0], 0.0)
+
+    def _match(self, to_voxels: Affine) -> Any:
         """How often each level of the moving image meets each bin of the fixed one, and what slopes are made of."""
-        histogram, parts = np.zeros(self.bins * len(self._weights)), []
-        for start in range(0, self.points.shape[1], _BLOCK):
-            part = slice(start, start + _BLOCK)
-            at = to_voxels[:-1] @ self.points[:, part]
-            known = None
-            if self._known is not None:
-                known, _ = _interpolate(self._known, self._shape, at.copy(), with_slope=False)
-            level, slopes = _interpolate(self._values, self._shape, at, with_slope)
-            cells = self._rows[part] + level.astype(np.intp)
-            histogram += np.bincount(cells, known, minlength=histogram.size)
-            if with_slope:
-                parts.append((part, cells, known, slopes))
-        return histogram, parts
+        return self._sums.match(*self._moving, self._rows, to_voxels[:-1], self.points, self._cells)
 
-    def _information(self, histogram: _Array) -> tuple[float, _Array]:
-        """Mutual information, and the log of ``p(f, m) / p(m)`` for each bin of both."""
-        joint = histogram.reshape(self.bins, -1) @ self._weights
-        joint /= max(float(joint.sum()), 1e-9)
-        of_moving, of_fixed = joint.sum(axis=0), joint.sum(axis=1, keepdims=True)
+    def _information(self, histograms: _Array) -> tuple[_Array, _Array]:
+        """Mutual information ``(...)`` of histograms ``(..., cells)``, and the log of ``p(f, m) / p(m)`` in bins."""
+        joint = histograms.reshape(*histograms.shape[:-1], self.bins, -1) @ self._weights
+        joint /= np.maximum(joint.sum(axis=(-2, -1), keepdims=True), 1e-9)
+        of_moving, of_fixed = joint.sum(axis=-2, keepdims=True), joint.sum(axis=-1, keepdims=True)
         given = np.log(np.maximum(joint, 1e-12) / np.maximum(of_moving, 1e-12))
         given[joint <= 1e-12] = 0
-        return float((joint * (given - np.log(np.maximum(of_fixed, 1e-12)))).sum()), given
+        return (joint * (given - np.log(np.maximum(of_fixed, 1e-12)))).sum(axis=(-2, -1)), given
 
     def slope(self, matrix: Affine, with_fisher: bool = False) -> _Slope:
         """Value, gradient and, if wanted, Fisher's information, for the generators of an affine map."""
         to_voxels = self._to_voxels @ matrix @ self.to_mm
-        histogram, parts = self._histogram(to_voxels, with_slope=True)
-        size = self.points.shape[0] * len(self._shape)
+        histogram, cells, weights, slopes = self._match(to_voxels)
+        size = len(self.points) * (len(self.points) - 1)
         if histogram.sum() < self.least * self.points.shape[1]:
             return _Slope(-np.inf, np.zeros(size), np.eye(size) if with_fisher else None)
         value, given = self._information(histogram)
-        score = (given @ self._slopes.T).ravel()
-        gradient, fisher = np.zeros((len(self._shape), len(self.points))), np.zeros((size, size))
-        for part, cells, known, slopes in parts:  # in this order, whatever the number of threads
-            steep = score.take(cells) * np.stack(slopes)
-            points = self.points[:, part] if known is None else self.points[:, part] * known
-            gradient += steep @ points.T
-            if with_fisher:
-                rows = (steep[:, None] * self.points[:, part]).reshape(size, -1)
-                fisher += rows @ (rows if known is None else rows * known).T
+        score = (given @ self._slopes.T).ravel().take(cells)
+        gradient, fisher = self._sums.moments(score, slopes, self.points, weights, squared=with_fisher)
         total, turn = histogram.sum(), to_voxels[:-1, :-1]
+        gradient = (turn.T @ gradient.reshape(len(turn), -1) / total).ravel()
         mixed = np.kron(turn, np.eye(len(self.points)))
-        return _Slope(value, (turn.T @ gradient / total).ravel(), mixed.T @ fisher @ mixed / total)
+        return _Slope(float(value), gradient, mixed.T @ fisher @ mixed / total if with_fisher else None)
 
     def change(self, matrix: Affine, direction: _Array) -> tuple[Affine, float]:
         """Map after a change in a direction ``(D (D + 1),)``, and about how far (mm) that moves the points."""
         step = np.zeros_like(matrix)
-        step[:-1] = direction.reshape(len(self._shape), -1)
+        step[:-1] = direction.reshape(-1, len(self.points))
         return matrix @ self.to_mm @ linalg.expm(step) @ np.linalg.inv(self.to_mm), self.radius * float(
             np.linalg.norm(step)
         )
