@@ -46,7 +46,8 @@ ALLOWED = {
     "space": {"affines", "io", "lazy", "switch"},
     "maps": {"affines", "blocks", "io", "lazy", "space", "switch"},
     "pages": {"affines", "anatomy", "io", "lazy", "maps", "pose", "progress", "space"},
-    "pictures": {"affines", "io", "lazy", "pages"},
+    "drawing": {"lazy"},
+    "pictures": {"affines", "drawing", "io", "lazy", "pages"},
     "report": {"affines", "blocks", "io", "maps", "metrics", "pictures", "space", "switch"},
     "data": {"affines", "io"},
     "transforms": {"affines", "blocks", "engines", "evaluation", "io", "maps", "metrics", "report", "space"},
@@ -65,7 +66,7 @@ ALLOWED = {
     "anatomy_training": {"networks"},
 }
 ALLOWED["apps"] = {"__init__", *ALLOWED}
-ALLOWED["commands"] = {"__init__", "apps", "maps", "pages", "space"}
+ALLOWED["commands"] = {"__init__", "apps", "drawing", "maps", "pages", "space"}
 ALLOWED["cli"] = {"commands", "memory", "threads"}
 LAZY = {"__init__", "cli", "commands"}  # help appears at once only if a command imports what it needs when it runs
 

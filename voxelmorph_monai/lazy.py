@@ -5,10 +5,9 @@ are used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilear
 """
 
 from importlib import import_module
-from threading import Thread
 from typing import Any
 
-__all__ = ["begin_to_import", "lazy"]
+__all__ = ["lazy"]
 
 
 class _Lazy:
@@ -19,11 +18,6 @@ class _Lazy:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(import_module(self._name), attribute)
-
-
-def begin_to_import(name: str) -> None:
-    """Import a module in a thread, where what comes first leaves Python free: so it is there when it is needed."""
-    Thread(target=import_module, args=(name,), daemon=True).start()
 
 
 def lazy(name: str) -> Any:

@@ -15,7 +15,6 @@ from voxelmorph_monai.apps.result import FILES, write_result
 from voxelmorph_monai.apps.shipped import choose_device, weights_file
 from voxelmorph_monai.io.atomic import atomic_folder
 from voxelmorph_monai.io.formats import scan_files
-from voxelmorph_monai.lazy import begin_to_import
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.threads import num_threads, run
 
@@ -107,8 +106,6 @@ def register_files(
     series = {"moving": moving_series, "fixed": fixed_series}
     scan, other = run(lambda role: Scan.read(paths[role], series[role]), ["moving", "fixed"], num_threads())
     labels = {role: Scan.read_labels(path) for role, path in paths.items() if role.endswith(("_labels", "_mask"))}
-    if report:
-        begin_to_import("matplotlib.figure")  # 0.5 s of wall clock
     result = register_scans(scan, other, options, progress=progress, **labels)
     summary = {
         **result.measures(),

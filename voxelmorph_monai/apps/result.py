@@ -223,11 +223,11 @@ def write_result(
         result.inverse.save(folder / names["inverse"])
         write_ends(folder / names["inverse"], result.moving.grid, fixed.grid)
 
-    with ThreadPoolExecutor(1) as pool:  # beside the picture, which matplotlib draws in one thread: 1 s of wall clock
+    views = result._views(show_face) if report else None
+    # What lies between the fixed and the affinely aligned image, which are drawn.
+    bend = forward._replace(post=np.linalg.inv(forward.pre)).on_grid(fixed.grid)
+    with ThreadPoolExecutor(1) as pool:  # beside the picture, which is drawn in one thread: 1 s of wall clock
         saving = pool.submit(save_scans_and_maps)
-        views = result._views(show_face) if report else None
-        # What lies between the fixed and the affinely aligned image, which are drawn.
-        bend = forward._replace(post=np.linalg.inv(forward.pre)).on_grid(fixed.grid)
         save_results(
             folder,
             None if views is None else Images(*views.drawn()),

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from argparse import SUPPRESS
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,6 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _register(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apps.register_files import register_files
-
     refinement = {name: getattr(args, name) for name in ("budget", "steps", "similarity", "smoothness")}
     refinement = {name: value for name, value in refinement.items() if value is not None}
     if not args.refine and refinement:
@@ -199,10 +198,17 @@ def _register(args: argparse.Namespace) -> int:
         return _register_list(args, options)
     if args.fixed is None or args.jobs is not None or args.scheduler is not None:
         raise ValueError("give two scans, or --list; --jobs and --scheduler apply only to --list.")
+    from voxelmorph_monai.drawing import beside
+
     inputs = ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "moving_series", "fixed_series")
     files = {name: getattr(args, name) for name in inputs}
     saving = {name: getattr(args, name) for name in ("bids", "overwrite", "report", "show_face")}
-    summary = register_files(args.moving, args.fixed, args.output, options=options, progress=True, **files, **saving)
+    with beside() if args.report else nullcontext():  # before torch is imported
+        from voxelmorph_monai.apps.register_files import register_files
+
+        summary = register_files(
+            args.moving, args.fixed, args.output, options=options, progress=True, **files, **saving
+        )
     for note in summary.get("notes", []):
         print(f"note: {note}")
     if summary["options"]["preset"] is None and not options.refines:
