@@ -26,6 +26,7 @@ from voxelmorph_monai.handlers import (
     Resume,
     SaveEvaluation,
     SaveSubmission,
+    ValidationSeed,
     load_submission,
 )
 from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
@@ -87,6 +88,17 @@ def test_seeds_and_processes_draw_apart(monkeypatch):
 def test_a_wrong_seed_is_met_before_the_training(seed):
     with pytest.raises(ValueError, match=rf"seed is {seed}\."):
         EpochSeed(seed)
+
+
+def test_every_validation_draws_the_same():
+    found = []
+    engine = Engine(lambda *_: found.append(torch.rand(()).item()))
+    ValidationSeed(3).attach(engine)
+    for _ in range(2):
+        engine.run([0, 1])
+        torch.rand(5)  # what is drawn between two validations
+    assert found[:2] == found[2:]
+    assert found[0] != found[1]
 
 
 # Ramp

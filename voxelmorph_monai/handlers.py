@@ -23,7 +23,16 @@ from voxelmorph_monai.io.atomic import atomic, sweep
 from voxelmorph_monai.model_card import ModelCard, write_card
 from voxelmorph_monai.networks import VoxelMorph, read_state
 
-__all__ = ["EpochSeed", "KeepBest", "Ramp", "Resume", "SaveEvaluation", "SaveSubmission", "load_submission"]
+__all__ = [
+    "EpochSeed",
+    "KeepBest",
+    "Ramp",
+    "Resume",
+    "SaveEvaluation",
+    "SaveSubmission",
+    "ValidationSeed",
+    "load_submission",
+]
 
 _SAME_DICE = 0.01  # the mean Dice of the same scans and labels, or of half of the scans, differs by less
 
@@ -79,6 +88,24 @@ class EpochSeed:
         random.seed(third)
         if self.sampler is not None:
             self.sampler.set_epoch(engine.state.epoch)
+
+
+class ValidationSeed:
+    """Seed torch when a validation starts, so that all epochs are validated on the same random images.
+
+    Epochs of the training must seed themselves (:class:`EpochSeed`), as they would otherwise all be the same, too.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = check_seed(seed)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed for a validation."""
+        torch.manual_seed(self.seed)
 
 
 class Ramp:
