@@ -565,7 +565,7 @@ RESAMPLING = [
 ]
 
 TEMPLATE = [
-    ("[[-1, 0, 0], [0, 0, 1], [0, -1, 0]]", "[[1, 0, 0], [0, 0, 1], [0, -1, 0]]", "sign: the grid runs right"),
+    ("None, LIA, *_template_box()", "None, LIA * [-1, 1, 1], *_template_box()", "sign: the grid runs right"),
     ("- 1) / 2)\n        return", ") / 2)\n        return", "centre: half a voxel off"),
     ("(extent < needed).any()", "(extent < needed).all()", "check: one axis may be too short"),
     ("side *= 1.02", "side *= 0.98", "direction: a grid becomes finer"),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LIA",
     "Affine",
     "ImageGrid",
     "apply_affine",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 Affine = NDArray[np.float64]
+
+LIA = np.array([[-1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
+"""Axes that run left, inferior, anterior, as in FreeSurfer's volumes: each column is the direction of one in RAS."""
 
 
 def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> float:

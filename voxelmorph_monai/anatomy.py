@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from voxelmorph_monai.affines import Affine, ImageGrid, spacing
+from voxelmorph_monai.affines import LIA, Affine, ImageGrid, spacing
 from voxelmorph_monai.blocks import sample
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.networks import load_weights
@@ -105,7 +105,6 @@ STRUCTURES = (
 NUM_CLASSES = len(STRUCTURES) + 1
 NUM_PARTS = 8
 COARSE, FINE = 4.0, 2.0  # side of a voxel of the two looks, mm
-_LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: direction (RAS) of an axis of a view, the head upright
 _MARGIN = 6.0  # mm: least margin around the brain in the fine look
 # Voxels of the fine look, unless a brain needs more: those that it is trained with. The network normalises over all of
 # them, so another amount of air around the head makes the result worse.
@@ -292,7 +291,7 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
         if _LITRES[0] < litres < _LITRES[1]:
             near = torch.from_numpy(ndimage.binary_dilation(brain))
             poses = find_poses(image[0, 0].clamp(max=1), (1 - parts[0]) * near, np.asarray(view.affine))
-            found += [(_around(brain, view, rotation_of(pose.mapping) @ _LIA), pose) for pose in poses]
+            found += [(_around(brain, view, rotation_of(pose.mapping) @ LIA), pose) for pose in poses]
             found.sort(key=lambda each: -each[1].explained)
         elif not found:
             raise ValueError(
@@ -303,7 +302,7 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
             break
         pose = left[0]
         tried.append(rotation_of(pose.mapping))
-        axes = tried[-1] @ _LIA
+        axes = tried[-1] @ LIA
         middle = axes.T @ (pose.mapping @ [*anatomy_of_mni152().middle, 1.0])[:3]
         half = COARSE * _VIEW_COARSE / 2
         view = _grid(middle - half, middle + half, axes, COARSE, 1)
@@ -359,7 +358,7 @@ def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Ten
             raise ValueError(f"{scan.name} shows no head: no brain was found in it.")
         axes = np.asarray(view.affine)[:3, :3] / FINE
         mapping, missed = fit_centres(Anatomy(posteriors[1:].cpu(), np.asarray(view.affine)), anatomy_of_mni152())
-        upright = rotation_of(mapping) @ _LIA
+        upright = rotation_of(mapping) @ LIA
         askew = missed < _WRONG and _angle(upright, axes) > _TILTED
         closer = _around(brain, view, upright if askew else axes)
         loose = np.prod(closer.size) < _LOOSE * np.prod(view.size)
@@ -459,8 +458,8 @@ def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Tensor:
 def _whole(grid: ImageGrid) -> ImageGrid:
     """Upright grid of the coarse look that holds all of ``grid``."""
     ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in grid.size], [1.0], indexing="ij")).reshape(4, -1)
-    corners = _LIA.T @ (grid.affine @ ends)[:3]
-    return _grid(corners.min(1), corners.max(1), _LIA, COARSE, 1)
+    corners = LIA.T @ (grid.affine @ ends)[:3]
+    return _grid(corners.min(1), corners.max(1), LIA, COARSE, 1)
 
 
 def _framed(image: Tensor, view: ImageGrid) -> tuple[Tensor, ImageGrid]:

@@ -23,7 +23,7 @@ from nibabel.gifti.gifti import GiftiCoordSystem
 from nibabel.gifti.util import gifti_encoding_codes
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import Affine, ImageGrid, spacing
+from voxelmorph_monai.affines import LIA, Affine, ImageGrid, spacing
 from voxelmorph_monai.io.atomic import atomic
 from voxelmorph_monai.io.formats import reading
 
@@ -33,7 +33,6 @@ FRAMES = ("RAS", "LPS", "tkr")
 """Coordinates of vertices: of the scanner, RAS or LPS, or FreeSurfer's."""
 _MESHES = (".vtk", ".vtp", ".stl", ".ply")
 _LPS = np.diag([-1.0, -1, 1, 1])
-_CONFORMED = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # axes of FreeSurfer's volumes: left, inferior, anterior
 _TRIANGLES, _POINTS = "NIFTI_INTENT_TRIANGLE", "NIFTI_INTENT_POINTSET"
 _VOLUME = ("VolGeom", "SurfaceCenter")  # metadata of GIFTI that describe the volume of the old coordinates
 _INTEGERS = {"u1": np.uint8, "i1": np.int32, "i2": np.int32, "u2": np.int32, "i8": np.int32, "u4": np.int32}
@@ -64,7 +63,7 @@ def tkr_affine(grid: ImageGrid) -> Affine:
     FreeSurfer gives each volume the axes of its conformed ones, about its middle.
     """
     tkr = np.eye(4)
-    tkr[:3, :3] = _CONFORMED * spacing(grid.affine)
+    tkr[:3, :3] = LIA * spacing(grid.affine)
     tkr[:3, 3] = -tkr[:3, :3] @ (np.array(grid.size) / 2)
     return grid.affine @ np.linalg.inv(tkr)
 
@@ -93,7 +92,7 @@ def _footer_matrix(info: dict[str, Any]) -> Affine:
     """From tkr RAS to scanner RAS, by the footer of a FreeSurfer surface."""
     matrix = np.eye(4)
     axes = np.stack([np.asarray(info[key], dtype=np.float64) for key in ("xras", "yras", "zras")], axis=1)
-    matrix[:3, :3], matrix[:3, 3] = axes @ np.linalg.inv(_CONFORMED), info["cras"]
+    matrix[:3, :3], matrix[:3, 3] = axes @ np.linalg.inv(LIA), info["cras"]
     return matrix
 
 
@@ -205,7 +204,7 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
                 f"{path} does not describe the volume of its tkr RAS. Name the image that the surface was made from "
                 "(--volume)."
             )
-        matrix[:3, :3], matrix[:3, 3] = np.array(axes).T @ np.linalg.inv(_CONFORMED), centre
+        matrix[:3, :3], matrix[:3, 3] = np.array(axes).T @ np.linalg.inv(LIA), centre
     else:
         matrix = _frame_matrix(said, volume, path)
 

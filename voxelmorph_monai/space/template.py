@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import ImageGrid
+from voxelmorph_monai.affines import LIA, ImageGrid
 from voxelmorph_monai.io.formats import load_nibabel
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.space.resampling import fraction_inside
@@ -31,7 +31,6 @@ __all__ = [
 
 datasets = lazy("nilearn.datasets")
 
-_LIA = np.array([[-1, 0, 0], [0, 0, 1], [0, -1, 0]])  # column: the direction (RAS) of an array axis
 _MARGIN = 8  # voxels around the image in a grid that fits it
 _LEAST_IN_GRID = 0.75  # fraction of a brain that must lie in a grid around MNI152; aligned brains do completely
 
@@ -160,12 +159,12 @@ def _template_box() -> tuple[NDArray[Any], NDArray[Any]]:
 def _extent(scan: Scan | None) -> tuple[Plane | None, NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Plane of a slice, or None; the axes of a grid, in columns; and the box (mm) that the grid must contain."""
     if scan is None:
-        return None, _LIA, *_template_box()
+        return None, LIA, *_template_box()
     shown = scan.like(scan.array > scan.background)
     if scan.is_slice:
         plane = Plane.of(scan)
         return plane, np.eye(2), *_box(*plane.flatten(shown))
-    return None, _LIA, *_box(shown.array, scan.affine)
+    return None, LIA, *_box(shown.array, scan.affine)
 
 
 def check_brain(scan: Scan) -> None:
