@@ -917,7 +917,7 @@ VERTICES = [
     ("for matrix in matrices]) < 0)", "for matrix in matrices]) > 0)", "handedness turned round"),
 ]
 SURFACES = [
-    ("_LPS = np.diag([-1.0, -1, 1, 1])", "_LPS = np.diag([-1.0, 1, 1, 1])", "sign: LPS turns two axes"),
+    ("return ras_to_lps(3) if", "return np.diag([-1.0, 1, 1, 1]) if", "sign: LPS turns two axes"),
     (
         "np.array(grid.size) / 2)\n    return grid.affine",
         "(np.array(grid.size) - 1) / 2)\n    return grid.affine",

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nibabel.freesurfer.io import read_geometry, write_geometry
 from nibabel.gifti.gifti import GiftiCoordSystem
 from nibabel.gifti.util import gifti_encoding_codes
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import LIA, Affine, ImageGrid, spacing
+from voxelmorph_monai.affines import LIA, Affine, ImageGrid, ras_to_lps, spacing
 from voxelmorph_monai.io.atomic import atomic
 from voxelmorph_monai.io.formats import reading
 
@@ -32,7 +33,6 @@ __all__ = ["FRAMES", "SurfaceFile", "read_surface", "save_surface", "tkr_affine"
 FRAMES = ("RAS", "LPS", "tkr")
 """Coordinates of vertices: of the scanner, RAS or LPS, or FreeSurfer's."""
 _MESHES = (".vtk", ".vtp", ".stl", ".ply")
-_LPS = np.diag([-1.0, -1, 1, 1])
 _TRIANGLES, _POINTS = "NIFTI_INTENT_TRIANGLE", "NIFTI_INTENT_POINTSET"
 _VOLUME = ("VolGeom", "SurfaceCenter")  # metadata of GIFTI that describe the volume of the old coordinates
 _INTEGERS = {"u1": np.uint8, "i1": np.int32, "i2": np.int32, "u2": np.int32, "i8": np.int32, "u4": np.int32}
@@ -68,10 +68,6 @@ def tkr_affine(grid: ImageGrid) -> Affine:
     return grid.affine @ np.linalg.inv(tkr)
 
 
-def _moved(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> _Points:
-    return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
-
-
 def _handedness(matrix: NDArray[np.floating[Any]]) -> bool:
     return bool(np.linalg.det(matrix[:3, :3]) < 0)
 
@@ -85,7 +81,7 @@ def _frame_matrix(frame: str, grid: ImageGrid | None, path: Path) -> Affine:
                 "was made from (--volume)."
             )
         return tkr_affine(grid)
-    return _LPS if frame == "LPS" else np.eye(4)
+    return ras_to_lps(3) if frame == "LPS" else np.eye(4)
 
 
 def _footer_matrix(info: dict[str, Any]) -> Affine:
@@ -154,7 +150,7 @@ def _read_freesurfer(path: Path, frame: str | None, volume: ImageGrid | None) ->
         turned = flip != (_handedness(matrix) != _handedness(out))
         write_geometry(
             str(target),
-            _moved(np.linalg.inv(out), points),
+            apply_affine(np.linalg.inv(out), points),
             triangles[:, ::-1] if turned else triangles,
             create_stamp=stamp.rstrip("\n"),
             volume_info=_footer(info, grid),
@@ -164,7 +160,7 @@ def _read_freesurfer(path: Path, frame: str | None, volume: ImageGrid | None) ->
                 file.seek(_footer_start(file.read(), len(points), len(triangles)) + 4)
                 file.write((1).to_bytes(4, "big"))
 
-    return SurfaceFile(_moved(matrix, vertices), said, "", write)
+    return SurfaceFile(apply_affine(matrix, vertices), said, "", write)
 
 
 def _gifti_type(array: NDArray[Any]) -> NDArray[Any]:
@@ -223,7 +219,7 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
             del vertices.meta[key]
         nib.save(image, target)
 
-    return SurfaceFile(_moved(matrix, vertices.data), said, "", write)
+    return SurfaceFile(apply_affine(matrix, vertices.data), said, "", write)
 
 
 def _vtk(module: str, path: Path) -> Any:
@@ -291,7 +287,7 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
 
     def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
         out = _frame_matrix(said, grid, path) if said == "tkr" else matrix
-        places = _moved(np.linalg.inv(out), points).astype(np.float32)
+        places = apply_affine(np.linalg.inv(out), points).astype(np.float32)
         mesh.GetPoints().SetData(numpy_support.numpy_to_vtk(places, deep=True))
         for data in (mesh.GetPointData(), mesh.GetCellData()):
             if data.GetNormals() is not None:
@@ -310,7 +306,7 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
         if not writer.Write() or failed:
             raise OSError(f"{target} cannot be written: is the disk full?")
 
-    return SurfaceFile(_moved(matrix, numpy_support.vtk_to_numpy(mesh.GetPoints().GetData())), said, note, write)
+    return SurfaceFile(apply_affine(matrix, numpy_support.vtk_to_numpy(mesh.GetPoints().GetData())), said, note, write)
 
 
 def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid | None = None) -> SurfaceFile:
