@@ -534,7 +534,7 @@ AFFINES = [
     ("points * np.array([-1, -1, 1])", "points * np.array([-1, 1, 1])", "sign: points to LPS"),
     ("np.ix_([0, 1, 3], [0, 1, 3])", "np.ix_([0, 1, 3], [0, 1, 2])", "plane: the shift is left out"),
     ("index[0] += start", "pass", "slabs: each begins at the border"),
-    ("(0, n - 1) for n in shape", "(0, 0) for n in shape", "distance: only the first voxel is compared"),
+    ("[n - 1 for n in shape]", "[0 for n in shape]", "distance: only the first voxel is compared"),
     ("min(0.1, 0.1 *", "min(0.1, 10 *", "tolerance: a grid is one to ten voxels"),
     ("_SLAB_VOXELS // (size[1] * size[2])", "_SLAB_VOXELS // (size[0] * size[0])", "slabs: planes of another axis"),
 ]
@@ -571,7 +571,7 @@ TEMPLATE = [
     ("side *= 1.02", "side *= 0.98", "direction: a grid becomes finer"),
     ("+ 1 + 2 * _MARGIN", "+ 1", "margin: none"),
     ("2.5 + 0.2 *", "2.5 + 0.0 *", "rim: of what is resampled is too much"),
-    ("(line[0], line[-1])", "(line[0], line[-1] + 1)", "box: a voxel too many"),
+    ("[line[-1] for line in lines]", "[line[-1] + 1 for line in lines]", "box: a voxel too many"),
 ]
 
 ITK_BRIDGE = [

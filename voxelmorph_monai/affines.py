@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "LIA",
@@ -20,6 +20,7 @@ __all__ = [
     "check_affine",
     "check_same_grid",
     "corner_distance",
+    "corners",
     "even_rotations",
     "half_map",
     "in_plane",
@@ -39,10 +40,25 @@ LIA = np.array([[-1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
 """Axes that run left, inferior, anterior, as in FreeSurfer's volumes: each column is the direction of one in RAS."""
 
 
+def corners(affine: Affine, low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:
+    """Positions ``(D, 2^D)`` (mm) of the corners of a box in voxels.
+
+    Args:
+        affine: map from voxel indices to positions, ``(D + 1, D + 1)``.
+        low: lowest index along each axis, ``(D,)``.
+        high: highest index along each axis, ``(D,)``.
+
+    >>> corners(np.diag([2.0, 3.0, 1.0]), [0, 0], [5, 7]).tolist()
+    [[0.0, 0.0, 10.0, 10.0], [0.0, 21.0, 0.0, 21.0]]
+    """
+    index = np.stack(np.meshgrid(*np.transpose([low, high]), [1.0], indexing="ij")).reshape(len(affine), -1)
+    return (affine @ index)[:-1]
+
+
 def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> float:
     """Largest distance (mm) between the positions of a voxel under two affines, on a grid of this shape."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(4, -1)
-    return float(np.linalg.norm((first - second) @ corners, axis=0).max())
+    last = [n - 1 for n in shape]
+    return float(np.linalg.norm(corners(first - second, [0] * len(last), last), axis=0).max())
 
 
 _SLAB_VOXELS = 2**20  # voxels processed at a time

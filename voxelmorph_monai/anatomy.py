@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from voxelmorph_monai.affines import LIA, Affine, ImageGrid, spacing
+from voxelmorph_monai.affines import LIA, Affine, ImageGrid, corners, spacing
 from voxelmorph_monai.blocks import sample
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.networks import load_weights
@@ -457,9 +457,8 @@ def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Tensor:
 
 def _whole(grid: ImageGrid) -> ImageGrid:
     """Upright grid of the coarse look that holds all of ``grid``."""
-    ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in grid.size], [1.0], indexing="ij")).reshape(4, -1)
-    corners = LIA.T @ (grid.affine @ ends)[:3]
-    return _grid(corners.min(1), corners.max(1), LIA, COARSE, 1)
+    ends = LIA.T @ corners(grid.affine, [-0.5] * 3, np.array(grid.size) - 0.5)
+    return _grid(ends.min(1), ends.max(1), LIA, COARSE, 1)
 
 
 def _framed(image: Tensor, view: ImageGrid) -> tuple[Tensor, ImageGrid]:
@@ -528,10 +527,9 @@ def _within(view: ImageGrid, grid: ImageGrid) -> Tensor:
 
 def _box_in(view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[Any], NDArray[Any]]:
     """First and last voxel of ``grid``, along each axis, that ``view`` may reach."""
-    ends = np.stack(np.meshgrid(*[(-1.0, n) for n in view.size], [1.0], indexing="ij")).reshape(4, -1)
-    corners = (np.linalg.inv(grid.affine) @ view.affine @ ends)[:3]
+    ends = corners(np.linalg.inv(grid.affine) @ view.affine, [-1] * 3, view.size)
     last = np.array(grid.size) - 1
-    return np.clip(np.floor(corners.min(1)), 0, last).astype(int), np.clip(np.ceil(corners.max(1)), 0, last).astype(int)
+    return np.clip(np.floor(ends.min(1)), 0, last).astype(int), np.clip(np.ceil(ends.max(1)), 0, last).astype(int)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import Affine, even_rotations, require_right_angles, spacing
+from voxelmorph_monai.affines import Affine, corners, even_rotations, require_right_angles, spacing
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.space.mutual_information import Copy, MutualInformation, coarsen, is_shown, maximise
 from voxelmorph_monai.space.scan import Plane, Scan
@@ -59,9 +59,8 @@ def _rotations(number: int, spatial_dims: int) -> NDArray[Any]:
 
 def _ends(copy: Copy) -> NDArray[Any]:
     """Corners ``(2, D)`` of the straight box (mm) around a copy."""
-    corners = np.array([*product(*[(0, n - 1) for n in copy.array.shape])])
-    places = corners @ copy.affine[:-1, :-1].T + copy.affine[:-1, -1]
-    return np.stack([places.min(axis=0), places.max(axis=0)])
+    places = corners(copy.affine, np.zeros(copy.array.ndim), np.array(copy.array.shape) - 1)
+    return np.stack([places.min(axis=1), places.max(axis=1)])
 
 
 def _poses(moving: Copy, fixed: Copy, scale: float) -> Iterator[Affine]:

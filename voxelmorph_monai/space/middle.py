@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from voxelmorph_monai.affines import ImageGrid, apply_affine
+from voxelmorph_monai.affines import ImageGrid, corners
 from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["grid_around", "linear_mean"]
@@ -41,8 +41,7 @@ def grid_around(scans: Sequence[Scan], maps: Sequence[_Matrix], spacing: float |
     ends = []
     for scan, mapping in zip(scans, maps, strict=True):
         index = np.argwhere(scan.array > scan.background)
-        corners = np.stack(np.meshgrid(*zip(index.min(0), index.max(0), strict=True), indexing="ij")).reshape(3, -1)
-        ends.append(apply_affine(np.linalg.inv(mapping) @ scan.affine, corners))
+        ends.append(corners(np.linalg.inv(mapping) @ scan.affine, index.min(0), index.max(0)))
     low, high = np.hstack(ends).min(1), np.hstack(ends).max(1)
     size = np.ceil((high - low) / side).astype(int) + 1 + 2 * _MARGIN
     affine = np.diag([side, side, side, 1.0])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import LIA, ImageGrid
+from voxelmorph_monai.affines import LIA, ImageGrid, corners
 from voxelmorph_monai.io.formats import load_nibabel
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.space.resampling import fraction_inside
@@ -146,8 +146,7 @@ def sample_scan(name: str) -> Path:
 def _box(array: NDArray[np.bool_], affine: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Lower and upper corner (mm) of the box around all True voxels, for any orientation of the array."""
     lines = [np.flatnonzero(array.any(axis=tuple({*range(array.ndim)} - {axis}))) for axis in range(array.ndim)]
-    corners = np.stack(np.meshgrid(*[(line[0], line[-1]) for line in lines], [1], indexing="ij"))
-    ends = (affine @ corners.reshape(len(affine), -1))[:-1]
+    ends = corners(affine, [line[0] for line in lines], [line[-1] for line in lines])
     return ends.min(axis=1), ends.max(axis=1)
 
 
