@@ -587,7 +587,7 @@ ALIGNMENT = [
     ("result, kind, _TOLERANCE * size)", 'result, "rigid", _TOLERANCE * size)', "kind: an affine map stays rigid"),
     ('"rigid" if kind == "rigid" else "similarity"', '"similarity"', "kind: a rigid map scales"),
     ("> _SAME *", "> 2 * _SAME *", "check: what is the same is optimised"),
-    ("inside.mean() < 0.5", "inside.mean() < 2", "check: what is the same is optimised"),
+    ("common.mean() < 0.5", "common.mean() < 2", "check: what is the same is optimised"),
 ]
 
 MUTUAL_INFORMATION = [

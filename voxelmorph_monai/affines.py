@@ -6,7 +6,8 @@ happens here and, for scans that ITK reads, in :mod:`~voxelmorph_monai.io.volume
 :mod:`~voxelmorph_monai.io.dicom`, but nowhere else. Within a plane an affine is 3 x 3.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,10 +179,17 @@ def slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
         yield slice(start, stop), index
 
 
-def inside(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.bool_]:
-    """Whether indices ``(3, ...)`` lie in an image of this shape: at most half a voxel beyond its outermost voxels."""
-    end = np.reshape(shape, (3, *[1] * (index.ndim - 1))) - 0.5
-    return np.logical_and.reduce((index >= -0.5) & (index < end))
+def inside(index: Iterable[NDArray[np.floating[Any]]], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether indices lie in an image of this shape: at most half a voxel beyond its outermost voxels.
+
+    Args:
+        index: indices along each axis, ``(D, ...)``, or one array after the other.
+        shape: shape of the image, ``(D,)``.
+
+    >>> inside(np.array([[-0.5, 1.4, 1.5]]), [2]).tolist()
+    [True, True, False]
+    """
+    return reduce(np.logical_and, ((at >= -0.5) & (at < n - 0.5) for at, n in zip(index, shape, strict=True)))
 
 
 def check_same_grid(

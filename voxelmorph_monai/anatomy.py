@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from voxelmorph_monai.affines import LIA, Affine, ImageGrid, corners, spacing
+from voxelmorph_monai.affines import LIA, Affine, ImageGrid, corners, inside, spacing
 from voxelmorph_monai.blocks import sample
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.networks import load_weights
@@ -448,9 +448,10 @@ def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Tensor:
         axes = [torch.arange(n, device=posteriors.device, dtype=posteriors.dtype) for n in size]
         index = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + corner[:, None]
         points = (to_view[:3, :3] @ index + to_view[:3, 3:]).view(1, 3, -1, 1, 1)
-        inside = sample(brain, points, padding_mode="zeros").flatten() > 0
-        part = torch.zeros(inside.shape, dtype=torch.uint8, device=posteriors.device)
-        part[inside] = 1 + sample(posteriors[None, 1:], points[:, :, inside]).flatten(2)[0].argmax(0).to(torch.uint8)
+        is_brain = sample(brain, points, padding_mode="zeros").flatten() > 0
+        part = torch.zeros(is_brain.shape, dtype=torch.uint8, device=posteriors.device)
+        likeliest = sample(posteriors[None, 1:], points[:, :, is_brain]).flatten(2)[0].argmax(0)
+        part[is_brain] = 1 + likeliest.to(torch.uint8)
         found[start:stop, first[1] : last[1] + 1, first[2] : last[2] + 1] = part.view(size)
     return found
 
@@ -517,12 +518,9 @@ def _touches(brain: NDArray[np.bool_], view: ImageGrid, grid: ImageGrid) -> bool
 def _within(view: ImageGrid, grid: ImageGrid) -> Tensor:
     """Which voxels of ``view`` lie in ``grid``: at most half a voxel from its outermost ones."""
     to_grid = np.linalg.inv(grid.affine) @ view.affine
-    inside = np.ones(view.size, bool)
     axes = np.ogrid[tuple(slice(n) for n in view.size)]
-    for d in range(3):
-        index = sum(to_grid[d, e] * axes[e] for e in range(3)) + to_grid[d, 3]
-        inside &= (index >= -0.5) & (index <= grid.size[d] - 0.5)
-    return torch.from_numpy(inside)
+    index = (sum(row[k] * axes[k] for k in range(3)) + row[3] for row in to_grid[:3])
+    return torch.from_numpy(inside(index, grid.size))
 
 
 def _box_in(view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import Affine, corners, even_rotations, require_right_angles, spacing
+from voxelmorph_monai.affines import Affine, corners, even_rotations, inside, require_right_angles, spacing
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.space.mutual_information import Copy, MutualInformation, coarsen, is_shown, maximise
 from voxelmorph_monai.space.scan import Plane, Scan
@@ -95,12 +95,11 @@ def _same(moving: tuple[NDArray[Any], Affine], fixed: tuple[NDArray[Any], Affine
     some = np.stack(np.unravel_index(shown[:: max(1, len(shown) // _NUM_POINTS)], fixed[0].shape))
     to_voxels = np.linalg.inv(moving[1]) @ fixed[1]
     at = to_voxels[:-1, :-1] @ some + to_voxels[:-1, -1:]
-    ends = np.reshape(moving[0].shape, (-1, 1)) - 0.5
-    inside = ((at >= -0.5) & (at <= ends)).all(axis=0)
-    if inside.mean() < 0.5:
+    common = inside(at, moving[0].shape)
+    if common.mean() < 0.5:
         return False
-    there = ndimage.map_coordinates(moving[0], at[:, inside], np.float64, order=1, mode="nearest")
-    here = fixed[0][tuple(some[:, inside])].astype(np.float64)
+    there = ndimage.map_coordinates(moving[0], at[:, common], np.float64, order=1, mode="nearest")
+    here = fixed[0][tuple(some[:, common])].astype(np.float64)
     there, here = there - there.mean(), here - here.mean()
     return bool((there * here).sum() > _SAME * np.sqrt((there**2).sum() * (here**2).sum()))
 
