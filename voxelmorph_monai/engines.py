@@ -25,8 +25,9 @@ def prepare_pair(
     missing = {"moving", "fixed"} - set(keys)
     if missing:
         raise ValueError(f"batch has no {sorted(missing)}, only {sorted(batch)}. It needs 'moving' and 'fixed'.")
+    options = {"non_blocking": non_blocking, **kwargs}
     target = {
-        k: torch.as_tensor(batch[k]).as_subclass(Tensor).to(device, non_blocking=non_blocking, **kwargs)  # type: ignore[call-overload]
+        k: torch.as_tensor(batch[k]).as_subclass(Tensor).to(device, **options)  # type: ignore[call-overload] # kwargs: object
         for k in keys
     }
     if target["moving"].shape != target["fixed"].shape:

@@ -348,7 +348,8 @@ class SaveSubmission:
     def __call__(self, engine: Engine) -> None:
         """Write the pairs of the batch that ``engine`` has registered."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        for item, prediction in zip(engine.state.batch, engine.state.output, strict=True):  # type: ignore[call-overload]
+        pairs = zip(engine.state.batch, engine.state.output, strict=True)  # type: ignore[call-overload] # both are set
+        for item, prediction in pairs:
             fixed, moving = (_subject(item[role].meta["filename_or_obj"]) for role in ("fixed", "moving"))
             ddf = prediction["ddf"].cpu().numpy()
             if any(n % 2 for n in ddf.shape[1:]):

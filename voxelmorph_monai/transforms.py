@@ -248,19 +248,21 @@ class SaveRegistrationd(Transform):
         return {**data, "summary": summary}
 
     def _write(self, folder: Path, data: Mapping[Hashable, Tensor]) -> dict[str, object]:
-        fixed, ddf, warped = data["fixed"], data["ddf"].cpu(), data["warped"][0].cpu().numpy()
+        moving, fixed = data["moving"], data["fixed"]
+        assert isinstance(moving, MetaTensor)
         assert isinstance(fixed, MetaTensor)
+        ddf, warped = data["ddf"].cpu(), data["warped"][0].cpu().numpy()
         affine = fixed.affine.numpy()
         inverse = data["inverse_ddf"].cpu() if "inverse_ddf" in data else invert(ddf[None])[0][0]
         summary = self._summary(data, inverse, affine)
-        meta = data["moving"].meta  # type: ignore[attr-defined]
-        intensities = warped * (meta["maximum"] - meta["minimum"]) + meta["minimum"]
+        low, high = moving.meta["minimum"], moving.meta["maximum"]
+        intensities = warped * (high - low) + low
         save_image(folder / "warped.nii.gz", intensities.astype(np.float32), affine)
         save_displacement(folder / "inverse_displacement.nii.gz", inverse.numpy(), affine)
         if "moving_label" in data:
             labels = _warped_labels(data["moving_label"], ddf, "nearest")
             save_image(folder / "warped_labels.nii.gz", labels[0].numpy(), affine)
-        images = Images(np.asarray(data["moving"][0]), np.asarray(fixed[0]), warped)
+        images = Images(np.asarray(moving[0]), np.asarray(fixed[0]), warped)
         save_results(folder, images, ddf.numpy(), affine, summary)
         return summary
 
