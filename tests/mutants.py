@@ -517,13 +517,7 @@ SYNTHESIS = [
     ("* mask, clean, label", "* mask, image, label", "judged on the image that is shown"),
     ("means * brain, brain", "drawn * brain, brain", "judged on intensities that were drawn"),
     ("shape = [len(like), *", "shape = [1, *", "one draw for the whole batch"),
-    (
-        "+ self.intensity_sd * torch.randn_like(means) if t1 else torch.rand_like(means)\n"
-        "        brain = self.brain.to(parts).expand_as(means)\n        solid",
-        "+ self.intensity_sd**2 * torch.randn_like(means) if t1 else torch.rand_like(means)\n"
-        "        brain = self.brain.to(parts).expand_as(means)\n        solid",
-        "unit: variance for deviation",
-    ),
+    ("self.intensity_sd * torch", "self.intensity_sd**2 * torch", "unit: variance for deviation"),
     ("-self.gamma, self.gamma)", "0, self.gamma)", "gamma: darkens alone"),
     ('["fixed"], prediction["inverse_ddf"]', '["fixed"], prediction["ddf"]', "the field of the other way"),
 ]

@@ -185,6 +185,13 @@ def _uniform(like: Tensor, low: float, high: float) -> Tensor:
     return torch.empty(shape, device=like.device).uniform_(low, high)
 
 
+def _moved(
+    batch: Mapping[str, Tensor], keys: Sequence[str], device: torch.device | str | None, non_blocking: bool
+) -> list[Tensor]:
+    """Plain tensors of some items of ``batch`` on ``device``."""
+    return [torch.as_tensor(batch[key]).as_subclass(Tensor).to(device, non_blocking=non_blocking) for key in keys]
+
+
 class Synthesis:
     """Random images of randomly deformed anatomy: ``prepare_batch`` of MONAI's engines.
 
@@ -280,10 +287,7 @@ class Synthesis:
             batch = {**batch, "moving": batch["fixed"], "moving_label": batch["fixed_label"]}
         inputs, target = [], {}
         for role in ("moving", "fixed"):
-            parts, label = (
-                torch.as_tensor(batch[key]).as_subclass(Tensor).to(device, non_blocking=non_blocking)
-                for key in (role, f"{role}_label")
-            )
+            parts, label = _moved(batch, (role, f"{role}_label"), device, non_blocking)
             if flip:
                 parts, label = parts.flip(2), label.flip(2)
             image, target[role], target[f"{role}_label"] = self._draw(parts.float(), label, t1)
@@ -293,11 +297,7 @@ class Synthesis:
     def _draw(self, parts: Tensor, label: Tensor, t1: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Image, clean picture and labels of one anatomy after a random deformation."""
         ddf = self._deform(parts)
-        means = self.intensities.to(parts).expand(len(parts), -1)
-        drawn = means + self.intensity_sd * torch.randn_like(means) if t1 else torch.rand_like(means)
-        brain = self.brain.to(parts).expand_as(means)
-        solid = brain.clone()
-        solid[:, self.fluid] = 0
+        means, drawn, brain, solid = self._tissues(parts, t1)
         # one product for all four, because reading the partial volumes takes most of the time
         pictures = torch.einsum("bck,bk...->bc...", torch.stack([drawn, means * brain, brain, solid], 1) / 255, parts)
         image, clean, inside, firm = pictures.split(1, dim=1)
@@ -306,6 +306,15 @@ class Synthesis:
         image, clean, mask = warp(torch.cat([image, clean, self._mask(inside, firm)], 1), ddf).split(1, dim=1)
         label = warp(label.float(), ddf, mode="nearest").to(label.dtype)
         return self._spoil(image) * mask, clean, label
+
+    def _tissues(self, parts: Tensor, t1: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each tissue, ``(B, K)``: usual and drawn intensity, whether it is brain, whether it is solid brain."""
+        means = self.intensities.to(parts).expand(len(parts), -1)
+        drawn = means + self.intensity_sd * torch.randn_like(means) if t1 else torch.rand_like(means)
+        brain = self.brain.to(parts).expand_as(means)
+        solid = brain.clone()
+        solid[:, self.fluid] = 0
+        return means, drawn, brain, solid
 
     def _mask(self, inside: Tensor, firm: Tensor) -> Tensor:
         """Mask of the visible part: the whole head, the brain with its fluid, or solid tissue with a rim."""
@@ -398,7 +407,7 @@ class HeadSynthesis(Synthesis):
         self.cut_probability = cut_probability
         self.cut = cut
 
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override] # one image and its labels, not a pair
         self,
         batch: Mapping[str, Tensor],
         device: torch.device | str | None = None,
@@ -406,10 +415,7 @@ class HeadSynthesis(Synthesis):
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
         """Generate images and labels from ``batch``, which has ``image`` (partial volumes) and ``label``."""
-        parts, label = (
-            torch.as_tensor(batch[key]).as_subclass(Tensor).to(device, non_blocking=non_blocking)
-            for key in ("image", "label")
-        )
+        parts, label = _moved(batch, ("image", "label"), device, non_blocking)
         off_centre = self._off_centre(label)
         points = self._points(parts, self.size) + off_centre
         if bool(torch.rand(()) < self.flip_probability):
@@ -451,14 +457,11 @@ class HeadSynthesis(Synthesis):
 
     def _layers(self, parts: Tensor) -> Tensor:
         """Intensity, SD of the texture, mask, and fraction where lesions may be: ``(B, 4, *spatial)``."""
-        means = self.intensities.to(parts).expand(len(parts), -1)
         t1 = bool(torch.rand(()) < self.t1_probability)
-        drawn = means + self.intensity_sd * torch.randn_like(means) if t1 else torch.rand_like(means)
-        brain = self.brain.to(parts).expand_as(means)
+        means, drawn, brain, solid = self._tissues(parts, t1)
         if t1:  # tissues outside the brain vary much more
             drawn = torch.where(brain > 0, drawn, torch.rand_like(means))
-        solid, spotted = brain.clone(), torch.zeros_like(brain)
-        solid[:, self.fluid] = 0
+        spotted = torch.zeros_like(brain)
         spotted[:, 0] = 1
         sd = torch.rand_like(means) * float(torch.rand(())) * self.texture
         pictures = torch.einsum("bck,bk...->bc...", torch.stack([drawn, sd, spotted, brain, solid], 1) / 255, parts)
