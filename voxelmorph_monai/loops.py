@@ -257,14 +257,31 @@ def _rounds(fields: _Array, scale: float) -> list[list[tuple[int, int, int]]]:
 
 
 def sample(image: Tensor, ddf: Tensor) -> Tensor:
-    """``blocks.warp`` with linear interpolation and the border value outside."""
+    """``blocks.warp`` with linear interpolation and the border value outside.
+
+    Args:
+        image: ``(B, C, *spatial)``.
+        ddf: displacement in voxels, ``(B, D, *spatial)``.
+
+    Returns:
+        The warped image, ``(B, C, *spatial)``.
+    """
     out = image.new_empty(image.shape)
     _forward(image, ddf, out, 1.0, False)
     return out
 
 
 def square(ddf: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Compose ``scale`` times ``ddf`` with itself, into ``out`` if that is given."""
+    """Compose ``scale`` times ``ddf`` with itself.
+
+    Args:
+        ddf: displacement in voxels, ``(B, D, *spatial)``.
+        scale: factor of the displacement before it is composed.
+        out: contiguous tensor of the same shape to write to (default: a new one).
+
+    Returns:
+        Displacement of the composed map in voxels, ``(B, D, *spatial)``.
+    """
     out = ddf.new_empty(ddf.shape) if out is None else out
     _forward(ddf, ddf, out, scale, True)
     return out
@@ -284,7 +301,18 @@ def _forward(image: Tensor, ddf: Tensor, out: Tensor, scale: float, add: bool) -
 def sample_backward(
     image: Tensor, ddf: Tensor, grad: Tensor, want_image: bool, want_ddf: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``sample`` with respect to image and field, as far as they are wanted."""
+    """Gradients of ``sample`` with respect to image and field.
+
+    Args:
+        image: ``(B, C, *spatial)``, as given to ``sample``.
+        ddf: displacement in voxels, ``(B, D, *spatial)``, as given to ``sample``.
+        grad: gradient with respect to the warped image, ``(B, C, *spatial)``.
+        want_image: compute the gradient with respect to ``image``.
+        want_ddf: compute the gradient with respect to ``ddf``.
+
+    Returns:
+        The two gradients, in the shapes of ``image`` and ``ddf``; None for one that is not wanted.
+    """
     of_image = image.new_zeros(image.shape) if want_image else None
     of_ddf = ddf.new_empty(ddf.shape) if want_ddf else None
     _backward(image, ddf, grad, of_image, of_ddf, 1.0, False)
@@ -292,7 +320,17 @@ def sample_backward(
 
 
 def square_backward(ddf: Tensor, grad: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Gradient of ``square``, into ``out`` if that is given."""
+    """Gradient of ``square``.
+
+    Args:
+        ddf: displacement in voxels, ``(B, D, *spatial)``, as given to ``square``.
+        grad: gradient with respect to the result of ``square``, ``(B, D, *spatial)``.
+        scale: as given to ``square``.
+        out: contiguous tensor of the same shape to write to (default: a new one).
+
+    Returns:
+        Gradient with respect to ``ddf``, ``(B, D, *spatial)``.
+    """
     out = ddf.new_zeros(ddf.shape) if out is None else out.zero_()
     _backward(ddf, ddf, grad, out, out, scale, True)
     return out
@@ -357,6 +395,24 @@ def _enter_row(row: Any, acc: Any, y: Any, sign: Any) -> None:
 
 
 @compiled
+def _entering(at: Any, first: Any, reach: Any, n: Any) -> Any:
+    """Places that the window of ``reach`` around ``at`` has and the one before lacks; at ``first``, all of them."""
+    return max(first - reach, 0) if at == first else at + reach, min(at + reach + 1, n)
+
+
+@compiled
+def _move_rows(row: Any, acc: Any, y: Any, reach: Any, height: Any) -> None:
+    """Make ``row`` the sum of the rows of ``acc`` around ``y``, from that of the rows around ``y - 1``."""
+    if y == 0:
+        row[:] = 0.0
+    start, stop = _entering(y, 0, reach, height)
+    for near in range(start, stop):
+        _enter_row(row, acc, near, 1.0)
+    if y - reach - 1 >= 0:
+        _enter_row(row, acc, y - reach - 1, -1.0)
+
+
+@compiled
 def _running_sums(row: Any, reach: Any, ends: Any) -> None:
     """Give in ``ends`` the sums from which a window's is the difference: ``ends[:, x + window] - ends[:, x]``."""
     width = row.shape[1]
@@ -394,21 +450,14 @@ def _correlation(
     blank_a, blank_b = np.float64((kind(0) - of_a[0]) * of_a[1]), np.float64((kind(0) - of_b[0]) * of_b[1])
     lost = 32 * np.finfo(a.dtype).eps  # as in losses._local_moments
     total = 0.0
-    for z in range(max(first - rz, 0), min(first + rz, depth)):
-        _enter_products(acc, a[z].reshape(-1), b[z].reshape(-1), of_a, of_b, 1.0)
     for z in range(first, last):
-        if z + rz < depth:
-            _enter_products(acc, a[z + rz].reshape(-1), b[z + rz].reshape(-1), of_a, of_b, 1.0)
+        start, stop = _entering(z, first, rz, depth)
+        for near in range(start, stop):
+            _enter_products(acc, a[near].reshape(-1), b[near].reshape(-1), of_a, of_b, 1.0)
         if z - rz - 1 >= max(first - rz, 0):
             _enter_products(acc, a[z - rz - 1].reshape(-1), b[z - rz - 1].reshape(-1), of_a, of_b, -1.0)
-        row[:] = 0.0
-        for y in range(min(ry, height)):
-            _enter_row(row, acc, y, 1.0)
         for y in range(height):
-            if y + ry < height:
-                _enter_row(row, acc, y + ry, 1.0)
-            if y - ry - 1 >= 0:
-                _enter_row(row, acc, y - ry - 1, -1.0)
+            _move_rows(row, acc, y, ry, height)
             _running_sums(row, rx, ends)
             covered = float(_inside(z, depth, rz) * _inside(y, height, ry))
             for x in range(width):
@@ -458,21 +507,14 @@ def _correlation_slope(
     rz, ry, rx = reaches
     n = float((2 * rz + 1) * (2 * ry + 1) * (2 * rx + 1))
     acc, row, ends = np.zeros((3, height * width)), np.empty((3, width)), np.empty((3, width + 2 * rx + 1))
-    for z in range(max(first - rz, 0), min(first + rz, depth)):
-        _enter_maps(acc, maps, own, z, 1.0)
     for z in range(first, last):
-        if z + rz < depth:
-            _enter_maps(acc, maps, own, z + rz, 1.0)
+        start, stop = _entering(z, first, rz, depth)
+        for near in range(start, stop):
+            _enter_maps(acc, maps, own, near, 1.0)
         if z - rz - 1 >= max(first - rz, 0):
             _enter_maps(acc, maps, own, z - rz - 1, -1.0)
-        row[:] = 0.0
-        for y in range(min(ry, height)):
-            _enter_row(row, acc, y, 1.0)
         for y in range(height):
-            if y + ry < height:
-                _enter_row(row, acc, y + ry, 1.0)
-            if y - ry - 1 >= 0:
-                _enter_row(row, acc, y - ry - 1, -1.0)
+            _move_rows(row, acc, y, ry, height)
             _running_sums(row, rx, ends)
             for x in range(width):
                 far = x + 2 * rx + 1
@@ -487,8 +529,14 @@ def correlation(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Squared correlation of the windows around the voxels of two images, averaged, and its gradients.
 
-    ``scales`` holds what to subtract from each channel of each image, and the factor to multiply it by. ``wanted`` says
-    which images need a gradient.
+    Args:
+        images: two images, ``(B, C, *spatial)``.
+        scales: of each image, what to subtract from each channel and the factor to multiply it by, ``(B, C, 1, ...)``.
+        window: side of the windows in voxels, odd.
+        wanted: which images need a gradient.
+
+    Returns:
+        The mean over all windows, 0 to 1, and the gradient for each image, ``(B, C, *spatial)``, None if not wanted.
     """
     channels = [_volumes(x).reshape(-1, 1, *_volumes(x).shape[2:]) for x in images]
     size = channels[0].shape[2:]
@@ -563,7 +611,7 @@ def _log_volumes(field: Any, least: Any, out: Any, first: int, last: int) -> Non
 
 
 def log_volumes(ddf: Tensor, least: float) -> Tensor:
-    """``jacobian_determinant(ddf).clamp_min(least).log()``, ``(B, 1, *spatial)``."""
+    """``jacobian_determinant(ddf).clamp_min(least).log()`` of ``ddf`` ``(B, D, *spatial)``: ``(B, 1, *spatial)``."""
     out = ddf.new_empty((len(ddf), 1, *ddf.shape[2:]))
     fields, found = _volumes(ddf), _volumes(out)
     lowest = fields.dtype.type(least)
@@ -599,7 +647,7 @@ def _force(image: Any, slope: Any, out: Any, first: int, last: int) -> None:
 
 
 def force(image: Tensor, slope: Tensor) -> Tensor:
-    """The same as ``refinement._gradient``."""
+    """``objective.image_force`` of ``image`` and ``slope``, both ``(B, C, *spatial)``: ``(B, D, *spatial)``."""
     out = image.new_empty((len(image), image.ndim - 2, *image.shape[2:]))
     images, slopes, found = (_volumes(tensor) for tensor in (image, slope, out))
 
