@@ -41,7 +41,7 @@ ALLOWED = {
     "synthesis": {"blocks", "losses"},
     "folds": {"blocks", "kernels"},
     "objective": {"blocks", "kernels", "losses", "metrics"},
-    "refinement": {"blocks", "folds", "kernels", "networks", "objective", "progress"},
+    "refinement": {"blocks", "folds", "kernels", "metrics", "networks", "objective", "progress"},
     "io": {"affines", "lazy", "threads"},
     "space": {"affines", "io", "lazy", "switch"},
     "maps": {"affines", "blocks", "io", "lazy", "space", "switch"},
@@ -177,11 +177,27 @@ def test_no_imports_inside_functions(name: str) -> None:
     assert not {f.name for f in functions if imports(f)}
 
 
+def assignments(tree: ast.Module) -> dict[str, ast.expr]:
+    """What a module assigns to its names, by name."""
+    found = {ast.unparse(t): n.value for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+    return found | {ast.unparse(n.target): n.value for n in tree.body if isinstance(n, ast.AnnAssign) and n.value}
+
+
+@modules
+def test_what_other_modules_import_is_public(name: str) -> None:
+    dotted = {each.removeprefix(f"{PACKAGE}.") for each in imported(TREES[name]) if each.startswith(f"{PACKAGE}.")}
+    used = {(module_of(each), each.removeprefix(f"{module_of(each)}.")) for each in dotted - SOURCES.keys()}
+    used = {(module, each) for module, each in used if module != "__init__"}  # it offers names of other modules
+    assert not [
+        f"{module}.{each}"
+        for module, each in sorted(used)
+        if each not in ast.literal_eval(assignments(TREES[module])["__all__"])
+    ]
+
+
 @pytest.mark.parametrize("name", [name for name in TREES if room(name) == name or not name.endswith("__init__")][1:])
 def test_public_names_are_documented(name: str) -> None:
-    body = TREES[name].body
-    assigned = {ast.unparse(t): n.value for n in body if isinstance(n, ast.Assign) for t in n.targets}
-    assigned |= {ast.unparse(n.target): n.value for n in body if isinstance(n, ast.AnnAssign) and n.value}
+    body, assigned = TREES[name].body, assignments(TREES[name])
     assert "__all__" in assigned, f"{name}.py must say in __all__ what is public"
     public = ast.literal_eval(assigned["__all__"])
     assert public

@@ -643,7 +643,7 @@ def test_label_maps_are_checked(measure, labels, reference, num_labels, error, m
         measure(labels, reference, num_labels)
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 2.0, 3.0), 0.0, (1.0, -1.0), math.nan])
+@pytest.mark.parametrize("spacing", [(1.0, 2.0, 3.0), 0.0, (1.0, -1.0), math.nan, math.inf])
 @pytest.mark.parametrize(
     "measure",
     [
@@ -653,7 +653,7 @@ def test_label_maps_are_checked(measure, labels, reference, num_labels, error, m
     ],
 )
 def test_spacing_is_checked(measure, spacing):
-    with pytest.raises(ValueError, match="^spacing is " + re.escape(str(spacing)) + ". .*1 or 2 lengths"):
+    with pytest.raises(ValueError, match="^spacing of 2-D images is " + re.escape(str(spacing)) + ". .*1 or 2 lengths"):
         measure(spacing)
 
 
@@ -690,7 +690,7 @@ def test_fields_and_options_are_checked():
         target_registration_error(POINTS, POINTS, torch.zeros(2, 3, 6, 7), 1.0)
     with pytest.raises(ValueError, match=r"^inverse_ddf has shape \[2, 2, 7, 6\], .*\[2, 2, 6, 7\]"):
         inverse_consistency(DDF, DDF.transpose(2, 3))
-    with pytest.raises(ValueError, match=r"^ddf of shape \[2, 3, 6, 7\] .* \[2, 2, 6, 7\]"):
+    with pytest.raises(ValueError, match=r"^ddf has shape \[2, 3, 6, 7\]"):
         inverse_consistency(torch.zeros(2, 3, 6, 7), torch.zeros(2, 3, 6, 7))
 
 

@@ -28,7 +28,7 @@ from voxelmorph_monai.networks import VoxelMorph
 from voxelmorph_monai.refinement import refine
 from voxelmorph_monai.space.template import STANDARD_GRID
 
-__all__ = ["MAX_LABELS", "AtlasInferer", "AtlasSegmentation", "joint_weights"]
+__all__ = ["MAX_LABELS", "SLAB_PLANES", "AtlasInferer", "AtlasSegmentation", "joint_weights"]
 
 MAX_LABELS = 255  # labels are stored in one byte per voxel
 SLAB_PLANES = 16  # planes whose votes are counted, or whose labels are chosen, at a time

@@ -21,6 +21,7 @@ from voxelmorph_monai.kernels import loops
 
 __all__ = [
     "as_signed",
+    "check_field",
     "compose",
     "determinant",
     "half",
@@ -29,8 +30,10 @@ __all__ = [
     "invert",
     "jacobian_determinant",
     "linear_weights",
+    "ranges",
     "resize",
     "sample",
+    "slabs",
     "smooth",
     "smooth_axes",
     "warp",
@@ -60,7 +63,8 @@ def _check_ddf(image: Tensor, ddf: Tensor) -> None:
         )
 
 
-def _check_field(name: str, field: Tensor) -> None:
+def check_field(name: str, field: Tensor) -> None:
+    """Raise ValueError if ``field``, called ``name`` in the message, does not have the shape ``(B, D, *spatial)``."""
     if field.ndim not in (4, 5) or field.shape[1] != field.ndim - 2:
         raise ValueError(f"{name} has shape {list(field.shape)}. A field is (B, 2, H, W) or (B, 3, H, W, D).")
 
@@ -266,7 +270,7 @@ def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> 
     >>> bool((shift == 1).all())  # a constant velocity moves everything by itself
     True
     """
-    _check_field("dvf", dvf)
+    check_field("dvf", dvf)
     if not 0 <= num_steps <= 30:
         raise ValueError(
             f"num_steps is {num_steps}, but the velocity is divided by 2^num_steps. Choose a number from 0 to 30."
@@ -302,7 +306,7 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
         The inverse, of the same shape, and the residual ``(B,)``: the largest :math:`|\phi(\phi^{-1}(x)) - x|` in
         voxels.
     """
-    _check_field("ddf", ddf)
+    check_field("ddf", ddf)
     ddf = _widen(ddf)
     inverse = -ddf
     error = compose(ddf, inverse)
@@ -323,7 +327,7 @@ def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tens
         max_iterations: largest number of iterations.
         tolerance: stop when :math:`\psi \circ \psi` is within this many voxels of the map everywhere.
     """
-    _check_field("ddf", ddf)
+    check_field("ddf", ddf)
     ddf = _widen(ddf)
     found = ddf / 2
     for _ in range(max_iterations):
@@ -452,7 +456,7 @@ def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
     """
     if scheme not in ("central", "forward"):
         raise ValueError(f"scheme is '{scheme}'. Use 'central' or 'forward'.")
-    _check_field("ddf", ddf)
+    check_field("ddf", ddf)
     ddf, n = _widen(ddf), ddf.shape[2]
     parts: list[Tensor] = []
     # At 160 x 192 x 224 this takes a fifth of the CPU time of a single pass, or two thirds if freed memory is kept.
@@ -474,7 +478,7 @@ def linear_weights(ddf: Tensor, size: list[int] | None = None) -> list[tuple[Ten
         ddf: displacement in voxels, ``(B, D, *spatial)``.
         size: size of the sampled grid, if it is not the grid of ``ddf``; :math:`\phi(x)` is then in its voxels.
     """
-    _check_field("ddf", ddf)
+    check_field("ddf", ddf)
     ddf = _widen(ddf)
     grid = list(ddf.shape[2:]) if size is None else list(size)
     if len(grid) != ddf.shape[1] or min(grid) < 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from voxelmorph_monai.blocks import linear_weights, slabs
+from voxelmorph_monai.blocks import check_field, linear_weights, slabs
 from voxelmorph_monai.kernels import loops
 
 __all__ = [
@@ -55,8 +55,7 @@ def _images(names: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _field(name: str, field: Tensor) -> Tensor:
     """Check the shape of ``field``, and convert it to a plain tensor in float32 or wider."""
-    if field.ndim not in (4, 5) or field.shape[1] != field.ndim - 2:
-        raise ValueError(f"{name} has shape {list(field.shape)}. A field is (B, 2, H, W) or (B, 3, H, W, D).")
+    check_field(name, field)
     return _plain(field)
 
 

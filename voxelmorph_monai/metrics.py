@@ -18,20 +18,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelmorph_monai.blocks import as_signed, compose, jacobian_determinant
+from voxelmorph_monai.blocks import as_signed, check_field, compose, jacobian_determinant
 from voxelmorph_monai.lazy import lazy
 
 __all__ = [
+    "Spacing",
     "dice",
     "folding",
     "hausdorff95",
     "inverse_consistency",
     "log_jacobian_sd",
     "non_diffeomorphic_volume",
+    "sides_of",
     "target_registration_error",
 ]
 
-Spacing = float | Sequence[float]
+Spacing = float | Sequence[float]  # mm
 
 ndimage, spatial, monai_metrics = lazy("scipy.ndimage"), lazy("scipy.spatial"), lazy("monai.metrics.utils")
 
@@ -55,16 +57,19 @@ def _check_labels(labels: Tensor, reference: Tensor, num_labels: int) -> tuple[T
     return labels, reference
 
 
-def _millimetres(spacing: Spacing, spatial_dims: int) -> list[float]:
-    """``spacing`` along each axis."""
+def sides_of(spacing: Spacing, spatial_dims: int) -> list[float]:
+    """Side lengths of a voxel in mm along each of the axes, from one number for all or a list."""
     sides = np.atleast_1d(np.asarray(spacing, dtype=float))
-    if sides.shape not in ((1,), (spatial_dims,)) or not bool((sides > 0).all()):
-        raise ValueError(f"spacing is {spacing}. Give 1 or {spatial_dims} lengths above 0, in mm.")
+    if sides.shape not in ((1,), (spatial_dims,)) or not bool(((sides > 0) & (sides < np.inf)).all()):
+        raise ValueError(
+            f"spacing of {spatial_dims}-D images is {spacing}. Give 1 or {spatial_dims} lengths above 0, in mm."
+        )
     return np.broadcast_to(sides, spatial_dims).tolist()
 
 
 def _inside(ddf: Tensor, mask: Tensor | None, border: int = 0) -> Tensor:
     """Voxels to count, ``(B, 1, *spatial)``: those in ``mask``, without the ``border`` outermost layers."""
+    check_field("ddf", ddf)
     expected = [ddf.shape[0], 1, *ddf.shape[2:]]
     if mask is not None and list(mask.shape) != expected:
         raise ValueError(f"mask has shape {list(mask.shape)}, but a ddf of shape {list(ddf.shape)} needs {expected}.")
@@ -200,8 +205,7 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: voxels to count, ``(B, 1, *spatial)``, nonzero inside (default: the whole grid). The LUMIR challenge
             counts within the brain.
     """
-    inside = _inside(ddf, mask, border=1)
-    spatial_dims = _spatial_dims(ddf)
+    inside, spatial_dims = _inside(ddf, mask, border=1), ddf.ndim - 2
     ddf = ddf if ddf.dtype == torch.float64 else ddf.float()
     here = (0,) * spatial_dims
     unit = [tuple(int(d == axis) for d in range(spatial_dims)) for axis in range(spatial_dims)]
@@ -299,7 +303,7 @@ def hausdorff95(labels: Tensor, reference: Tensor, num_labels: int, *, spacing: 
         spacing: side lengths of a voxel in mm.
     """
     labels, reference = _check_labels(labels, reference, num_labels)
-    sides = _millimetres(spacing, labels.ndim - 2)
+    sides = sides_of(spacing, labels.ndim - 2)
     shells = _shells(sides)
     areas = monai_metrics.get_code_to_measure_table(sides)[0].double().numpy()
     small = torch.uint8 if num_labels <= torch.iinfo(torch.uint8).max else torch.int32
@@ -343,14 +347,6 @@ def _warp_points(points: Tensor, ddf: Tensor) -> Tensor:
     return moved
 
 
-def _spatial_dims(ddf: Tensor) -> int:
-    """Number of spatial dimensions of a displacement field, 2 or 3."""
-    spatial_dims = ddf.ndim - 2
-    if spatial_dims not in (2, 3) or ddf.shape[1] != spatial_dims:
-        raise ValueError(f"ddf has shape {list(ddf.shape)}. A displacement field is (B, 2, H, W) or (B, 3, H, W, D).")
-    return spatial_dims
-
-
 def target_registration_error(moving_points: Tensor, fixed_points: Tensor, ddf: Tensor, spacing: Spacing) -> Tensor:
     r"""Distance in mm from :math:`\phi(x)` of each fixed point to its moving point: ``(B, N)``.
 
@@ -367,8 +363,8 @@ def target_registration_error(moving_points: Tensor, fixed_points: Tensor, ddf: 
     >>> target_registration_error(x + 2, x, torch.ones(1, 2, 4, 5), spacing=(3.0, 4.0))
     tensor([[5.]], dtype=torch.float64)
     """
-    spatial_dims = _spatial_dims(ddf)
-    shape = fixed_points.shape
+    check_field("ddf", ddf)
+    spatial_dims, shape = ddf.ndim - 2, fixed_points.shape
     if len(shape) != 3 or (shape[0], shape[2]) != ddf.shape[:2] or moving_points.shape != shape:
         raise ValueError(
             f"moving_points and fixed_points have shapes {list(moving_points.shape)} and {list(shape)}, but a ddf of "
@@ -377,7 +373,7 @@ def target_registration_error(moving_points: Tensor, fixed_points: Tensor, ddf: 
     for name, points in (("moving_points", moving_points), ("fixed_points", fixed_points)):
         if not bool(points.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity. Give finite voxel coordinates.")
-    sides = _millimetres(spacing, spatial_dims)
+    sides = sides_of(spacing, spatial_dims)
     error = _warp_points(fixed_points.double(), ddf) - moving_points
     return torch.linalg.vector_norm(error * error.new_tensor(sides), dim=-1)
 
@@ -397,9 +393,8 @@ def inverse_consistency(
         raise ValueError(
             f"inverse_ddf has shape {list(inverse_ddf.shape)}, but ddf has {list(ddf.shape)}. Give both on one grid."
         )
-    spatial_dims = ddf.ndim - 2
-    sides = _millimetres(spacing, spatial_dims)
-    inside = _inside(ddf, mask)
+    inside, spatial_dims = _inside(ddf, mask), ddf.ndim - 2
+    sides = sides_of(spacing, spatial_dims)
     error = compose(inverse_ddf, ddf)
     error = error * error.new_tensor(sides).view(-1, *[1] * spatial_dims)
     return _mean_inside(torch.linalg.vector_norm(error, dim=1, keepdim=True), inside)

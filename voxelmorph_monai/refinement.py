@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from voxelmorph_monai.blocks import as_signed, compose, half, invert, jacobian_determinant, smooth_axes, warp
 from voxelmorph_monai.folds import remove_folds
 from voxelmorph_monai.kernels import loops
+from voxelmorph_monai.metrics import Spacing, sides_of
 from voxelmorph_monai.networks import Registration
 from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, Similarity, cut, double, halve, image_force, times
 from voxelmorph_monai.progress import Progress
@@ -390,7 +391,7 @@ def refine(
     points_weight: float = 0.1,
     smoothness: float = 0.5,
     step_sigma: float = 0.7,
-    spacing: float | Sequence[float] = 1.0,
+    spacing: Spacing = 1.0,
     budget: float = 8.0,
     max_steps: int = 60,
     clock: Clock = time.perf_counter,
@@ -439,9 +440,7 @@ def refine(
         if not value >= 0:
             raise ValueError(f"{name} is {value}. Give 0 or more.")
     dims = moving.ndim - 2
-    widths = [float(spacing)] * dims if isinstance(spacing, int | float) else [float(each) for each in spacing]
-    if len(widths) != dims or not all(0 < each < math.inf for each in widths):
-        raise ValueError(f"spacing of {dims}-D images is {spacing}. Give 1 or {dims} widths above 0, in mm.")
+    widths = sides_of(spacing, dims)
     if labels is not None:
         labels = as_signed(labels[0]), as_signed(labels[1])
     if inverse_ddf is not None and not symmetric:

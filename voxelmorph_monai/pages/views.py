@@ -16,7 +16,19 @@ from voxelmorph_monai.maps.spatial_map import SpatialMap
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import mni152
 
-__all__ = ["Face", "Frame", "Plane", "Registered", "Views", "Window", "find_face", "shown_box", "window_of"]
+__all__ = [
+    "OCTAVES",
+    "START",
+    "Face",
+    "Frame",
+    "Plane",
+    "Registered",
+    "Views",
+    "Window",
+    "find_face",
+    "shown_box",
+    "window_of",
+]
 
 ndimage = lazy("scipy.ndimage")
 
