@@ -174,3 +174,14 @@ def test_vectors_say_what_is_wrong_with_them(capsys: pytest.CaptureFixture[str])
     series(3)
     assert vxm(f"{command} series.nii.gz") == 2
     assert "series.nii.gz does not say" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("what", ["image", "vectors"])
+def test_transforms_of_flat_images_are_refused(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    series(3)
+    save_transform("flat.txt", linear_transform(np.eye(3)))
+    words = f"--{what} series.nii.gz --reference fixed.nii.gz --output out.nii.gz"
+    assert vxm(f"apply flat.txt {words}{' --coordinates RAS' * (what == 'vectors')}") == 2
+    assert "series.nii.gz does not fit the transforms, which are in 2-D" in capsys.readouterr().err
+    assert not Path("out.nii.gz").exists()

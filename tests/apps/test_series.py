@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tests.dicoms import classic, slices
 from voxelmorph_monai.affines import Affine
 from voxelmorph_monai.cli import main
+from voxelmorph_monai.io import images
 from voxelmorph_monai.io.images import read_image, save_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,19 +54,28 @@ def test_the_fixed_series_is_chosen_too(study: Path) -> None:
     assert summary["correlation_before"] == pytest.approx(np.corrcoef(ball(4).ravel(), ball(5).ravel())[0, 1], abs=0.05)
 
 
-def test_a_transform_is_applied_to_the_series_that_was_chosen(study: Path) -> None:
+def test_a_transform_is_applied_to_the_series_that_was_chosen(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed, out = study.parent / "fixed.nii.gz", study.parent / "out"
     assert main(["register", str(fixed), str(fixed), "--output", str(out), *ALIGNED]) == 0
+    opened, open_dicom = [], images.open_dicom
+
+    def counted(path: Path, series: int | None = None) -> object:
+        opened.append(path)
+        return open_dicom(path, series)
+
+    monkeypatch.setattr(images, "open_dicom", counted)
     for number, radius in ((3, 3.0), (8, 5.0)):
         words = ["--image", str(study), "--series", str(number), "--reference", str(study), "--reference-series", "8"]
         output = study.parent / f"{number}.nii.gz"
         assert main(["apply", str(out / "forward.h5"), *words, "--output", str(output)]) == 0
+        assert opened == [study, study]  # all files of a folder are read to put its slices in order: once for each scan
         array, affine = read_image(output)
         place, (theirs, grid) = np.linalg.inv(affine), read_image(study, series=8)
         np.testing.assert_allclose(place @ grid, np.eye(4), atol=1e-5)  # float32 in the header
         assert array.shape == theirs.shape
         np.testing.assert_allclose(array, read_image(study, series=number)[0], atol=0.1)  # of 900: float32 positions
         assert array.max() == pytest.approx(ball(radius).max(), abs=0.1)
+        opened.clear()
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ TIMED = {
         *("RegistrationResult.measures", "RegistrationResult.report", "correlation", "regularity", "resample"),
         "volume_change",
     ],
-    "apps.apply": ["save_image_like", "warp_to_grid"],
+    "apps.apply": ["warp_to_grid"],
     "maps.spatial_map": ["SpatialMap.read", "SpatialMap.on_grid", "SpatialMap.save"],
     "networks": ["Registration.forward"],
     "report": ["save_displacement", "save_image", "save_registration_picture"],
-    "space.scan": ["Scan.read", "Scan.read_labels", "Scan.save"],
+    "space.scan": ["Frame.save", "Scan.read", "Scan.read_labels", "Scan.save"],
 }
 _BEGIN = time.perf_counter()
 _LEAST = 0.02  # seconds of wall clock: what took less is not shown

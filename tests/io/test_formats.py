@@ -13,7 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai.affines import Affine
 from voxelmorph_monai.io.formats import scan_name, spatial_dims_of
-from voxelmorph_monai.io.images import open_volume, read_image, read_labels, save_image, save_image_like
+from voxelmorph_monai.io.images import open_volume, read_image, read_labels, save_image
+from voxelmorph_monai.space.scan import Frame
 
 SIZE = (9, 12, 7)
 LIA = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
@@ -155,7 +156,7 @@ def test_a_2d_image_is_a_slice(tmp_path: Path, name: str) -> None:
     assert spatial_dims_of(path) == theirs.GetDimension() == 2
     with pytest.raises(ValueError, match=r"3-D volume.*\(9, 12, 1\)"):
         read_image(path)
-    save_image_like(tmp_path / "like.nii.gz", found, path)
+    Frame.read(path).save(tmp_path / "like.nii.gz", found)
     like = sitk.ReadImage(str(tmp_path / "like.nii.gz"))
     assert like.GetSize() == theirs.GetSize()
     np.testing.assert_allclose(

@@ -15,7 +15,8 @@ from scipy.io import netcdf_file
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai.affines import Affine
-from voxelmorph_monai.io.images import open_volume, read_image, save_image_like
+from voxelmorph_monai.io.images import open_volume, read_image
+from voxelmorph_monai.space.scan import Frame
 
 SIZE = (9, 12, 7)
 SIDES = np.array([0.9, 1.1, 3.0])
@@ -147,7 +148,7 @@ def test_a_quaternion_may_be_rounded(tmp_path: Path, codes: tuple[int, int], aff
     # The real part of a quaternion of this square is only known to 6e-4, twice of which is an angle: 0.03 mm in 22 mm.
     assert apart(path, found) < 0.03
     np.testing.assert_allclose(found, affine, atol=0.01)
-    save_image_like(tmp_path / "like.nii", noise(), path)
+    Frame.read(path).save(tmp_path / "like.nii", noise())
     assert apart(tmp_path / "like.nii", nib.load(tmp_path / "like.nii").affine) < 1e-4  # and nibabel reads it
 
 
@@ -158,7 +159,7 @@ def test_what_is_written_like_a_file_has_one_position(tmp_path: Path, codes: tup
     near = {"qoffset_y": 17.45} if min(codes) else {}
     sides = pixdim(0.9, 1.1, 3.005, qfac=-1 if mirrored else 1)
     path = write(tmp_path / "scan.nii", affine, codes, **near, **({"pixdim": sides} if codes[0] else {}))
-    save_image_like(tmp_path / "like.nii", noise().astype(np.float32), path)
+    Frame.read(path).save(tmp_path / "like.nii", noise().astype(np.float32))
     image = nib.load(tmp_path / "like.nii")
     header = image.header
     assert (header["sform_code"], header["qform_code"]) == codes

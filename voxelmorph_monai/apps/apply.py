@@ -7,24 +7,19 @@ way as the image, against the transform, so they are mapped by its inverse.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelmorph_monai.affines import ImageGrid, require_right_angles
-from voxelmorph_monai.io.formats import spatial_dims_of
-from voxelmorph_monai.io.images import open_volume, save_image_like
+from voxelmorph_monai.affines import ImageGrid
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.maps.grids import fits_backwards
-from voxelmorph_monai.maps.names import check_output
+from voxelmorph_monai.maps.names import check_image_output, check_output
 from voxelmorph_monai.maps.spatial_map import INTERPOLATIONS, LABEL_INTERPOLATIONS, SpatialMap, warp_to_grid
-from voxelmorph_monai.space.scan import Scan, ScanLike
+from voxelmorph_monai.space.scan import Frame, Scan, ScanLike
 
-if TYPE_CHECKING:
-    from voxelmorph_monai.maps.files import Chain
-
-__all__ = ["SIDES", "apply", "apply_to_image", "apply_to_points", "jacobian_file", "open_chain", "read_grid"]
+__all__ = ["SIDES", "apply", "apply_to_image", "apply_to_points", "jacobian_file"]
 
 SIDES = ("fixed", "moving")
 """The image that points were drawn in."""
@@ -32,37 +27,6 @@ SIDES = ("fixed", "moving")
 # They need torch and ITK; a map of this package is applied without them, in half the time.
 chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
 point_files, report = lazy("voxelmorph_monai.maps.points"), lazy("voxelmorph_monai.report")
-
-
-def read_grid(path: str | Path, series: int | None = None) -> ImageGrid:
-    """Size and affine (RAS, mm) of an image; its voxels are not read. ``series`` chooses one in a DICOM folder.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not one 3-D volume, slice or 2-D image with axes at right angles.
-    """
-    volume, affine = open_volume(path, planar=True, series=series)
-    require_right_angles(affine, str(path))
-    return ImageGrid(volume.shape, affine)
-
-
-def _check_image_output(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
-    if not str(output).endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{output} does not end in .nii or .nii.gz, but images are saved as NIfTI. Rename it.")
-    check_output(Path(output), overwrite, inputs)
-
-
-def open_chain(transforms: Sequence[str], *images: str | Path | None) -> "Chain":
-    """Read transforms (:func:`~voxelmorph_monai.maps.files.read_chain`) for images in the same number of dimensions.
-
-    Raises:
-        ValueError: an image has another number of dimensions (None: there is no image).
-    """
-    found: Chain = files.read_chain(transforms)
-    for image in images:
-        if image is not None and spatial_dims_of(Path(image)) != found.spatial_dims:
-            raise ValueError(f"{image} does not fit the transforms, which are in {found.spatial_dims}-D.")
-    return found
 
 
 def _interpolation(kind: str, interpolation: str | None) -> str:
@@ -159,26 +123,20 @@ def apply_to_image(
         Residual in mm of the displacements that were inverted, 0 if there were none.
     """
     interpolation = _interpolation(kind, interpolation)
-    _check_image_output(output, overwrite, [moving, reference, *transforms])
+    check_image_output(Path(output), overwrite, [moving, reference, *transforms])
     scan = (Scan.read if kind == "image" else Scan.read_labels)(moving, series)
-    grid = read_grid(reference, reference_series)
-    found, backwards = None, fits_backwards(transforms, scan.grid, grid, (str(moving), str(reference)))
-    if (
-        not backwards
-        and len(transforms) == 1
-        and _simple(kind, interpolation)
-        and spatial_dims_of(Path(reference)) == 3
-    ):
+    fixed = Frame.read(reference, series=reference_series)
+    found, backwards = None, fits_backwards(transforms, scan.grid, fixed.grid, (scan.name, fixed.name))
+    if not backwards and len(transforms) == 1 and _simple(kind, interpolation) and fixed.spatial_dims == 3:
         found = SpatialMap.read(transforms[0])
     if found is not None and scan.spatial_dims == 3:
-        resampled, residual = _warp(found, scan, grid, interpolation), 0.0
+        resampled, residual = _warp(found, scan, fixed.grid, interpolation), 0.0
     else:
-        chain, residual, _ = open_chain(transforms, moving, reference)
+        chain = files.open_chain(transforms, scan, fixed)
         if backwards:
-            chain, missed = chains.invert_transform(chain)
-            residual = max(residual, missed)
-        resampled = _resample(kind, interpolation, scan, chain, grid)
-    save_image_like(output, resampled, reference, series=reference_series)
+            chain = chain.inverse()
+        resampled, residual = _resample(kind, interpolation, scan, chain.transform, fixed.grid), chain.residual
+    fixed.save(output, resampled)
     return residual
 
 
@@ -202,13 +160,13 @@ def jacobian_file(
     Raises:
         ValueError: an input cannot be used, or the transform folds, so that its logarithm is not defined.
     """
-    _check_image_output(output, overwrite, [reference, *transforms])
-    grid = read_grid(reference)
-    size, affine = grid
-    transform = open_chain(transforms, reference).transform
+    check_image_output(Path(output), overwrite, [reference, *transforms])
+    fixed = Frame.read(reference)
+    size, affine = fixed.grid
+    transform = files.open_chain(transforms, fixed).transform
     parts = [part for part in chains.flatten(transform) if chains.is_field(part)]
     if any(1 in chains.field_of(part)[0].shape[1:] for part in parts):
-        ddf = chains.on_grid(transform, grid)  # which says nothing of other planes
+        ddf = chains.on_grid(transform, fixed.grid)  # which says nothing of other planes
         determinant = report.volume_change(ddf, affine)
     else:
         flat = np.array(size) == 1
@@ -224,7 +182,7 @@ def jacobian_file(
                 "out --log to write the determinant itself."
             )
         determinant = np.log(determinant)
-    save_image_like(output, determinant, reference)
+    fixed.save(output, determinant)
 
 
 def apply_to_points(

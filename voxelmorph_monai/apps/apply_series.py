@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from voxelmorph_monai.affines import Affine, ImageGrid, check_affine, points_to_lps, require_right_angles, spacing
 from voxelmorph_monai.io.atomic import atomic
 from voxelmorph_monai.io.formats import check_gzip, check_nifti, is_nifti, reading, stored_header
-from voxelmorph_monai.io.images import open_volume, save_nifti
+from voxelmorph_monai.io.images import save_nifti
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.maps.grids import fits_backwards
-from voxelmorph_monai.maps.names import check_output
+from voxelmorph_monai.maps.names import check_image_output, check_output
 from voxelmorph_monai.space.itk_bridge import Transform
-from voxelmorph_monai.space.scan import Scan
+from voxelmorph_monai.space.scan import Frame, Scan
 
 if TYPE_CHECKING:
     from voxelmorph_monai.maps.files import Chain
@@ -58,19 +58,11 @@ def _open(path: str | Path) -> nib.Nifti1Image:
     return image
 
 
-def _grid(path: str | Path, series: int | None = None) -> ImageGrid:
-    volume, affine = open_volume(path, series=series)
-    require_right_angles(affine, str(path))
-    return ImageGrid(volume.shape, affine)
-
-
-def _fitting(names: Sequence[str], image: ImageGrid, reference: ImageGrid, of: tuple[str, str]) -> "Chain":
-    """Read transforms in the direction in which they fit an image and a reference."""
-    found: Chain = files.read_chain(names)
-    if fits_backwards(names, image, reference, of):
-        inverse, missed = chains.invert_transform(found.transform)
-        found = found._replace(transform=inverse, residual=max(found.residual, missed))
-    return found
+def _fitting(names: Sequence[str], moving: str | Path, image: nib.Nifti1Image, fixed: Frame) -> "Chain":
+    """Read transforms in the direction in which they fit an image of volumes and a reference."""
+    own = Frame(str(moving), ImageGrid(image.shape[:3], image.affine), image.header, 3)
+    found: Chain = files.open_chain(names, own, fixed)
+    return found.inverse() if fits_backwards(names, own.grid, fixed.grid, (own.name, fixed.name)) else found
 
 
 def turn_gradients(gradients: NDArray[Any], transform: Transform, moving: Affine, fixed: Affine) -> NDArray[Any]:
@@ -121,13 +113,6 @@ def _read_gradients(path: str | Path, count: int) -> NDArray[Any]:
     return gradients
 
 
-def _check(output: str | Path, overwrite: bool, inputs: Sequence[str | Path]) -> Path:
-    if not str(output).endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{output} does not end in .nii or .nii.gz, but images are saved as NIfTI. Rename it.")
-    check_output(Path(output), overwrite, inputs)
-    return Path(output)
-
-
 def apply_to_series(
     transforms: Sequence[str],
     moving: str | Path,
@@ -154,13 +139,13 @@ def apply_to_series(
     Returns:
         Residual in mm of the displacements that were inverted, 0 if there were none.
     """
-    target = _check(output, overwrite, [moving, reference, *transforms])
+    target = Path(output)
+    check_image_output(target, overwrite, [moving, reference, *transforms])
     gradients_file = target.with_name(target.name.removesuffix(".gz").removesuffix(".nii") + ".bvec")
     if bvec is not None:
         check_output(gradients_file, overwrite, [bvec])
-    image, grid = _open(moving), _grid(reference, reference_series)
-    own = ImageGrid(image.shape[:3], image.affine)
-    found = _fitting(transforms, own, grid, (str(moving), str(reference)))
+    image, fixed = _open(moving), Frame.read(reference, planar=False, series=reference_series)
+    found, grid = _fitting(transforms, moving, image, fixed), fixed.grid
     count = image.shape[3]
     turned = None
     if bvec is not None:
@@ -211,8 +196,9 @@ def apply_to_vectors(
     Returns:
         As :func:`apply_to_series`.
     """
-    target = _check(output, overwrite, [moving, reference, *transforms])
-    image, grid = _open(moving), _grid(reference)
+    target = Path(output)
+    check_image_output(target, overwrite, [moving, reference, *transforms])
+    image, fixed = _open(moving), Frame.read(reference, planar=False)
     shape = image.shape
     if shape[3:] not in ((3,), (1, 3)):
         raise ValueError(f"{moving} has shape {shape}, but an image of vectors has (X, Y, Z, 3) or (X, Y, Z, 1, 3).")
@@ -221,8 +207,7 @@ def apply_to_vectors(
         raise ValueError(f"{moving} does not say along which axes its vectors point. Pass --coordinates RAS or LPS.")
     if said is not None and coordinates not in (None, said):
         raise ValueError(f"{moving} says that it is in {said}, which contradicts --coordinates {coordinates}.")
-    own = ImageGrid(shape[:3], image.affine)
-    found = _fitting(transforms, own, grid, (str(moving), str(reference)))
+    found, grid = _fitting(transforms, moving, image, fixed), fixed.grid
     with reading(Path(moving)):
         vectors = np.asarray(image.dataobj, dtype=np.float32).reshape(*shape[:3], 3)
     in_lps = (said or coordinates) == "LPS"

@@ -47,20 +47,18 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
-def _saving(args: argparse.Namespace) -> dict[str, Any]:
-    """How to save a transform, known to be possible before it is worked out."""
+def _saving(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Frames of both images (None: not given), and how to save a transform between them, known to be possible."""
     from voxelmorph_monai.maps.files import check_target
+    from voxelmorph_monai.space.scan import Frame
 
-    inputs = [*args.transforms, *filter(None, (args.reference, args.moving))]
+    images = args.reference, args.moving
+    inputs = [*args.transforms, *filter(None, images)]
     check_target(args.output, args.to, args.overwrite, inputs)
-    grids = {"grid": _grid(args.reference), "moving_grid": _grid(args.moving)}
-    return {"form": args.to, "overwrite": args.overwrite, "inputs": inputs, **grids}
-
-
-def _grid(path: Path | None) -> Any:
-    from voxelmorph_monai.apps.apply import read_grid
-
-    return None if path is None else read_grid(path)
+    frames = [None if path is None else Frame.read(path) for path in images]
+    grid, moving_grid = (frame and frame.grid for frame in frames)
+    how = {"form": args.to, "overwrite": args.overwrite, "inputs": inputs}
+    return frames, {**how, "grid": grid, "moving_grid": moving_grid}
 
 
 def _report(residual: float) -> None:
@@ -212,26 +210,22 @@ def _add_compose_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apps.apply import open_chain
-    from voxelmorph_monai.maps.files import save_chain
+    from voxelmorph_monai.maps.files import open_chain, save_chain
 
-    saving = _saving(args)
-    transform, residual, spatial_dims = open_chain(args.transforms, args.reference, args.moving)
-    save_chain(args.output, transform, spatial_dims=spatial_dims, **saving)
-    _report(residual)
+    frames, saving = _saving(args)
+    found = open_chain(args.transforms, *frames)
+    save_chain(args.output, found.transform, spatial_dims=found.spatial_dims, **saving)
+    _report(found.residual)
     return 0
 
 
 def _invert(args: argparse.Namespace) -> int:
-    from voxelmorph_monai.apps.apply import open_chain
-    from voxelmorph_monai.maps.chains import invert_transform
-    from voxelmorph_monai.maps.files import save_chain
+    from voxelmorph_monai.maps.files import open_chain, save_chain
 
-    saving = _saving(args)
-    transform, missed, spatial_dims = open_chain(args.transforms, args.reference, args.moving)
-    inverse, residual = invert_transform(transform)
-    save_chain(args.output, inverse, spatial_dims=spatial_dims, **saving)
-    _report(max(missed, residual))
+    frames, saving = _saving(args)
+    found = open_chain(args.transforms, *frames).inverse()
+    save_chain(args.output, found.transform, spatial_dims=found.spatial_dims, **saving)
+    _report(found.residual)
     return 0
 
 
@@ -258,7 +252,7 @@ def _convert(args: argparse.Namespace) -> int:
         return _compose(args)
     if args.reference is None or args.moving is None:
         raise ValueError("an FSL transform needs both images (--reference and --moving).")
-    saving = _saving(args)
+    _, saving = _saving(args)
     save_chain(args.output, read_fsl_transform(args.input, saving["grid"], saving["moving_grid"]), **saving)
     return 0
 

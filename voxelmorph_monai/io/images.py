@@ -16,22 +16,19 @@ from voxelmorph_monai.io.formats import (
     Volume,
     check_gzip,
     is_dicom,
-    is_nifti,
-    load_nibabel,
     reading,
-    spatial_dims_of,
 )
 from voxelmorph_monai.io.volumes import open_file
 from voxelmorph_monai.threads import num_threads
 
 __all__ = [
     "as_labels",
+    "check_image_name",
     "open_volume",
     "read_image",
     "read_labels",
     "save_image",
     "save_image_as",
-    "save_image_like",
     "save_nifti",
 ]
 
@@ -146,14 +143,15 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
     return array
 
 
-def _check_ending(path: str | Path) -> None:
+def check_image_name(path: str | Path) -> None:
+    """Raise ValueError unless a file to write is named ``.nii`` or ``.nii.gz``."""
     if not str(path).endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path} does not end in .nii or .nii.gz, but images are saved as NIfTI. Rename it.")
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
     """Write an image with its affine as sform and qform; completely or not at all."""
-    _check_ending(path)
+    check_image_name(path)
     affine = image.affine
     # Code 2, "aligned to another image": what this package writes lies on a grid that was chosen, not scanned. Readers
     # differ in which of the two forms they prefer, so both say the same; the qform cannot hold shear and is then left
@@ -184,26 +182,13 @@ def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_di
     save_nifti(path, nib.Nifti1Image(array if spatial_dims == 3 else array[..., 0], affine, dtype=array.dtype))
 
 
-def save_image_like(path: str | Path, array: NDArray[Any], like: str | Path, *, series: int | None = None) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with the header of the file ``like``; completely or not at all.
-
-    Shape, position, units and description are those of ``like``. For formats other than NIfTI, only shape and position
-    are.
-    """
-    if not is_nifti(Path(like)):
-        save_image(path, array, open_volume(like, planar=True, series=series)[1], spatial_dims_of(Path(like)))
-        return
-    model = load_nibabel(like)
-    save_image_as(path, array.reshape(model.shape), model.affine, model.header)
-
-
 def save_image_as(path: str | Path, array: NDArray[Any], affine: Affine, header: nib.Nifti1Header) -> None:
     """Write ``array`` ``(X, Y, Z)`` in its own type with a NIfTI header, whose shape and type are adapted.
 
     Position, codes of both forms, units and description are those of the header; where its sform, qform and pixdim
     differ by rounding, all are set to the sform. It is written completely or not at all.
     """
-    _check_ending(path)
+    check_image_name(path)
     shape = header.get_data_shape()
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(array.reshape(shape), affine, header, dtype=array.dtype)

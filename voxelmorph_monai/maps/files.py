@@ -42,11 +42,13 @@ from voxelmorph_monai.maps.grids import write_ends
 from voxelmorph_monai.maps.itk_files import check_chain_file
 from voxelmorph_monai.maps.names import check_output, parse_name
 from voxelmorph_monai.space.itk_bridge import Transform, linear_transform, save_transform
+from voxelmorph_monai.space.scan import Frame, Scan
 
 __all__ = [
     "FORMATS",
     "Chain",
     "check_target",
+    "open_chain",
     "read_chain",
     "read_fsl_transform",
     "read_transform",
@@ -103,6 +105,11 @@ class Chain(NamedTuple):
     transform: Transform
     residual: float
     spatial_dims: int
+
+    def inverse(self) -> "Chain":
+        """The way back, exact for linear transforms (:func:`~voxelmorph_monai.maps.chains.invert_transform`)."""
+        transform, missed = invert_transform(self.transform)
+        return self._replace(transform=transform, residual=max(self.residual, missed))
 
 
 def _is_finite(number: str) -> bool:
@@ -252,6 +259,19 @@ def read_chain(names: Sequence[str]) -> Chain:
         listed = ", ".join(f"{name} in {spatial_dims}-D" for name, spatial_dims in dims.items())
         raise ValueError(f"transforms in 2-D and in 3-D cannot be chained: {listed}.")
     return Chain(chain(parts), residual, dims[names[0]])
+
+
+def open_chain(transforms: Sequence[str], *images: Scan | Frame | None) -> Chain:
+    """Read transforms (:func:`read_chain`) for images in the same number of dimensions.
+
+    Raises:
+        ValueError: an image has another number of dimensions (None: there is no image).
+    """
+    found = read_chain(transforms)
+    for image in images:
+        if image is not None and image.spatial_dims != found.spatial_dims:
+            raise ValueError(f"{image.name} does not fit the transforms, which are in {found.spatial_dims}-D.")
+    return found
 
 
 def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Transform:

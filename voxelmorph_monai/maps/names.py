@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from voxelmorph_monai.io.atomic import require_new
+from voxelmorph_monai.io.images import check_image_name
 
-__all__ = ["check_output", "parse_name"]
+__all__ = ["check_image_output", "check_output", "parse_name"]
 
 
 def parse_name(name: str | Path) -> tuple[Path, bool]:
@@ -27,3 +28,9 @@ def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ())
     require_new(path, overwrite)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: its folder does not exist.")
+
+
+def check_image_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """As :func:`check_output`, for an image: raises also ValueError unless ``path`` ends in ``.nii`` or ``.nii.gz``."""
+    check_image_name(path)
+    check_output(path, overwrite, inputs)

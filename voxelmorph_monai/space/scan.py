@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from voxelmorph_monai.affines import Affine, ImageGrid, check_affine, check_same_grid, require_right_angles, spacing
 from voxelmorph_monai.io.formats import check_nifti, is_nifti, load_nibabel, scan_name, spatial_dims_of
-from voxelmorph_monai.io.images import as_labels, read_image, read_labels, save_image, save_image_as
+from voxelmorph_monai.io.images import as_labels, open_volume, read_image, read_labels, save_image, save_image_as
 from voxelmorph_monai.space.itk_bridge import from_itk
 
-__all__ = ["Plane", "Scan", "ScanLike"]
+__all__ = ["Frame", "Plane", "Scan", "ScanLike"]
 
 ScanLike = Any
 """A path, a :class:`Scan`, a nibabel image, a MONAI ``MetaTensor`` or an ITK image; see :meth:`Scan.of`."""
@@ -205,10 +205,7 @@ class Scan:
 
         A scan that was read from NIfTI keeps the position, units and description of its header.
         """
-        if self.header is None:
-            save_image(path, self.array, self.affine, self.spatial_dims)
-        else:
-            save_image_as(path, self.array, self.affine, self.header)
+        Frame(self.name, self.grid, self.header, self.spatial_dims).save(path, self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """The voxels, for NumPy."""
@@ -225,6 +222,46 @@ def _header(path: Path) -> dict[str, Any]:
     """Header and dimensions of a file, to save other scans like it."""
     header = load_nibabel(path).header if is_nifti(path) else None
     return {"header": header, "spatial_dims": spatial_dims_of(path)}
+
+
+class Frame(NamedTuple):
+    """A scan in a file without its voxels: where they lie, and how others are saved like it.
+
+    Attributes:
+        name: name of the scan in messages.
+        grid: size and affine (RAS, mm).
+        header: its NIfTI header, if it has one.
+        spatial_dims: 2 for a 2-D image.
+    """
+
+    name: str
+    grid: ImageGrid
+    header: nib.Nifti1Header | None
+    spatial_dims: int
+
+    @classmethod
+    def read(cls, path: str | Path, *, planar: bool = True, series: int | None = None) -> "Frame":
+        """Read what the header of a file says.
+
+        Args:
+            path: file or folder, of the formats of :meth:`Scan.read`.
+            planar: also accept a slice or a 2-D image.
+            series: as in :meth:`Scan.read`.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not one volume with axes at right angles, or programs disagree on its position.
+        """
+        volume, affine = open_volume(path, planar=planar, series=series)
+        require_right_angles(affine, str(path))
+        return cls(str(path), ImageGrid(volume.shape, affine), **_header(Path(path)))
+
+    def save(self, path: str | Path, array: NDArray[Any]) -> None:
+        """Write voxels ``(X, Y, Z)`` here as NIfTI, as :meth:`Scan.save` does."""
+        if self.header is None:
+            save_image(path, array, self.grid.affine, self.spatial_dims)
+        else:
+            save_image_as(path, array, self.grid.affine, self.header)
 
 
 class Plane(NamedTuple):
