@@ -28,8 +28,7 @@ from voxelmorph_monai.groupwise import centred_velocities
 from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable, write_json
 from voxelmorph_monai.maps.grids import write_ends
 from voxelmorph_monai.maps.spatial_map import SpatialMap, warp_scan
-from voxelmorph_monai.space.alignment import align
-from voxelmorph_monai.space.middle import grid_around, linear_mean
+from voxelmorph_monai.space.middle import grid_around, linear_mean, rigid_both_ways
 from voxelmorph_monai.space.resampling import resample, rescale
 from voxelmorph_monai.space.scan import Scan
 
@@ -61,10 +60,7 @@ class Change(NamedTuple):
 def _rigid(scans: Sequence[Scan]) -> list[Affine]:
     """Maps from points of the middle space to points of each scan; swapping scans swaps them."""
     first = scans[0]
-    to_others = [np.eye(4)]
-    for other in scans[1:]:
-        there, back = align(other, first, "rigid"), align(first, other, "rigid")
-        to_others.append(linear_mean([there, np.linalg.inv(back)]))
+    to_others = [np.eye(4), *(rigid_both_ways(other, first) for other in scans[1:])]
     middle = np.linalg.inv(linear_mean(to_others))
     found = [each @ middle for each in to_others]
     for each in found:

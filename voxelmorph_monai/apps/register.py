@@ -33,6 +33,7 @@ from voxelmorph_monai.objective import SIMILARITIES
 from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.refinement import mean_map, refine
 from voxelmorph_monai.space.alignment import align
+from voxelmorph_monai.space.middle import rigid_both_ways
 from voxelmorph_monai.space.resampling import SCALINGS, cut_off, fraction_inside, resample_intensities
 from voxelmorph_monai.space.scan import Plane, Scan, ScanLike
 from voxelmorph_monai.space.template import STANDARD_GRID, WorkingGrid, check_brain, check_in_grid
@@ -233,13 +234,6 @@ def _predict(
         return mean_map((ddf + there) / 2, (inverse_ddf + back) / 2)
 
 
-def _align_both_ways(moving: Scan, fixed: Scan) -> Affine:
-    """Rigid map from points of ``fixed`` to points of ``moving``: the inverse, if they are exchanged."""
-    there, back = align(moving, fixed, "rigid"), align(fixed, moving, "rigid")
-    loop = np.linalg.inv(back @ there).astype(np.float64)
-    return (there @ half_map(loop)).astype(np.float64)
-
-
 def _towards_each_other(to_moving: Affine, to_fixed: Affine, mapping: Affine) -> tuple[Affine, Affine]:
     """Change two maps from one space by as little, and as much, that ``mapping`` leads from the second to the first."""
     half = half_map(np.linalg.inv(to_moving) @ mapping @ to_fixed)
@@ -292,7 +286,7 @@ def register_scans(
             pairs = [*zip(scaled, heads, strict=True)]
             to_moving, to_fixed = run(lambda pair: align_to_mni152(*pair, kind), pairs, num_threads())
             if options.same_person:
-                to_moving, to_fixed = _towards_each_other(to_moving, to_fixed, _align_both_ways(*scaled))
+                to_moving, to_fixed = _towards_each_other(to_moving, to_fixed, rigid_both_ways(*scaled))
         elif options.same_person:
             to_moving, to_fixed = align(*scaled, "rigid"), np.eye(4)
         else:

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from voxelmorph_monai.affines import ImageGrid, corners
+from voxelmorph_monai.affines import Affine, ImageGrid, corners, half_map
+from voxelmorph_monai.space.alignment import align
 from voxelmorph_monai.space.scan import Scan
 
-__all__ = ["grid_around", "linear_mean"]
+__all__ = ["grid_around", "linear_mean", "rigid_both_ways"]
 
 _MARGIN = 8  # voxels around what the scans show
 _Matrix = NDArray[np.floating[Any]]
@@ -27,6 +28,13 @@ def linear_mean(maps: Sequence[_Matrix]) -> NDArray[np.float64]:
     found: NDArray[np.float64] = linalg.expm(np.mean(logarithms, axis=0))
     found[3] = [0, 0, 0, 1]  # up to rounding it is
     return found
+
+
+def rigid_both_ways(moving: Scan, fixed: Scan) -> Affine:
+    """Rigid map, 4 x 4, from points of ``fixed`` to points of ``moving``: the inverse, if they are exchanged."""
+    there, back = align(moving, fixed, "rigid"), align(fixed, moving, "rigid")
+    loop = np.linalg.inv(back @ there).astype(np.float64)
+    return (there @ half_map(loop)).astype(np.float64)
 
 
 def grid_around(scans: Sequence[Scan], maps: Sequence[_Matrix], spacing: float | None = None) -> ImageGrid:
