@@ -801,9 +801,14 @@ def test_the_displacement_tapers_to_0_around_the_grid_of_the_network() -> None:
     np.testing.assert_allclose(affine @ [*[registration._TAPER] * 3, 1], corner, atol=1e-9)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("labelled", "steps"), [(False, None), (True, None), (True, 1)])
 def test_nothing_is_worked_out_twice(
-    tmp_path: Path, write: Write, bent: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, labelled: bool
+    tmp_path: Path,
+    write: Write,
+    bent: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    labelled: bool,
+    steps: int | None,
 ) -> None:
     """Passes over the voxels are what a registration of large scans waits for, apart from the network."""
     bent("diffeomorphic")
@@ -829,7 +834,9 @@ def test_nothing_is_worked_out_twice(
     if not labelled:
         paths = {name: paths[name] for name in ("moving", "fixed")}
     (tmp_path / "weights.pt").write_bytes(b"never read")
-    options = Options(tmp_path / "weights.pt", **{**ALIGNED, "alignment": "rigid"})
+    refinement = {} if steps is None else {"refine": True, "steps": steps}
+    options = Options(tmp_path / "weights.pt", **{**ALIGNED, "alignment": "rigid", **refinement})
+    assert options.refines == (steps is not None)
     register_files(output=tmp_path / "out", options=options, **paths)  # type: ignore[arg-type]
     assert {str(paths["moving"]), str(paths["fixed"])} <= set(backgrounds)
     assert len(backgrounds) <= 4

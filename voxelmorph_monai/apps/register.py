@@ -9,7 +9,7 @@ evaluated, at the voxels of the fixed scan, and the moving scan is interpolated 
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxelmorph_monai.affines import Affine, ImageGrid, half_map, spacing
-from voxelmorph_monai.apps.heads import align_to_mni152, find_brains
+from voxelmorph_monai.apps.heads import Head, align_to_mni152, find_brains
 from voxelmorph_monai.apps.options import DEFAULTS, PRESET, Options
 from voxelmorph_monai.apps.result import RegistrationResult
 from voxelmorph_monai.apps.shipped import choose_device, network_of
@@ -240,6 +240,36 @@ def _towards_each_other(to_moving: Affine, to_fixed: Affine, mapping: Affine) ->
     return to_moving @ half, to_fixed @ np.linalg.inv(half)
 
 
+def _linear_maps(scaled: tuple[Scan, Scan], heads: Sequence[Head | None], options: Options) -> tuple[Affine, Affine]:
+    """Maps from points of the space that the network works in to points of the moving and of the fixed scan."""
+    if options.space == "fixed":
+        return align(*scaled, "rigid" if options.same_person else options.alignment), np.eye(4)
+    kind = "rigid" if options.same_person else options.alignment
+    # one after the other: each is a thousand short calls, which threads would make wait for each other
+    to_moving, to_fixed = (align_to_mni152(scan, head, kind) for scan, head in zip(scaled, heads, strict=True))
+    if options.same_person:
+        return _towards_each_other(to_moving, to_fixed, rigid_both_ways(*scaled))
+    return to_moving, to_fixed
+
+
+def _fields(
+    network: Registration | None,
+    options: Options,
+    scaled: tuple[Scan, Scan],
+    maps: tuple[Affine, Affine],
+    grid: ImageGrid,
+    dims: int,
+    device: torch.device,
+    stages: _Stages,
+) -> tuple[Displacement, Displacement]:
+    """Displacement between two scans on the grid of the network, and its inverse."""
+    images = network_input(scaled, maps, grid, dims).to(device)
+    seen = _Seen.of(scaled, maps, grid, dims) if options.refines else None
+    found = _predict(network, options, images, seen, float(spacing(grid.affine)[:dims].max()), stages)
+    there, back = run(lambda field: padded_field(field, grid.affine), found, num_threads())
+    return there, back
+
+
 def register_scans(
     moving: Scan,
     fixed: Scan,
@@ -281,30 +311,16 @@ def register_scans(
     moving_scaled, fixed_scaled = run(scale, scans, num_threads())
     scaled = moving_scaled, fixed_scaled
     with stages.stage("affine"):
-        if options.space == "mni152":
-            kind = "rigid" if options.same_person else options.alignment
-            pairs = [*zip(scaled, heads, strict=True)]
-            to_moving, to_fixed = run(lambda pair: align_to_mni152(*pair, kind), pairs, num_threads())
-            if options.same_person:
-                to_moving, to_fixed = _towards_each_other(to_moving, to_fixed, rigid_both_ways(*scaled))
-        elif options.same_person:
-            to_moving, to_fixed = align(*scaled, "rigid"), np.eye(4)
-        else:
-            to_moving, to_fixed = align(*scaled, options.alignment), np.eye(4)
+        maps = _linear_maps(scaled, heads, options)
     if options.space == "fixed":
-        _check_overlap(*scans, to_moving)
+        _check_overlap(*scans, maps[0])
     elif grid is not None:
-        for scan, mapping in zip(scans, (to_moving, to_fixed), strict=True):
+        for scan, mapping in zip(scans, maps, strict=True):
             check_in_grid(scan, mapping, grid)
     fields: tuple[Displacement | None, Displacement | None] = (None, None)
     if grid is not None:
-        maps = to_moving, to_fixed
-        images = network_input(scaled, maps, grid, dims).to(device)
-        seen = _Seen.of(scaled, maps, grid, dims) if options.refines else None
-        ddf, inverse_ddf = _predict(network, options, images, seen, float(spacing(grid.affine)[:dims].max()), stages)
-        there, back = run(lambda field: padded_field(field, grid.affine), (ddf, inverse_ddf), num_threads())
-        fields = there, back
-    dims = fixed.spatial_dims
+        fields = _fields(network, options, scaled, maps, grid, dims, device, stages)
+    dims, (to_moving, to_fixed) = fixed.spatial_dims, maps
     forward = SpatialMap(np.linalg.inv(to_fixed), to_moving, fields[0], dims, map_name(fixed, moving))
     inverse = SpatialMap(np.linalg.inv(to_moving), to_fixed, fields[1], dims, map_name(moving, fixed))
     with stages.stage("compose"):
