@@ -63,15 +63,14 @@ def _read_names(path: Path) -> dict[int, str]:
     if not {"number", "name"} <= set(columns):
         raise ValueError(f"{path} has the columns {columns}. It needs number and name, separated by commas.")
     names: dict[int, str] = {}
-    for _, cells in rows:
-        row = dict(zip(columns, cells, strict=False))
-        text = row.get("number", "")
+    for _, _, cells in rows:
+        text = cells.get("number", "")
         if not text.isdecimal() or int(text) < 1 or int(text) in names:
             raise ValueError(
                 f"{path} lists the number '{text}', which is repeated or not a whole number from 1. List each label "
                 "once."
             )
-        names[int(text)] = row.get("name", "")
+        names[int(text)] = cells.get("name", "")
     return names
 
 

@@ -24,7 +24,7 @@ from voxelmorph_monai.apps.register_files import register_files
 from voxelmorph_monai.apps.shipped import card_of, load_network, weights_file
 from voxelmorph_monai.io.atomic import atomic, atomic_folder, sweep, write_json
 from voxelmorph_monai.io.formats import scan_name, stamp
-from voxelmorph_monai.io.tables import read_table
+from voxelmorph_monai.io.tables import Row, read_table
 
 __all__ = ["Cohort", "register_cohort"]
 
@@ -69,7 +69,7 @@ class _Pair(NamedTuple):
         return {role: stamp(path) for role, path in self.files.items()}
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _read_rows(path: Path) -> tuple[list[str], list[Row]]:
     """Read the columns and lines of a list (:func:`~voxelmorph_monai.io.tables.read_table`)."""
     columns, rows = read_table(path, "a list of pairs")
     if not {"moving", "fixed"} <= set(columns) <= {"name", *_FILES} or len(columns) > len(set(columns)):
@@ -109,11 +109,11 @@ def _read_list(path: Path, output: Path) -> list[_Pair]:
     errors: list[str] = []
     names: dict[str, int] = {}
     contents: dict[tuple[tuple[str, Path], ...], int] = {}
-    for line, row in rows:
+    for line, row, cells in rows:
         if len(row) != len(columns):
             errors.append(f"line {line}: {len(row)} cells for {len(columns)} columns")
             continue
-        pair = _pair(dict(zip(columns, row, strict=True)), path.parent)
+        pair = _pair(cells, path.parent)
         errors += [f"line {line}: {error}" for error in _errors(pair, output)]
         same_name = names.setdefault(pair.name.casefold(), line)  # some file systems do not distinguish A from a
         same_files = contents.setdefault(tuple(pair.files.items()), line)

@@ -161,8 +161,7 @@ def _read_csv(source: Path) -> Sections:
     if not lines:
         raise ValueError(f"{source} lists nothing. Add a line for each scan or pair below its columns.")
     sections: Sections = {}
-    for number, cells in lines:
-        line = dict(zip(header, cells, strict=False))
+    for number, cells, line in lines:
         if len(cells) > len(header) or not all(line.get(name) for name in needed):
             raise ValueError(
                 f"line {number} of {source} is {cells} in the columns {header}. It needs {', '.join(sorted(needed))}, "

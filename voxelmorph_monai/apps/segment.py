@@ -96,8 +96,7 @@ def read_list(path: str | Path) -> dict[str, Path]:
             "columns scan and, optionally, name."
         )
     scans: dict[str, Path] = {}
-    for line, row in rows:
-        cells = dict(zip(columns, row, strict=False))
+    for line, row, cells in rows:
         if len(row) != len(columns) or not cells["scan"]:
             raise ValueError(f"{path}, line {line}: give {len(columns)} cells, one of them the path of a scan.")
         _add(scans, cells.get("name"), Path(path).parent / cells["scan"], f"{path}, line {line}")

@@ -65,8 +65,7 @@ def _read_members(path: Path) -> list[_Member]:
     if not {"image"} <= set(columns) <= {"image", "labels", "name"}:
         raise ValueError(f"{path} has the columns {', '.join(columns) or 'none'}; it needs image, and may have labels.")
     members = []
-    for line, row in rows:
-        cells = dict(zip(columns, row, strict=False))
+    for line, row, cells in rows:
         if len(row) != len(columns) or not cells.get("image"):
             raise ValueError(f"{path}, line {line}, does not have the {len(columns)} cells of its header.")
         image = (path.parent / cells["image"]).absolute()

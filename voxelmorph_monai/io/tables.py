@@ -2,12 +2,27 @@
 
 import csv
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["read_table"]
+__all__ = ["Row", "read_table"]
 
 
-def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read a CSV file: its columns (none if it is empty), and number and cells of each line that is not empty.
+class Row(NamedTuple):
+    """A line of a table that is not empty.
+
+    Attributes:
+        line: its number in the file.
+        cells: what it contains.
+        by_column: the same by column, without cells that are missing or too many.
+    """
+
+    line: int
+    cells: list[str]
+    by_column: dict[str, str]
+
+
+def read_table(path: Path, what: str) -> tuple[list[str], list[Row]]:
+    """Read a CSV file: its columns (none if it is empty), and the lines below that are not empty.
 
     Args:
         path: file to read.
@@ -25,4 +40,5 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, list[s
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}. Save it as one.") from error
-    return (rows[0][1] if rows else []), rows[1:]
+    columns = rows[0][1] if rows else []
+    return columns, [Row(line, cells, dict(zip(columns, cells, strict=False))) for line, cells in rows[1:]]

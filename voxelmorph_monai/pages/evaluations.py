@@ -26,9 +26,7 @@ def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     columns, rows = read_table(path, "a table of an evaluation")
     if not {*_ROW[:2]} <= set(columns):
         raise ValueError(f"{path} has the columns {', '.join(columns) or '(none)'}: moving and fixed are missing.")
-    return [column for column in columns if column not in _ROW], [
-        dict(zip(columns, row, strict=False)) for _, row in rows
-    ]
+    return [column for column in columns if column not in _ROW], [row.by_column for row in rows]
 
 
 def _measure(key: str) -> Measure:
