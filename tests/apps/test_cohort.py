@@ -577,3 +577,4 @@ def test_without_dask_a_scheduler_is_refused(
     with pytest.raises(ValueError, match=r"tcp://.* needs Dask.* pip install 'voxelmorph_monai\[cohort\]'"):
         register_cohort(listed, tmp_path / "out", scheduler="tcp://127.0.0.1:1")
     assert not calls
+    assert not (tmp_path / "out").exists()

@@ -265,17 +265,20 @@ def _lock(output: Path) -> Iterator[None]:
         ) from error
 
 
+def _dask(scheduler: str) -> Any:
+    try:
+        return importlib.import_module("distributed")  # optional, and slow to import
+    except ImportError as error:
+        raise ValueError(
+            f"scheduler {scheduler} needs Dask, which is not installed: pip install 'voxelmorph_monai[cohort]'."
+        ) from error
+
+
 class _Cluster:
     """Workers of a running Dask cluster, with the interface of :class:`Processes`."""
 
     def __init__(self, address: str) -> None:
-        try:
-            distributed = importlib.import_module("distributed")  # optional, and slow to import
-        except ImportError as error:
-            raise ValueError(
-                f"scheduler {address} needs Dask, which is not installed: pip install 'voxelmorph_monai[cohort]'."
-            ) from error
-        self._client = distributed.Client(address)
+        self._client = _dask(address).Client(address)
         self._executor = self._client.get_executor(pure=False)
 
     def submit(self, function: Any, /, *args: Any) -> Any:
@@ -364,6 +367,8 @@ def register_cohort(
         )
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}. At least 1 process is needed.")
+    if scheduler is not None:
+        _dask(scheduler)  # before there is a folder
     listed, complete = _read_list(Path(pairs).absolute(), output), _complete(options)
     options_record = _as_json(complete, bids=bids, report=report, show_face=show_face)
     _require_ours(output, listed, options_record, overwrite)
