@@ -61,7 +61,7 @@ ALLOWED = {
     "atlas": {"blocks", "losses", "networks", "refinement", "space"},
     "atlas_transforms": {"affines", "atlas", "io", "space"},
     "pose": {"affines", "blocks", "lazy"},
-    "anatomy": {"affines", "blocks", "lazy", "networks", "pose", "space"},
+    "anatomy": {"affines", "blocks", "lazy", "networks", "pose", "space", "switch"},
     "anatomy_transforms": {"affines", "anatomy", "atlas_transforms", "io", "networks", "space"},
     "anatomy_training": {"networks"},
 }

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import scan_loops, switch
 from voxelmorph_monai.affines import Affine, ImageGrid
+from voxelmorph_monai.anatomy import restore
 from voxelmorph_monai.maps.spatial_map import Displacement, SpatialMap, warp_scan
 from voxelmorph_monai.report import volume_change
 from voxelmorph_monai.space.mutual_information import MutualInformation, coarsen
@@ -147,3 +149,15 @@ def test_mutual_information(rng: np.random.Generator, monkeypatch: pytest.Monkey
     for loops, other in zip(*both(monkeypatch, work), strict=True):
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(loops, other, atol=1e-9 * np.abs(other).max())  # sums of thousands, in float64
+
+
+def test_classes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid reaches beyond the posteriors on all sides."""
+    smooth = gaussian_filter(rng.normal(size=(31, *SIZE)), (0, 1, 1, 1)).astype(np.float32)
+    posteriors = torch.from_numpy(20 * smooth).softmax(0)
+    view, grid = ImageGrid(SIZE, place(0.3, 2, (2, 2, 2))), ImageGrid((40, 44, 30), place(0.1, -3, (1.3, 1.1, 1.4)))
+    (loops, volumes), (other, same) = both(monkeypatch, lambda: restore(posteriors, view, grid))
+    assert (other == 0).mean() > 0.1
+    assert len(np.unique(other)) == 31
+    assert volumes == same
+    assert (loops != other).mean() < 1e-4  # where two classes are as likely, rounding decides

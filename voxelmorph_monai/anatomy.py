@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from voxelmorph_monai.affines import LIA, Affine, ImageGrid, corners, inside, spacing
 from voxelmorph_monai.blocks import sample
 from voxelmorph_monai.lazy import lazy
-from voxelmorph_monai.networks import load_weights
+from voxelmorph_monai.networks import has_fast_bfloat16, load_weights
 from voxelmorph_monai.pose import Anatomy, Pose, anatomy_of_mni152, find_poses, fit, fit_centres, likeness, rotation_of
 from voxelmorph_monai.space.scan import Scan, ScanLike
+from voxelmorph_monai.switch import compiled_module
 
 __all__ = [
     "STRUCTURES",
@@ -285,7 +286,7 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
     found: list[tuple[ImageGrid, Pose]] = []
     tried: list[Affine] = []
     for _ in range(_MAX_POSES):
-        parts = network.coarse(image.to(_device(network))).softmax(1)[0].cpu()
+        parts = _posteriors(network.coarse, image).cpu()
         brain = _largest((parts[0] < 0.5).numpy())
         litres = brain.sum() * COARSE**3 * 1e-6
         if _LITRES[0] < litres < _LITRES[1]:
@@ -324,7 +325,7 @@ def is_stripped(scan: Scan, network: AnatomyNet) -> bool:
     """
     view = _whole(scan.grid)
     image, _ = _framed(see(scan, view), view)
-    background = network.coarse(image.to(_device(network))).softmax(1)[0, 0].cpu().numpy()
+    background = _posteriors(network.coarse, image)[0].cpu().numpy()
     away = COARSE * ndimage.distance_transform_edt(~_largest(background < 0.5)) > 12
     shown = image[0, 0].numpy() > _BRIGHT
     return bool(np.count_nonzero(shown & away) <= _BARE * np.count_nonzero(shown))
@@ -352,7 +353,7 @@ def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Ten
     fills little of it. Then it looks again.
     """
     for number in range(1, _MAX_LOOKS + 1):
-        posteriors = clean(network.fine(see(scan, view).to(_device(network))).softmax(1)[0])
+        posteriors = clean(_posteriors(network.fine, see(scan, view)))
         brain = (posteriors[0] < 0.5).cpu().numpy()
         if not brain.any():
             raise ValueError(f"{scan.name} shows no head: no brain was found in it.")
@@ -368,8 +369,12 @@ def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Ten
     return posteriors, view
 
 
-def _device(network: AnatomyNet) -> torch.device:
-    return next(network.fine.parameters(), torch.zeros(0)).device
+def _posteriors(network: BlockUNet, image: Tensor) -> Tensor:
+    """Probabilities ``(K, *size)`` of the classes in an image ``(1, 1, *size)``, float32, on the network's device."""
+    device = next(network.parameters(), image).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+        logits = network(image.to(device))
+    return logits.float().softmax(1)[0]
 
 
 def see(scan: Scan, view: ImageGrid) -> Tensor:
@@ -403,7 +408,7 @@ def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArr
     known = posteriors * _within(view, grid).to(posteriors)  # beyond the scan there is neither brain nor background
     volumes = known[1:].flatten(1).double().sum(1) * float(np.prod(spacing(view.affine)))
     names = [structure.name for structure in STRUCTURES]
-    return _classes(known, view, grid).cpu().numpy(), dict(zip(names, volumes.tolist(), strict=True))
+    return _classes(known, view, grid), dict(zip(names, volumes.tolist(), strict=True))
 
 
 def seen_anatomy(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Anatomy:
@@ -415,7 +420,7 @@ def brain_mask(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[
     """Which voxels of ``grid`` are brain: those that :func:`restore` gives a class."""
     known = posteriors[:1] * _within(view, grid).to(posteriors)
     shown = _within(view, grid).to(posteriors)
-    return _classes(torch.stack([known[0], shown - known[0]]), view, grid).cpu().numpy() > 0
+    return _classes(torch.stack([known[0], shown - known[0]]), view, grid) > 0
 
 
 def to_freesurfer(classes: NDArray[np.uint8]) -> NDArray[np.int16]:
@@ -434,26 +439,37 @@ def clean(posteriors: Tensor) -> Tensor:
     return cleaned
 
 
-def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Tensor:
-    """Class of each voxel of ``grid``, uint8."""
-    to_view = torch.from_numpy(np.linalg.inv(view.affine) @ grid.affine).to(posteriors)
-    found = torch.zeros(*grid.size, dtype=torch.uint8, device=posteriors.device)
+def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[np.uint8]:
+    """Class of each voxel of ``grid``: 0 unless brain is more likely than background, else that of the likeliest."""
+    found = np.zeros(grid.size, np.uint8)
     first, last = _box_in(view, grid)
-    step = max(1, 2**21 // int(np.prod(last[1:] - first[1:] + 1)))
-    brain = (posteriors[1:].sum(0) - posteriors[0])[None, None]  # above 0
-    for start in range(first[0], last[0] + 1, step):
-        corner = torch.as_tensor([start, first[1], first[2]]).to(posteriors)
-        stop = min(start + step, int(last[0]) + 1)
-        size = [stop - start, *(last[1:] - first[1:] + 1).tolist()]
-        axes = [torch.arange(n, device=posteriors.device, dtype=posteriors.dtype) for n in size]
-        index = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + corner[:, None]
-        points = (to_view[:3, :3] @ index + to_view[:3, 3:]).view(1, 3, -1, 1, 1)
-        is_brain = sample(brain, points, padding_mode="zeros").flatten() > 0
-        part = torch.zeros(is_brain.shape, dtype=torch.uint8, device=posteriors.device)
-        likeliest = sample(posteriors[None, 1:], points[:, :, is_brain]).flatten(2)[0].argmax(0)
-        part[is_brain] = 1 + likeliest.to(torch.uint8)
-        found[start:stop, first[1] : last[1] + 1, first[2] : last[2] + 1] = part.view(size)
+    to_view = np.linalg.inv(view.affine) @ grid.affine
+    to_view[:3, 3] += to_view[:3, :3] @ first
+    part = found[tuple(slice(*ends) for ends in zip(first, last + 1, strict=True))]
+    brain = posteriors[1:].sum(0) - posteriors[0]  # above 0
+    loops = compiled_module("scan_loops") if posteriors.device.type == "cpu" else None
+    if loops is not None:
+        likely = posteriors[1:].permute(1, 2, 3, 0).contiguous()
+        part[...] = loops.likeliest(likely.numpy(), brain.numpy(), to_view, part.shape)
+    else:
+        _classify(posteriors, brain, torch.from_numpy(to_view).to(posteriors), part)
     return found
+
+
+def _classify(posteriors: Tensor, brain: Tensor, to_view: Tensor, classes: NDArray[np.uint8]) -> None:
+    """Write ``classes``; ``to_view``: from their voxels to those of the posteriors."""
+    step = max(1, 2**21 // int(np.prod(classes.shape[1:])))
+    for start in range(0, len(classes), step):
+        part = classes[start : start + step]
+        axes = [torch.arange(n, device=posteriors.device, dtype=posteriors.dtype) for n in part.shape]
+        axes[0] += start
+        index = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        points = (to_view[:3, :3] @ index + to_view[:3, 3:]).view(1, 3, -1, 1, 1)
+        is_brain = sample(brain[None, None], points, padding_mode="zeros").flatten() > 0
+        likeliest = sample(posteriors[None, 1:], points[:, :, is_brain]).flatten(2)[0].argmax(0)
+        found = torch.zeros(is_brain.shape, dtype=torch.uint8, device=posteriors.device)
+        found[is_brain] = 1 + likeliest.to(torch.uint8)
+        part[...] = found.view(part.shape).cpu().numpy()
 
 
 def _whole(grid: ImageGrid) -> ImageGrid:

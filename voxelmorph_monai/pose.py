@@ -79,12 +79,11 @@ class Anatomy(NamedTuple):
 
     def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Centres of the structures (RAS, mm), ``(K, 3)``, and their volumes in mm3, ``(K,)``."""
-        mass = self.posteriors.flatten(1).double().sum(1)
-        means = []
-        for axis in range(3):
-            others = tuple(d for d in (1, 2, 3) if d != axis + 1)
-            along = self.posteriors.double().sum(others)
-            means.append((along * torch.arange(along.shape[1])).sum(1) / mass.clamp(min=1e-6))
+        means, plane = [], self.posteriors.sum(3)
+        alongs = [plane.sum(2), plane.sum(1), self.posteriors.sum((1, 2))]
+        mass = alongs[0].double().sum(1)
+        for along in alongs:
+            means.append((along * torch.arange(along.shape[1])).double().sum(1) / mass.clamp(min=1e-6))
         points = apply_affine(self.affine, torch.stack(means).numpy()).T
         return points, mass.numpy() * abs(np.linalg.det(self.affine[:3, :3]))
 

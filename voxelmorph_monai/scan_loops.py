@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from voxelmorph_monai.compiled import compiled
 from voxelmorph_monai.threads import num_threads, run
 
-__all__ = ["bend", "displace", "glance", "interleaved", "match", "moments", "pull", "volume_change"]
+__all__ = [
+    "bend",
+    "displace",
+    "glance",
+    "interleaved",
+    "likeliest",
+    "match",
+    "moments",
+    "pull",
+    "volume_change",
+]
 
 _Array = NDArray[Any]
 
@@ -273,6 +283,61 @@ def interleaved(ddf: _Array, matrix: _Array) -> _Array:
     m = np.ascontiguousarray(matrix, ddf.dtype)
     _for_slabs(lambda first, last: _interleave(*flat, steps, m, out, first, last), len(out))
     return out.transpose(2, 1, 0, 3)
+
+
+@compiled
+def _weight(t: Any, upper: int) -> Any:
+    return t if upper else np.float32(1) - t
+
+
+@compiled
+def _likeliest(p: Any, brain: Any, m: Any, out: Any, first: int, last: int) -> None:
+    """Fill the planes of ``out``."""
+    sx, sy, sz = brain.shape
+    mixed = np.empty(p.shape[3], np.float32)
+    for i in range(first, last):
+        for j in range(out.shape[1]):
+            for k in range(out.shape[2]):
+                x = m[0, 0] * i + m[0, 1] * j + m[0, 2] * k + m[0, 3]
+                y = m[1, 0] * i + m[1, 1] * j + m[1, 2] * k + m[1, 3]
+                z = m[2, 0] * i + m[2, 1] * j + m[2, 2] * k + m[2, 3]
+                out[i, j, k] = 0
+                if not (x > -1 and y > -1 and z > -1 and x < sx and y < sy and z < sz):
+                    continue
+                ax, ay, az = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+                tx, ty, tz = np.float32(x - ax), np.float32(y - ay), np.float32(z - az)
+                value = np.float32(0)
+                for c in range(8):
+                    bx, by, bz = ax + (c >> 2), ay + ((c >> 1) & 1), az + (c & 1)
+                    if bx >= 0 and by >= 0 and bz >= 0 and bx < sx and by < sy and bz < sz:
+                        value += (
+                            _weight(tx, c >> 2) * _weight(ty, (c >> 1) & 1) * _weight(tz, c & 1) * brain[bx, by, bz]
+                        )
+                if not value > 0:
+                    continue
+                mixed[:] = 0
+                for c in range(8):  # beyond the border lies what is there
+                    bx = min(max(ax + (c >> 2), 0), sx - 1)
+                    by = min(max(ay + ((c >> 1) & 1), 0), sy - 1)
+                    bz = min(max(az + (c & 1), 0), sz - 1)
+                    weight = _weight(tx, c >> 2) * _weight(ty, (c >> 1) & 1) * _weight(tz, c & 1)
+                    for n in range(len(mixed)):
+                        mixed[n] += weight * p[bx, by, bz, n]
+                out[i, j, k] = 1 + np.argmax(mixed)
+
+
+def likeliest(posteriors: _Array, brain: _Array, matrix: _Array, size: Sequence[int]) -> _Array:
+    """Number of the likeliest class in the voxels of a grid, from 1 on; 0 where ``brain`` is not above 0: uint8.
+
+    Args:
+        posteriors: ``(X, Y, Z, K)`` in float32; beyond the border they are those there.
+        brain: ``(X, Y, Z)`` in float32, 0 beyond the border.
+        matrix: 4 x 4, from voxels of the grid to those of the posteriors.
+        size: size of the grid.
+    """
+    out, m = np.empty(tuple(size), np.uint8), np.ascontiguousarray(matrix[:3], np.float64)
+    _for_slabs(lambda first, last: _likeliest(posteriors, brain, m, out, first, last), len(out))
+    return out
 
 
 @compiled
