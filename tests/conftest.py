@@ -38,6 +38,7 @@ from voxelmorph_monai.space.template import WorkingGrid, mni152, mni152_tissue, 
 SIZE = (24, 32, 20)
 SPACING = (8.0, 6.0, 10.0)  # mm, so that the field of view is that of a head
 SECTIONS = {"training": 3, "validation": 2, "test": 2}
+DATA = Path(os.environ.get("VXM_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()  # real scans
 
 
 @cache
@@ -178,17 +179,22 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def real_scans(name: str) -> Path:
+def real_scans(name: str, files: str) -> Path:
     """Folder ``name`` of real scans; without it the test is skipped, or fails where ``VXM_TEST_NEEDS_DATA`` is set."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("VXM_TEST_DATA", beside)) / name
+    folder = DATA / name
     if not folder.is_dir():
-        reason = f"no real scans: {folder} is not a folder; VXM_TEST_DATA names the one that {name}/ is in"
+        reason = f"needs real scans: set VXM_TEST_DATA to a folder that holds {name}/ with {files}"
         (pytest.fail if os.environ.get("VXM_TEST_NEEDS_DATA") else pytest.skip)(reason)
     return folder
 
 
 @pytest.fixture(scope="session")
 def malf() -> Path:
-    """Real scans: 22 T1 brains with their labels."""
-    return real_scans("malf")
+    """Real scans: T1 brains with their labels."""
+    return real_scans("malf", "T1 brains (1000_t1.nii.gz) and their labels (1000_labels.nii.gz)")
+
+
+@pytest.fixture(scope="session")
+def colin27() -> Path:
+    """Real scans: a whole head in the space of MNI152, and its brain."""
+    return real_scans("colin27", "the head of Colin27 (ch2.nii.gz) and its brain (ch2bet.nii.gz)")

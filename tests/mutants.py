@@ -118,7 +118,7 @@ TESTS = {
     "groupwise": ["tests/test_groupwise.py"],
     "vxmdense": ["tests/test_vxmdense.py"],
     "space.middle": ["tests/apps/test_longitudinal.py", "-k", "linear_maps or all_show"],
-    "pages.views": ["tests/pages/test_views.py", "-k", "not real and not stripped"],
+    "pages.views": ["tests/pages/test_views.py", "-k", "not real and not stripped and not no_part"],
     "pages.checks": ["tests/pages/test_checks.py"],
     "pages.index": ["tests/pages/test_index.py", "tests/pages/test_scans.py"],
     "pages.scans": ["tests/pages/test_scans.py"],

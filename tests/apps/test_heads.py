@@ -25,7 +25,6 @@ from voxelmorph_monai.space.template import mni152
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 TISSUES = [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, *[1] * 8, 2, 2, 0, *[1] * 6, 0, 0, 2]  # white, grey, fluid
 
 
@@ -114,11 +113,9 @@ def test_a_head_is_aligned_by_its_structures_unless_the_headers_shall_do() -> No
     np.testing.assert_array_equal(align_to_mni152(mni152(), head, "none"), np.eye(4))
 
 
-def test_the_brain_of_a_real_head_is_found() -> None:
-    if not (DATA / "colin27").is_dir():
-        pytest.skip("needs ../shared/data/colin27")
-    scan = Scan.read(DATA / "colin27" / "ch2.nii.gz")
-    true = Scan.read(DATA / "colin27" / "ch2bet.nii.gz").array > 0
+def test_the_brain_of_a_real_head_is_found(colin27: Path) -> None:
+    scan = Scan.read(colin27 / "ch2.nii.gz")
+    true = Scan.read(colin27 / "ch2bet.nii.gz").array > 0
     assert may_be_head(scan)
     head = find_brain(scan, "cpu")
     assert head is not None

@@ -15,7 +15,6 @@ from voxelmorph_monai.report import volume_change
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import sample_scan
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 UP = np.array([0.0, 1.0, 0.0])  # of a plane in front of which everything is hidden, in the tests: RAS
 
 
@@ -140,20 +139,18 @@ def test_a_brain_without_skull_hides_nothing(network, monkeypatch: pytest.Monkey
     assert face.limit == np.inf
 
 
-@pytest.mark.skipif(not (SHARED / "colin27").exists(), reason="the head of Colin27 is not here")
 @pytest.mark.parametrize("part", [np.s_[:], np.s_[:, 120:], np.s_[:, :, :90], np.s_[:, 60:, :110]])
-def test_no_part_of_a_head_is_taken_for_a_brain_without_skull(network, part) -> None:
+def test_no_part_of_a_head_is_taken_for_a_brain_without_skull(colin27: Path, network, part) -> None:
     """Whole; its front, where the face is; what lies below; front and below."""
-    head = nib.load(SHARED / "colin27" / "ch2.nii.gz").slicer[part]
+    head = nib.load(colin27 / "ch2.nii.gz").slicer[part]
     assert not is_stripped(Scan(head.get_fdata(dtype=np.float32), head.affine), network)
 
 
-@pytest.mark.skipif(not (SHARED / "colin27").exists(), reason="the head of Colin27 is not here")
 @pytest.mark.parametrize("turn", [0.0, -15.0])
-def test_a_real_head_loses_its_face_and_keeps_its_brain(network, turn: float) -> None:
+def test_a_real_head_loses_its_face_and_keeps_its_brain(colin27: Path, network, turn: float) -> None:
     """Colin27 lies in the space of MNI152: nose, eyes and chin are where an atlas has them."""
-    image = nib.load(SHARED / "colin27" / "ch2.nii.gz")
-    brain = nib.load(SHARED / "colin27" / "ch2bet.nii.gz").get_fdata() > 0
+    image = nib.load(colin27 / "ch2.nii.gz")
+    brain = nib.load(colin27 / "ch2bet.nii.gz").get_fdata() > 0
     pose = np.eye(4)
     c, s = np.cos(np.radians(turn)), np.sin(np.radians(turn))
     pose[1:3, 1:3] = [[c, -s], [s, c]]  # nodding
