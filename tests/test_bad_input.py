@@ -161,7 +161,11 @@ MOVING: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "complex": ("scan.nii", lambda path: write(path, blob(np.complex64)), "is not a scalar image"),
     "affine of zeros": ("scan.nii", lambda path: write(path, blob(), np.diag([0.0, 0, 0, 1])), "has no inverse"),
     "singular affine": ("scan.nii", lambda path: write(path, blob(), bend(np.ones((3, 3)))), "has no inverse"),
-    "affine of NaN": ("scan.nii", lambda path: write(path, blob(), bend(np.nan)), "is not 4 x 4 finite numbers"),
+    "affine of NaN": (
+        "scan.nii",
+        lambda path: write(path, blob(), bend(np.nan)),
+        "is not a matrix of 4 x 4 finite numbers",
+    ),
     "sheared": ("scan.nii", lambda path: write(path, blob(), bend(4 * np.eye(3) + np.eye(3, k=1))), "at right angles"),
     "two places": (
         "scan.nii",
@@ -409,7 +413,7 @@ def test_a_disk_that_fills_up_later_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"voxelmorph_monai.apps.result.{writer}", full)
-    refused(pair(folder), "No space left on device. Nothing half-written is left: make room")
+    refused(pair(folder), "No space left on device. Free some space")
 
 
 # What may look wrong but is right. --------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     >>> vxm.Scan
     <class 'voxelmorph_monai.space.scan.Scan'>
 
-The names below are imported when they are first used: ``vxm --help`` should not wait for torch, and
-``voxelmorph_monai.blocks`` needs nothing else.
+The public names are imported when they are first used, so that ``vxm --help`` does not wait for torch, and
+``voxelmorph_monai.blocks`` loads only torch.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Name and module of the public names; __init__.pyi tells them to type checkers.
+# Module of each public name; __init__.pyi lists the names for type checkers.
 _PUBLIC = {
     "apply": "apps.apply",
     "Options": "apps.options",
@@ -54,7 +54,7 @@ _PUBLIC = {
     "sample_scan": "space.template",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # strings, all of them
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

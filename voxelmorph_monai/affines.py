@@ -1,9 +1,9 @@
-"""Affine maps in physical space: millimetres, RAS and LPS, right angles, the grid of an image.
+"""Affine maps in physical space: voxel size, RAS and LPS, checks of headers, the grid of an image.
 
 An ``affine`` is nibabel's: a 4 x 4 matrix that maps voxel indices to millimetres in RAS (x grows to the right, y to
 the front, z up). ITK and its files use LPS, in which the first two coordinates have the opposite sign. This conversion
-happens here and, for scans that ITK reads, in :mod:`~voxelmorph_monai.io.volumes` and
-:mod:`~voxelmorph_monai.io.dicom`, but nowhere else. Within a plane an affine is 3 x 3.
+happens only here and, for scans that ITK reads, in :mod:`~voxelmorph_monai.io.volumes` and
+:mod:`~voxelmorph_monai.io.dicom`. In 2-D an affine is 3 x 3.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ __all__ = [
 Affine = NDArray[np.float64]
 
 LIA = np.array([[-1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
-"""Axes that run left, inferior, anterior, as in FreeSurfer's volumes: each column is the direction of one in RAS."""
+"""Directions (RAS) of array axes that run left, inferior, anterior, as in FreeSurfer's volumes; a column per axis."""
 
 
 def corners(affine: Affine, low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:
@@ -83,9 +83,10 @@ def ras_to_lps(spatial_dims: int) -> Affine:
 
 
 def half_map(mapping: Affine) -> Affine:
-    """The map that, done twice, is ``mapping``, 4 x 4, which turns points by less than half a circle.
+    """Square root of a 4 x 4 map: applied twice, it gives ``mapping``, which must rotate by less than 180 degrees.
 
-    Iteration of Denman and Beavers (Applied Mathematics and Computation 1976), which converges quadratically.
+    Computed by the iteration of Denman and Beavers (Applied Mathematics and Computation 1976), which converges
+    quadratically.
 
     >>> half_map(np.diag([4.0, 9.0, 1.0, 1.0])).diagonal().tolist()
     [2.0, 3.0, 1.0, 1.0]
@@ -97,7 +98,7 @@ def half_map(mapping: Affine) -> Affine:
 
 
 def spacing(affine: Affine) -> Affine:
-    """Distance between neighbouring voxels along each array axis, in mm: ``(3,)``, or ``(2,)`` within a plane.
+    """Distance between neighbouring voxels along each array axis, in mm: ``(3,)``, or ``(2,)`` in 2-D.
 
     >>> spacing(np.diag([-2.0, 1.0, 3.0, 1.0])).tolist()
     [2.0, 1.0, 3.0]
@@ -108,7 +109,9 @@ def spacing(affine: Affine) -> Affine:
 def check_affine(affine: Affine, subject: str) -> None:
     """Raise ValueError unless ``affine`` is 4 x 4, finite and has an inverse."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise ValueError(f"the affine of {subject} is not 4 x 4 finite numbers: {affine.tolist()}. Correct its header.")
+        raise ValueError(
+            f"the affine of {subject} is not a matrix of 4 x 4 finite numbers: {affine.tolist()}. Correct its header."
+        )
     volume = abs(np.linalg.det(affine[:3, :3]))
     if volume <= 1e-6 * np.prod(spacing(affine)):
         raise ValueError(
@@ -118,13 +121,13 @@ def check_affine(affine: Affine, subject: str) -> None:
 
 
 def is_sheared(affine: Affine) -> bool:
-    """Whether angles between axes differ from 90 degrees by more than header rounding (1e-3: 0.25 mm in a brain)."""
+    """Whether the angles between axes differ from 90 degrees by more than rounding (1e-3: 0.25 mm across a brain)."""
     direction = affine[:-1, :-1] / spacing(affine)
     return not np.allclose(direction.T @ direction, np.eye(len(direction)), atol=1e-3)
 
 
 def require_right_angles(affine: Affine, subject: str) -> None:
-    """Raise ValueError if the axes of an image are sheared, which neither ITK nor a qform can express."""
+    """Raise ValueError if the axes of an image are sheared: neither ITK nor a qform can store shear."""
     if is_sheared(affine):
         raise ValueError(
             f"the axes of {subject} are not at right angles in the affine {affine.tolist()}. Correct its header, or "
@@ -145,7 +148,7 @@ def points_to_lps(points: NDArray[np.floating[Any]]) -> NDArray[Any]:
 
 
 def in_plane(matrix: NDArray[np.floating[Any]]) -> Affine:
-    """Reduce a 4 x 4 matrix to x and y: 3 x 3. Nothing is lost if it keeps the plane z = 0."""
+    """Reduce a 4 x 4 matrix to x and y: 3 x 3. This is exact if the matrix maps the plane z = 0 to itself."""
     return matrix[np.ix_([0, 1, 3], [0, 1, 3])].astype(np.float64)
 
 
@@ -156,7 +159,7 @@ def apply_affine(matrix: NDArray[np.floating[Any]], points: NDArray[Any]) -> NDA
 
 
 def even_rotations(number: int) -> NDArray[np.float64]:
-    """Evenly spread rotations ``(number, 3, 3)``, the identity first: super-Fibonacci spiral (Alexa, CVPR 2022)."""
+    """Evenly spread rotations ``(number, 3, 3)``, the identity first: a super-Fibonacci spiral (Alexa, CVPR 2022)."""
     s = np.arange(number - 1) + 0.5
     inner, outer = np.sqrt(s / (number - 1)), np.sqrt(1 - s / (number - 1))
     a, b = 2 * np.pi * s / np.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
@@ -170,7 +173,11 @@ def even_rotations(number: int) -> NDArray[np.float64]:
 
 
 def slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Cut a grid along its first axis into parts of about a million voxels; yields slice and indices ``(3, ...)``."""
+    """Cut a grid along its first axis into slabs of about a million voxels.
+
+    Yields:
+        The slice of the first axis, and the indices ``(3, ...)`` of the voxels in the slab.
+    """
     step = max(1, _SLAB_VOXELS // (size[1] * size[2]))
     for start in range(0, size[0], step):
         stop = min(start + step, size[0])
@@ -180,10 +187,10 @@ def slabs(size: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
 
 
 def inside(index: Iterable[NDArray[np.floating[Any]]], shape: Sequence[int]) -> NDArray[np.bool_]:
-    """Whether indices lie in an image of this shape: at most half a voxel beyond its outermost voxels.
+    """Whether indices lie in an image of this shape, which ends half a voxel beyond its outermost voxels.
 
     Args:
-        index: indices along each axis, ``(D, ...)``, or one array after the other.
+        index: indices ``(D, ...)``, or an iterable of the indices along each axis.
         shape: shape of the image, ``(D,)``.
 
     >>> inside(np.array([[-0.5, 1.4, 1.5]]), [2]).tolist()
@@ -200,9 +207,9 @@ def check_same_grid(
     Args:
         first: first grid.
         second: second grid.
-        names: names of their images, for the error.
-        tolerance: largest distance in mm between the two positions of a voxel (default: 0.1 mm or a tenth of the
-            shortest side of a voxel, which is far above header rounding and far below a voxel).
+        names: names of the two images, for the message.
+        tolerance: largest distance in mm between the two positions of a voxel (default: the smaller of 0.1 mm and a
+            tenth of the shortest side of a voxel, which is far above header rounding and far below a voxel).
     """
     if tolerance is None:
         tolerance = min(0.1, 0.1 * float(spacing(first.affine).min()))
@@ -213,5 +220,5 @@ def check_same_grid(
     if not apart <= tolerance:
         raise ValueError(
             f"{names[0]} and {names[1]} are not on one grid: their headers place the same voxel {apart:.3g} mm apart, "
-            f"affines {first.affine.tolist()} and {second.affine.tolist()}. Correct a header, or resample one of them."
+            f"affines {first.affine.tolist()} and {second.affine.tolist()}. Correct a header, or resample one image."
         )

@@ -26,15 +26,15 @@ SEGMENTATION_FILES = ("labels.nii.gz", "brain_mask.nii.gz", "volumes.csv", "colo
 
 
 class LoadHeadd(MapTransform):
-    """Load a scan and find the head in it: a MetaTensor ``(1, X, Y, Z)`` of 2 mm around the brain, float32 in [0, 1].
+    """Load a scan, and resample it around the brain, upright, with voxels of 2 mm.
 
-    Its affine maps voxels to positions in the scan. The scan's own affine and shape are the meta entries
-    ``original_affine`` and ``spatial_shape``, like those of MONAI's loaders. For formats and errors see
-    :func:`~voxelmorph_monai.io.images.open_volume`.
+    The result is a MetaTensor ``(1, X, Y, Z)``, float32 in [0, 1], whose affine maps its voxels to positions in the
+    scan. The meta entries ``original_affine`` and ``spatial_shape`` hold the affine and the shape of the scan, as with
+    MONAI's loaders. For formats and errors see :func:`~voxelmorph_monai.io.images.open_volume`.
 
     Args:
         keys: items that hold paths.
-        weights: file of the network's weights; the network finds the head at low resolution.
+        weights: weights of the anatomy network, which finds the brain at low resolution.
     """
 
     def __init__(self, keys: KeysCollection, weights: str) -> None:
@@ -42,7 +42,7 @@ class LoadHeadd(MapTransform):
         self.weights = weights
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
-        """Replace the paths in ``data`` by heads."""
+        """Replace the paths in ``data`` by the resampled scans."""
         loaded = dict(data)
         for key in self.key_iterator(loaded):
             path = str(loaded[key])
@@ -58,7 +58,9 @@ class LoadHeadd(MapTransform):
 
 
 class RestoreAnatomyd(Transform):
-    """Convert the logits ``pred`` to classes on the grid of the scan, ``(1, X, Y, Z)``, uint8; add their ``volumes``.
+    """Convert the logits ``pred`` to classes on the grid of the scan, ``(1, X, Y, Z)``, uint8; add ``volumes``.
+
+    ``volumes`` is a dict of the volume of each structure in mm3, by name.
 
     Args:
         ref_image: item of :class:`LoadHeadd`, whose header has the grid of the scan.
@@ -68,7 +70,7 @@ class RestoreAnatomyd(Transform):
         self.ref_image = ref_image
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
-        """Replace ``pred`` in ``data``."""
+        """Replace ``pred`` in ``data``, and add ``volumes``."""
         scan, pred = data[self.ref_image], data["pred"]
         assert isinstance(scan, MetaTensor)
         assert isinstance(pred, Tensor)
@@ -81,7 +83,13 @@ class RestoreAnatomyd(Transform):
 
 
 def save_anatomy(folder: Path, labels: Scan, volumes: Mapping[str, float]) -> None:
-    """Write FreeSurfer's labels, the brain mask, volumes (mm3, by name) and colours into ``folder``."""
+    """Write :data:`SEGMENTATION_FILES` into ``folder``.
+
+    Args:
+        folder: existing folder.
+        labels: labels in FreeSurfer's numbers; the brain mask is where they are above 0.
+        volumes: volume of each structure in mm3, by name.
+    """
     labels.save(folder / "labels.nii.gz")
     labels.like((labels.array > 0).astype(np.uint8)).save(folder / "brain_mask.nii.gz")
     (folder / "colours.txt").write_text(colour_table(), encoding="utf-8")
@@ -94,11 +102,11 @@ def save_anatomy(folder: Path, labels: Scan, volumes: Mapping[str, float]) -> No
 class SaveAnatomyd(SaveImaged):
     """Write the files of :func:`save_anatomy` into a new folder.
 
-    It is a ``SaveImaged`` only in name: MONAI Label recognises by it which transform to skip.
+    It inherits from ``SaveImaged`` only because MONAI Label skips transforms of this type.
 
     Args:
-        output_dir: folder to write; it appears completely or not at all.
-        overwrite: replace the folder of an earlier segmentation; without it that is an error.
+        output_dir: folder to write; if writing fails, nothing is left of it.
+        overwrite: replace the folder of an earlier segmentation; otherwise an existing folder is an error.
     """
 
     def __init__(self, output_dir: str | Path, overwrite: bool = False) -> None:
@@ -107,7 +115,7 @@ class SaveAnatomyd(SaveImaged):
         self.overwrite = overwrite
 
     def check(self) -> None:
-        """Raise FileExistsError or ValueError if the folder must not be written; bundles call this first."""
+        """Raise FileExistsError or ValueError if the folder must not be written; a bundle calls this at its start."""
         require_replaceable(self.output_dir, self.overwrite, "a segmentation", SEGMENTATION_FILES)
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
@@ -117,7 +125,7 @@ class SaveAnatomyd(SaveImaged):
         assert isinstance(head, MetaTensor)
         assert isinstance(pred, Tensor)
         assert isinstance(volumes, Mapping)
-        scan = Scan.read(str(head.meta["filename_or_obj"]))  # again, for its header
+        scan = Scan.read(str(head.meta["filename_or_obj"]))  # for its header
         labels = scan.like(to_freesurfer(pred[0].as_subclass(Tensor).cpu().numpy()))
         with atomic_folder(self.output_dir) as folder:
             save_anatomy(folder, labels, volumes)

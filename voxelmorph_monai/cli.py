@@ -1,7 +1,7 @@
 """The command line ``vxm``.
 
-The work is imported inside the functions that need it, here and in ``commands`` and nowhere else in the package:
-importing torch takes seconds, which nobody should wait for ``vxm --help``.
+Here and in ``commands``, functions import the modules that do the work only when they are called: importing torch takes
+seconds, and ``vxm --help`` should answer at once. The rest of the package imports at the top of its files.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from voxelmorph_monai.commands import groups, registration, training, transforms
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {**registration.COMMANDS, **transforms.COMMANDS, **groups.COMMANDS, **training.COMMANDS}
-"""By name, in the order in which the help lists them."""
+"""Commands by name, in the order of the help."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
             help=command.help,
             description=textwrap.fill(f"{command.help[0].upper()}{command.help[1:]}.", 80),
             epilog=f"example:\n  {command.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example in two lines could not be copied
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # a wrapped example could not be copied
         )
         command.add_arguments(sub)
     return parser
@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
 def _leave(codes: Sequence[int]) -> None:
     """End the process at once with the first of ``codes``, if there is one.
 
-    It takes 0.8 s to take torch and the memory apart. And where a full disk cut a file short, HDF5 would crash when it
-    closes it.
+    A normal exit takes 0.8 s, in which torch and its memory are released. After a disk has filled up, it would also
+    crash, when HDF5 closes an incomplete file.
     """
     if codes:
         sys.stdout.flush()
@@ -49,14 +49,18 @@ def _leave(codes: Sequence[int]) -> None:
 
 
 def _terminate(*_: object) -> None:
-    """Let what is half done be removed, as after an interruption."""
+    """Turn SIGTERM into an exception, so that incomplete files are removed as after Ctrl-C."""
     raise KeyboardInterrupt("SIGTERM")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``vxm`` with the given arguments (default: the process's); returns the exit code.
+    """Run ``vxm`` and return its exit code.
 
-    0 success, 1 some of the work failed, 2 wrong input, 130 interrupted, 143 terminated.
+    Args:
+        argv: arguments without the name of the program (default: those of the process).
+
+    Returns:
+        0 for success, 1 if some of the work failed, 2 for wrong input, 130 if interrupted, 143 if terminated.
     """
     if argv is not None:
         return _run(argv)
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from voxelmorph_monai.threads import wait_without_spinning
 
     codes: list[int] = []
-    atexit.register(_leave, codes)  # what libraries register later is done before
+    atexit.register(_leave, codes)  # first, so that it runs after the functions that libraries register
     keep_freed_memory()
     wait_without_spinning()
     signal.signal(signal.SIGTERM, _terminate)
@@ -73,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_home(argv: Sequence[str]) -> None:
-    """Raise ValueError where the shell left a ``~``: a folder of that name would be made."""
+    """Raise ValueError for a ``~`` that the shell has not expanded: it would become a folder with that name."""
     for word in argv:
         value = word.partition("=")[2] if word.startswith("--") else word
         if value.startswith("~"):
             raise ValueError(
-                f"{word} is no path: the shell expands ~, but not in quotes or after =. Write the full path; for a "
-                f"file or folder with that name write ./{value}."
+                f"{word} starts with ~, which the shell does not expand in quotes or after =. Write the full path, or "
+                f"./{value} for a file or folder with that name."
             )
 
 
@@ -93,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"{error.strerror}. Nothing half-written is left: make room, or write to another disk."
+            reason = f"{error.strerror}. Free some space, or write to another disk. Incomplete files were removed."
         print(f"vxm {args.command}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

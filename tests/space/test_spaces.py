@@ -283,7 +283,7 @@ def test_images_that_show_nothing_are_refused(tmp_path: Path, array: NDArray[Any
             np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
             "affine of .*bad.nii has no inverse",
         ),
-        (np.diag([np.nan, 1, 1, 1]), "affine of .*bad.nii is not 4 x 4 finite numbers"),
+        (np.diag([np.nan, 1, 1, 1]), "affine of .*bad.nii is not a matrix of 4 x 4 finite numbers"),
     ],
 )
 def test_affines_without_inverse_are_refused(tmp_path: Path, affine: Affine, message: str) -> None:
