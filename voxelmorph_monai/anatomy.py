@@ -1,9 +1,12 @@
-r"""Anatomy of the head in any scan: which structure each voxel belongs to, and what is brain.
+r"""Anatomy of the head in any scan: the structure of each voxel, and the brain mask.
 
-The network looks twice. A coarse look at the whole field of view, with voxels of 4 mm, finds the brain and which way is
-up (:mod:`~voxelmorph_monai.pose`). A fine look with voxels of 2 mm, at the brain only and upright, gives the
-posteriors, which are then sampled at the voxels of the scan, whatever their grid. Both looks are trained on images
-generated from label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`), so they work for any contrast.
+Two networks look at the scan. The coarse look, at the whole field of view with voxels of 4 mm, finds the brain and the
+pose of the head (:mod:`~voxelmorph_monai.pose`). The fine look, at the upright brain with voxels of 2 mm, gives the
+posteriors (the probability of each class in each voxel), which are then interpolated at the voxels of the scan. Both
+networks are trained on images generated from label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`), so they
+work for any contrast.
+
+A view is the grid (:class:`~voxelmorph_monai.affines.ImageGrid`) on which a network sees the scan.
 """
 
 from collections.abc import Sequence
@@ -57,9 +60,9 @@ class Structure(NamedTuple):
         number: its number in FreeSurfer's label maps.
         name: its name in FreeSurfer's colour table.
         colour: red, green, blue, 0 to 255.
-        part: part of the brain that the coarse look tells apart: 1 and 2 the left and the right half of the cerebrum, 3
-            and 4 of the cerebellum, 5 and 6 the nuclei and the lateral ventricle, 7 the brain stem, 8 what lies between
-            them.
+        part: class of the structure in the coarse look, which only tells 8 parts of the brain apart: 1 and 2 are the
+            left and the right half of the cerebrum, 3 and 4 those of the cerebellum, 5 and 6 the left and the right
+            nuclei and lateral ventricle, 7 is the brain stem, and 8 everything in the middle.
     """
 
     number: int
@@ -68,8 +71,8 @@ class Structure(NamedTuple):
     part: int
 
 
-# Classes from 1 on; class 0 is everything but brain. The last one is the rest of the brain mask: mainly the fluid
-# around the brain, but also vessels, the optic chiasm, lesions, and the inferior horns of the ventricles.
+# Classes 1, 2, ...; class 0 is everything outside the brain. The last class is the rest of the brain mask: mainly the
+# fluid around the brain, but also vessels, the optic chiasm, lesions, and the inferior horns of the ventricles.
 STRUCTURES = (
     Structure(2, "Left-Cerebral-White-Matter", (245, 245, 245), 1),
     Structure(41, "Right-Cerebral-White-Matter", (245, 245, 245), 2),
@@ -105,25 +108,27 @@ STRUCTURES = (
 
 NUM_CLASSES = len(STRUCTURES) + 1
 NUM_PARTS = 8
-COARSE, FINE = 4.0, 2.0  # side of a voxel of the two looks, mm
-_MARGIN = 6.0  # mm: least margin around the brain in the fine look
-# Voxels of the fine look, unless a brain needs more: those that it is trained with. The network normalises over all of
-# them, so another amount of air around the head makes the result worse.
+COARSE, FINE = 4.0, 2.0  # side of a voxel in each look, mm
+_MARGIN = 6.0  # smallest margin around the brain in the fine look, mm
+# Smallest size of the fine look, the one that it is trained with; a larger brain gets a larger view. The network
+# normalises over all voxels, so another amount of air around the head makes the result worse.
 _VIEW = (96, 96, 112)
-_LITRES = (0.2, 3.0)  # volume of a brain: newborns have the smallest, and the coarse look may be wrong
-_MAX_LOOKS = 3
-_LOOSE = 0.8  # if this fraction of the view would do, the brain fills too little of it
-_ASKEW = 20.0  # degrees; the fine look is trained for more
-_SURE = 0.86  # R2 of a pose that is certain; 0.77 to 0.84 was seen for heads turned upside down
-_LEAST_EXPLAINED = 0.5  # R2 of a pose below which the scan shows no brain
-_LEAST_LIKE = 0.58  # Dice with MNI152; .68 to .79 was seen for brains, .04 to .52 for noise and phantoms
-_MAX_VIEWS = 2  # largest number of views for the fine look, until one shows a brain
-_MAX_POSES = 4  # largest number of poses to look at, until one is certain
-_BRIGHT = 0.1  # least intensity of content; air and its noise are below it
-_BARE = 0.008  # of what a stripped scan shows is 12 mm away from its brain; .0034 was seen at most, and .015 of a head
-_VIEW_COARSE = 56  # least number of voxels along each axis: as in the training, for the same reason
-_TILTED = 8.0  # degrees by which the fine look may be tilted; structures are found less well beyond that
-_WRONG = 12.0  # mm: structures that lie so far from their places are not those of a brain; in real ones it is below 6
+_LITRES = (0.2, 3.0)  # plausible volume of a brain: from newborns up, with room for errors of the coarse look
+_MAX_LOOKS = 3  # largest number of fine looks from one pose
+_LOOSE = 0.8  # look again if a view with less than this fraction of the voxels would hold the brain
+_ASKEW = 20.0  # poses that differ by less are the same, degrees; the fine look is trained for larger rotations
+_SURE = 0.86  # a pose with a larger R2 is certain; heads that were turned upside down had 0.77 to 0.84
+_LEAST_EXPLAINED = 0.5  # if no pose has a larger R2, the scan shows no brain
+_LEAST_LIKE = 0.58  # smallest Dice with MNI152 of a brain; brains had .68 to .79, noise and phantoms .04 to .52
+_MAX_VIEWS = 2  # largest number of poses to try the fine look on, until one shows a brain
+_MAX_POSES = 4  # largest number of coarse looks, until a pose is certain
+_BRIGHT = 0.1  # intensity above which a voxel shows something; air and its noise are darker
+# Largest fraction of the visible voxels that may lie more than 12 mm from the brain of a stripped scan: stripped scans
+# had at most .0034, whole heads at least .015.
+_BARE = 0.008
+_VIEW_COARSE = 56  # smallest number of voxels along each axis of the coarse look, as in its training (see _VIEW)
+_TILTED = 8.0  # largest tilt of the fine look, degrees; a larger one makes structures less accurate
+_WRONG = 12.0  # largest error of fitted centres that can be a brain, mm; real brains stay below 6
 
 
 def mirror_pairs() -> list[list[int]]:
@@ -137,7 +142,7 @@ def mirror_pairs() -> list[list[int]]:
 
 
 def colour_table() -> str:
-    """The structures as FreeSurfer's programs and 3D Slicer read them: number, name, red, green, blue, transparency."""
+    """Colour table for FreeSurfer and 3D Slicer, a line per structure: number, name, red, green, blue, transparency."""
     rows = sorted([Structure(0, "Unknown", (0, 0, 0), 0), *STRUCTURES])
     return "".join(f"{row.number} {row.name} {' '.join(map(str, row.colour))} 0\n" for row in rows)
 
@@ -156,12 +161,12 @@ class _Block(nn.Module):
 
 
 class BlockUNet(nn.Module):
-    """U-Net that treats blocks of 2 x 2 x 2 voxels as channels, which makes it fast: no layer has the image's size.
+    """U-Net that turns each block of 2 x 2 x 2 voxels into channels, so that even its finest level is fast.
 
     Args:
-        num_classes: number of classes, K.
+        num_classes: number of classes K, including the background.
         widths: channels of each level, finest first, multiples of 4.
-        top: number of channels from which the classes of a block are predicted, a multiple of 8.
+        top: channels of the last layer before the prediction, a multiple of 8.
     """
 
     def __init__(
@@ -199,13 +204,12 @@ class BlockUNet(nn.Module):
 
 
 class AnatomyNet(nn.Module):
-    """The two looks at a head, coarse and fine.
-
-    Calling it returns the logits of the fine look.
+    """The two networks that find anatomy, coarse and fine; calling it runs the fine one.
 
     Attributes:
-        coarse: for images with voxels of 4 mm, in any pose: the brain and, where the head is upright, its parts.
-        fine: for images with voxels of 2 mm, roughly upright, whose axes run left, inferior, anterior.
+        coarse: network for voxels of 4 mm. It finds the brain in any pose, and the parts of the brain if the head is
+            upright.
+        fine: network for voxels of 2 mm and a roughly upright head, whose array axes run left, inferior, anterior.
     """
 
     def __init__(self) -> None:
@@ -222,10 +226,10 @@ class Segmentation(NamedTuple):
     """The anatomy found in a scan.
 
     Attributes:
-        labels: FreeSurfer's numbers on the grid of the scan, int16; 0 outside the brain.
+        labels: label map with FreeSurfer's numbers on the grid of the scan, int16; 0 outside the brain.
         volumes: volume of each structure in mm3, by name, computed from the posteriors.
-        posteriors: probability of each class in the voxels of the fine look, ``(K, *view.size)``, float32.
-        view: the grid of the fine look.
+        posteriors: probability of each class on the grid of the fine look, ``(K, *view.size)``, float32.
+        view: grid of the fine look.
     """
 
     labels: Scan
@@ -235,12 +239,12 @@ class Segmentation(NamedTuple):
 
     @property
     def anatomy(self) -> Anatomy:
-        """Posteriors of the structures and their position, the input of :func:`~voxelmorph_monai.pose.fit`."""
+        """Posteriors and their position, as :func:`~voxelmorph_monai.pose.fit` takes them."""
         return seen_anatomy(self.posteriors, self.view, self.labels.grid)
 
     @property
     def mask(self) -> Scan:
-        """The brain, uint8: tissue, ventricles, and the fluid around it."""
+        """Brain mask, uint8: 1 in tissue, ventricles, and the fluid around the brain."""
         return self.labels.like((self.labels.array > 0).astype(np.uint8))
 
 
@@ -248,7 +252,7 @@ def segment(scan: ScanLike, network: AnatomyNet) -> Segmentation:
     """Label the anatomy of the head in a scan of any contrast, resolution and orientation, with or without skull.
 
     Args:
-        scan: what :meth:`~voxelmorph_monai.space.scan.Scan.of` takes.
+        scan: a path, a Scan, a nibabel image, a ``MetaTensor`` or an ITK image.
         network: the trained network, in evaluation mode.
 
     Raises:
@@ -261,7 +265,7 @@ def segment(scan: ScanLike, network: AnatomyNet) -> Segmentation:
 
 
 def find_head(scan: Scan, network: AnatomyNet) -> ImageGrid:
-    """Find the grid for the fine look at a scan: voxels of 2 mm around the brain, upright with the head.
+    """Grid for the fine look at a scan: voxels of 2 mm around the brain, upright with the head.
 
     Raises:
         ValueError: the scan shows no head.
@@ -271,16 +275,16 @@ def find_head(scan: Scan, network: AnatomyNet) -> ImageGrid:
 
 @torch.no_grad()
 def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
-    """Grids of 2 mm around the brain in a scan, one for each possible pose of the head, the likeliest first.
+    """Grids of 2 mm around the brain in a scan, with the pose of the head; one for each possible pose, likeliest first.
 
-    The coarse look finds the brain in any pose, but better in an upright head. So it looks again in the likeliest
-    poses, until one of them explains the intensities in the brain.
+    The coarse look finds the brain in any pose, but more exactly in an upright head. It is therefore repeated in the
+    likeliest poses, until a pose explains the intensities of the brain well enough.
 
     Raises:
         ValueError: the scan shows no head.
     """
     if scan.is_slice:
-        raise ValueError(f"{scan.name} is a single slice, but segmentation needs a volume.")
+        raise ValueError(f"{scan.name} is a single slice. Segmentation needs a volume.")
     view = _whole(scan.grid)
     image, view = _framed(see(scan, view), view)
     found: list[tuple[ImageGrid, Pose]] = []
@@ -296,7 +300,8 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
             found.sort(key=lambda each: -each[1].explained)
         elif not found:
             raise ValueError(
-                f"{scan.name} shows no head: what looks like a brain in it has a volume of {litres:.2g} litres."
+                f"{scan.name} shows no head: the only brain-like part has a volume of {litres:.2g} litres. Check that "
+                "it is a scan of a head, with the correct voxel size in its header."
             )
         left = [pose for _, pose in found if all(_angle(rotation_of(pose.mapping), turn) > _ASKEW for turn in tried)]
         if not left or found[0][1].explained > _SURE:
@@ -309,7 +314,10 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
         view = _grid(middle - half, middle + half, axes, COARSE, 1)
         image = see(scan, view)
     if found[0][1].explained < _LEAST_EXPLAINED:
-        raise ValueError(f"{scan.name} shows no head: nothing in it is arranged like the tissues of a brain.")
+        raise ValueError(
+            f"{scan.name} shows no head: its intensities are not arranged like the tissues of a brain. Check that it "
+            "is a scan of a head."
+        )
     others: list[tuple[ImageGrid, Pose]] = []
     for view, pose in found:
         if all(_angle(rotation_of(pose.mapping), rotation_of(other.mapping)) > _ASKEW for _, other in others):
@@ -319,9 +327,9 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
 
 @torch.no_grad()
 def is_stripped(scan: Scan, network: AnatomyNet) -> bool:
-    """Whether a scan shows a brain and almost nothing else, by one coarse look along the axes of its header.
+    """Whether a scan shows almost nothing but a brain, by one coarse look that is upright according to the header.
 
-    If a brain lies askew, the look may miss a part of it; then the answer is no.
+    If the header is wrong by a large rotation, the coarse look may miss a part of the brain; the answer is then no.
     """
     view = _whole(scan.grid)
     image, _ = _framed(see(scan, view), view)
@@ -333,7 +341,7 @@ def is_stripped(scan: Scan, network: AnatomyNet) -> bool:
 
 @torch.no_grad()
 def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
-    """Posteriors ``(K, *size)`` of the brain in a scan, and the grid of 2 mm that they are on.
+    """Posteriors ``(K, *size)`` of the brain in a scan, and their grid with voxels of 2 mm.
 
     Raises:
         ValueError: the scan shows no head.
@@ -343,20 +351,23 @@ def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
         seen = Anatomy(posteriors[1:].cpu(), np.asarray(closer.affine)).coarser(2)
         if likeness(seen, anatomy_of_mni152(), fit(seen, anatomy_of_mni152())) >= _LEAST_LIKE:
             return posteriors, closer
-    raise ValueError(f"{scan.name} shows no head: what looks like a brain in it lacks the structures of one.")
+    raise ValueError(
+        f"{scan.name} shows no head: its brain-like part lacks the structures of a brain. Check that it is a scan of a "
+        "head."
+    )
 
 
 def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
     """Posteriors of the fine look, and its grid.
 
-    Where the coarse look was wrong, the fine one shows it: the brain reaches the end of the view, lies askew in it, or
-    fills little of it. Then it looks again.
+    If the coarse look was inaccurate, the brain reaches the border of the view, is tilted, or fills little of it. The
+    fine look is then repeated with a better view.
     """
     for number in range(1, _MAX_LOOKS + 1):
         posteriors = clean(_posteriors(network.fine, see(scan, view)))
         brain = (posteriors[0] < 0.5).cpu().numpy()
         if not brain.any():
-            raise ValueError(f"{scan.name} shows no head: no brain was found in it.")
+            raise ValueError(f"{scan.name} shows no head: no brain was found. Check that it is a scan of a head.")
         axes = np.asarray(view.affine)[:3, :3] / FINE
         mapping, missed = fit_centres(Anatomy(posteriors[1:].cpu(), np.asarray(view.affine)), anatomy_of_mni152())
         upright = rotation_of(mapping) @ LIA
@@ -378,9 +389,9 @@ def _posteriors(network: BlockUNet, image: Tensor) -> Tensor:
 
 
 def see(scan: Scan, view: ImageGrid) -> Tensor:
-    """Resample a scan on the grid ``view``; each voxel is the mean of what it covers: ``(1, 1, *size)``, float32.
+    """Resample a scan on the grid ``view``: ``(1, 1, *size)``, float32, about 1 in bright tissue, 0 outside the scan.
 
-    Bright tissue is about 1; outside the scan the value is 0.
+    Smaller voxels of the scan are averaged first.
     """
     image = torch.from_numpy(np.ascontiguousarray(scan.array - np.float32(scan.background), np.float32))[None, None]
     side = float(spacing(view.affine)[0])
@@ -394,42 +405,45 @@ def see(scan: Scan, view: ImageGrid) -> Tensor:
     points = (to_scan[:3, :3] @ index + to_scan[:3, 3:]).view(1, 3, *view.size)
     there = _within(view, scan.grid).to(image)
     seen = sample(pooled, points).clamp_(min=0) * there
-    # not of all voxels: how much air is around the head says nothing of its brightness, and spikes say nothing at all
+    # quantile over visible voxels only: the scale must not depend on the amount of air, nor on a few spikes
     values = seen.flatten()[:: 1 + seen.numel() // 2**18]
     shown = values[values > 0.05 * values.quantile(0.999)]
     return seen / shown.quantile(0.995) if len(shown) else seen
 
 
 def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[np.uint8], dict[str, float]]:
-    """Classes of the voxels of ``grid``, and volumes (mm3, by name), from posteriors on the grid ``view``.
+    """Class of each voxel of ``grid``, and volume of each structure, from posteriors on the grid ``view``.
 
-    A voxel is brain if that is more likely than background, and then belongs to the likeliest structure.
+    A voxel that is more likely brain than background gets the likeliest structure.
+
+    Returns:
+        Classes ``grid.size``, uint8, and volumes in mm3 by name.
     """
-    known = posteriors * _within(view, grid).to(posteriors)  # beyond the scan there is neither brain nor background
+    known = posteriors * _within(view, grid).to(posteriors)  # voxels beyond the scan have no class at all
     volumes = known[1:].flatten(1).double().sum(1) * float(np.prod(spacing(view.affine)))
     names = [structure.name for structure in STRUCTURES]
     return _classes(known, view, grid), dict(zip(names, volumes.tolist(), strict=True))
 
 
 def seen_anatomy(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Anatomy:
-    """Posteriors of the structures and their position, and which of their voxels lie in a scan on ``grid``."""
+    """Posteriors on the grid ``view`` as an :class:`Anatomy`, which marks the voxels that a scan on ``grid`` shows."""
     return Anatomy(posteriors[1:].cpu(), np.asarray(view.affine), _within(view, grid))
 
 
 def brain_mask(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[np.bool_]:
-    """Which voxels of ``grid`` are brain: those that :func:`restore` gives a class."""
+    """Brain mask on ``grid``: the voxels to which :func:`restore` gives a structure."""
     known = posteriors[:1] * _within(view, grid).to(posteriors)
     shown = _within(view, grid).to(posteriors)
     return _classes(torch.stack([known[0], shown - known[0]]), view, grid) > 0
 
 
 def to_freesurfer(classes: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """Convert classes to FreeSurfer's numbers."""
+    """Convert classes, numbered as in ``STRUCTURES``, to FreeSurfer's numbers."""
     return np.array([0, *(structure.number for structure in STRUCTURES)], np.int16)[classes]
 
 
 def clean(posteriors: Tensor) -> Tensor:
-    """Clean the posteriors ``(K, *size)`` of a brain: keep its largest part, without holes and nothing far from it."""
+    """Clean the posteriors ``(K, *size)`` of a brain: keep its largest connected part, and fill the holes in it."""
     brain = _largest((posteriors[0] < 0.5).cpu().numpy())
     near = torch.from_numpy(ndimage.binary_dilation(brain)).to(posteriors.device)
     hole = torch.from_numpy(brain).to(posteriors.device) & (posteriors[0] >= 0.5)
@@ -446,7 +460,7 @@ def _classes(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[np
     to_view = np.linalg.inv(view.affine) @ grid.affine
     to_view[:3, 3] += to_view[:3, :3] @ first
     part = found[tuple(slice(*ends) for ends in zip(first, last + 1, strict=True))]
-    brain = posteriors[1:].sum(0) - posteriors[0]  # above 0
+    brain = posteriors[1:].sum(0) - posteriors[0]  # above 0 in the brain
     loops = compiled_module("scan_loops") if posteriors.device.type == "cpu" else None
     if loops is not None:
         likely = posteriors[1:].permute(1, 2, 3, 0).contiguous()
@@ -473,13 +487,13 @@ def _classify(posteriors: Tensor, brain: Tensor, to_view: Tensor, classes: NDArr
 
 
 def _whole(grid: ImageGrid) -> ImageGrid:
-    """Upright grid of the coarse look that holds all of ``grid``."""
+    """Grid of the coarse look that contains ``grid``, upright according to its affine."""
     ends = LIA.T @ corners(grid.affine, [-0.5] * 3, np.array(grid.size) - 0.5)
     return _grid(ends.min(1), ends.max(1), LIA, COARSE, 1)
 
 
 def _framed(image: Tensor, view: ImageGrid) -> tuple[Tensor, ImageGrid]:
-    """What shows something of an image ``(1, 1, *size)``, cut out, and air around it as in the training."""
+    """Crop an image ``(1, 1, *size)`` to its content, pad it to the size of the training, and adapt the grid."""
     shown = (image[0, 0] > _BRIGHT).nonzero()
     if not len(shown):
         return image, view
@@ -493,7 +507,10 @@ def _framed(image: Tensor, view: ImageGrid) -> tuple[Tensor, ImageGrid]:
 
 
 def _grid(low: NDArray[Any], high: NDArray[Any], axes: NDArray[Any], side: float, multiple: int) -> ImageGrid:
-    """Grid around the box from ``low`` to ``high``, mm along ``axes``."""
+    """Grid with voxels of ``side`` mm around the box from ``low`` to ``high`` (mm along ``axes``).
+
+    Its size is a multiple of ``multiple`` along each axis.
+    """
     size = np.maximum(np.ceil((high - low) / side / multiple).astype(int), 1) * multiple
     affine = np.eye(4)
     affine[:3, :3] = side * axes
@@ -502,7 +519,7 @@ def _grid(low: NDArray[Any], high: NDArray[Any], axes: NDArray[Any], side: float
 
 
 def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Largest connected part of ``mask``, its holes filled."""
+    """Largest connected part of ``mask``, with its holes filled."""
     parts, number = ndimage.label(mask)
     if number > 1:
         mask = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
@@ -515,7 +532,7 @@ def _angle(first: Affine, second: Affine) -> float:
 
 
 def _around(brain: NDArray[np.bool_], view: ImageGrid, axes: Affine) -> ImageGrid:
-    """Grid of the fine look, along ``axes`` (in columns), around the voxels of ``brain`` on the grid ``view``."""
+    """Grid for the fine look around ``brain``, a mask on the grid ``view``; the columns of ``axes`` are its axes."""
     surface = brain & ~ndimage.binary_erosion(brain)
     points = axes.T @ (view.affine[:3, :3] @ np.argwhere(surface).T + view.affine[:3, 3:])
     margin = _MARGIN + spacing(view.affine)[0] / 2
@@ -525,14 +542,14 @@ def _around(brain: NDArray[np.bool_], view: ImageGrid, axes: Affine) -> ImageGri
 
 
 def _touches(brain: NDArray[np.bool_], view: ImageGrid, grid: ImageGrid) -> bool:
-    """Whether the brain reaches the end of the view where the scan goes on."""
+    """Whether the brain reaches the border of the view where the scan continues beyond it."""
     edge = np.ones(brain.shape, bool)
     edge[2:-2, 2:-2, 2:-2] = False
     return bool((brain & edge & _within(view, grid).cpu().numpy()).any())
 
 
 def _within(view: ImageGrid, grid: ImageGrid) -> Tensor:
-    """Which voxels of ``view`` lie in ``grid``: at most half a voxel from its outermost ones."""
+    """Which voxels of ``view`` lie in ``grid``, which ends half a voxel beyond its outermost voxels."""
     to_grid = np.linalg.inv(grid.affine) @ view.affine
     axes = np.ogrid[tuple(slice(n) for n in view.size)]
     index = (sum(row[k] * axes[k] for k in range(3)) + row[3] for row in to_grid[:3])
@@ -540,7 +557,7 @@ def _within(view: ImageGrid, grid: ImageGrid) -> Tensor:
 
 
 def _box_in(view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[Any], NDArray[Any]]:
-    """First and last voxel of ``grid``, along each axis, that ``view`` may reach."""
+    """First and last voxel of ``grid`` along each axis that may lie in ``view``."""
     ends = corners(np.linalg.inv(grid.affine) @ view.affine, [-1] * 3, view.size)
     last = np.array(grid.size) - 1
     return np.clip(np.floor(ends.min(1)), 0, last).astype(int), np.clip(np.ceil(ends.max(1)), 0, last).astype(int)
@@ -554,6 +571,6 @@ def _loaded(weights: str, time_of_change: int) -> AnatomyNet:
 
 
 def load_anatomy(weights: str | Path) -> AnatomyNet:
-    """Load the trained network on the CPU, ready to use; the file is read again only if it changed."""
+    """Load the trained network on the CPU, in evaluation mode; the file is read again only if it has changed."""
     path = Path(weights)
     return _loaded(str(path), path.stat().st_mtime_ns if path.exists() else 0)

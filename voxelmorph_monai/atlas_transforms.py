@@ -1,4 +1,4 @@
-"""MONAI transforms for an atlas network: load a scan aligned to the atlases, restore and save its labels."""
+"""MONAI transforms for an atlas network: align a scan to the atlases, resample its labels back, and save them."""
 
 import sys
 from collections.abc import Hashable, Mapping, Sequence
@@ -28,8 +28,12 @@ Data = dict[Hashable, object]
 def aligned(scan: Scan, grid: WorkingGrid) -> tuple[NDArray[np.float32], Affine]:
     """Align a skull-stripped scan to MNI152 like ``vxm prepare``, and resample it on a grid.
 
+    Args:
+        scan: the scan.
+        grid: grid around MNI152.
+
     Returns:
-        Intensities in [0, 1] on the grid, and the affine from its voxels to positions in the scan (RAS, mm).
+        Intensities in [0, 1], ``grid.size``, and the affine from voxels of the grid to positions in the scan (RAS, mm).
     """
     image, target = rescale(scan), grid.around()
     mapping = align(image, mni152())
@@ -38,17 +42,20 @@ def aligned(scan: Scan, grid: WorkingGrid) -> tuple[NDArray[np.float32], Affine]
 
 
 def refusal(error: Exception) -> Exception:
-    """Error that MONAI Label passes on to the client, where all other errors become "Internal Server Error"."""
+    """Convert ``error`` so that a client of MONAI Label sees its message; elsewhere return it unchanged.
+
+    MONAI Label reports only FastAPI's exceptions, and all others as "Internal Server Error".
+    """
     fastapi = sys.modules.get("fastapi") if "monailabel" in sys.modules else None
     return error if fastapi is None else fastapi.HTTPException(422, str(error))
 
 
 class LoadAlignedScand(MapTransform):
-    """Load a skull-stripped T1 scan and align it to MNI152: a MetaTensor ``(1, *size)``, float32 in [0, 1].
+    """Load a skull-stripped T1-weighted scan, and resample it on a grid aligned to MNI152.
 
-    Its affine maps the voxels of the grid to positions in the scan. The scan's own affine and shape are the meta
-    entries ``original_affine`` and ``spatial_shape``, like those of MONAI's loaders. For formats and errors see
-    :func:`~voxelmorph_monai.io.images.open_volume`.
+    The result is a MetaTensor ``(1, *size)``, float32 in [0, 1], whose affine maps voxels of the grid to positions in
+    the scan. The meta entries ``original_affine`` and ``spatial_shape`` hold the affine and the shape of the scan, as
+    with MONAI's loaders. For formats and errors see :func:`~voxelmorph_monai.io.images.open_volume`.
 
     Args:
         keys: items that hold paths.
@@ -81,10 +88,11 @@ class LoadAlignedScand(MapTransform):
 
 
 class RestoreLabelsd(Transform):
-    """Convert the probabilities ``pred`` to labels on the grid of the scan, and add their ``probability``.
+    """Convert the probabilities ``pred`` to labels on the grid of the scan, and add ``probability``.
 
-    The probabilities are interpolated linearly at the voxels of the scan, and the largest one wins. Everything beyond
-    the grid is background. ``pred`` becomes ``(1, X, Y, Z)``, uint8; ``probability`` is that of the label, float32.
+    Each voxel of the scan gets the label with the largest probability, by linear interpolation; voxels outside the grid
+    of the atlases are background. ``pred`` becomes ``(1, X, Y, Z)``, uint8. ``probability`` is the probability of the
+    label of each voxel, of the same shape, float32.
 
     Args:
         ref_image: item of :class:`LoadAlignedScand`, whose header has the grid of the scan.
@@ -94,7 +102,7 @@ class RestoreLabelsd(Transform):
         self.ref_image = ref_image
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
-        """Replace ``pred`` in ``data``."""
+        """Replace ``pred`` in ``data``, and add ``probability``."""
         scan, pred = data[self.ref_image], data["pred"]
         assert isinstance(scan, MetaTensor)
         assert isinstance(pred, Tensor)
@@ -108,10 +116,10 @@ class RestoreLabelsd(Transform):
             here[:3, 3] += start * affine[:3, 0]
             size = [min(SLAB_PLANES, shape[0] - start), *shape[1:]]
             part = resample(source, here, size).as_subclass(Tensor)
-            part[0] += 1 - part.sum(0)  # background beyond the grid
+            part[0] += 1 - part.sum(0)  # outside the grid everything is background
             most, label = part.max(0)
             labels.append(label.to(torch.uint8))
-            probability.append(most.clamp_max(1))  # only rounding exceeds 1
+            probability.append(most.clamp_max(1))  # rounding errors can exceed 1
         restored = {"pred": torch.cat(labels)[None], "probability": torch.cat(probability)[None]}
         return dict(data) | {key: MetaTensor(value, affine=affine) for key, value in restored.items()}
 
@@ -119,11 +127,11 @@ class RestoreLabelsd(Transform):
 class SaveSegmentationd(SaveImaged):
     """Write ``segmentation.nii.gz`` and ``probability.nii.gz``, with the header of the scan, into a new folder.
 
-    It is a ``SaveImaged`` only in name: MONAI Label recognises by it which transform to skip.
+    It inherits from ``SaveImaged`` only because MONAI Label skips transforms of this type.
 
     Args:
-        output_dir: folder to write; it appears completely or not at all.
-        overwrite: replace the folder of an earlier segmentation; without it that is an error.
+        output_dir: folder to write; if writing fails, nothing is left of it.
+        overwrite: replace the folder of an earlier segmentation; otherwise an existing folder is an error.
     """
 
     FILES = ("segmentation.nii.gz", "probability.nii.gz")
@@ -134,9 +142,9 @@ class SaveSegmentationd(SaveImaged):
         self.overwrite = overwrite
 
     def check(self) -> None:
-        """Raise FileExistsError or ValueError if the folder must not be written; a bundle calls this before its work.
+        """Raise FileExistsError or ValueError if the folder must not be written; a bundle calls this at its start.
 
-        The constructor does not check, because MONAI Label calls it but never writes.
+        The constructor does not check the folder, because MONAI Label creates this transform without using it.
         """
         require_replaceable(self.output_dir, self.overwrite, "a segmentation", self.FILES)
 
