@@ -87,13 +87,13 @@ def _to_unit(ddf: Tensor, axis: int) -> float:
 
 
 def _grid(ddf: Tensor, mode: str) -> Tensor:
-    r"""What ``grid_sample`` takes for :math:`\phi` of ``ddf``: ``(B, *spatial, D)``, from -1 to 1, last axis first."""
-    components = ddf.unbind(1)  # one gradient for all; indexing each would fill a whole field with zeros
+    r"""Grid for ``grid_sample`` at :math:`\phi(x)`: ``(B, *spatial, D)``, from -1 to 1, last axis first."""
+    components = ddf.unbind(1)  # has one gradient; that of indexing would fill a field of zeros for each component
     unit = []
     for d in range(ddf.shape[1] - 1, -1, -1):
         point = components[d] + _axis(ddf, d)
         if mode == "nearest":
-            point = point.round()  # here, where halves are exact; after scaling to [-1, 1] they are not
+            point = point.round()  # before scaling to [-1, 1], which would make halves inexact
         unit.append(point * _to_unit(ddf, d) - 1.0)
     return torch.stack(unit, dim=-1)
 
@@ -107,10 +107,11 @@ def _parts(grid: Tensor) -> int:
 
 
 class _Sample(torch.autograd.Function):
-    """Linear ``grid_sample`` of an image along a displacement: uses all threads, and saves only these two tensors.
+    """Linear ``grid_sample`` of an image along a displacement, which uses all threads and less memory than torch's.
 
-    The first axis is cut into as many batch items as there are threads: on 2 cores warp is 1.5 times faster, integrate
-    with its gradient 1.7 times. Since no grid is saved, warp needs 0.6 and integrate 0.5 of the memory.
+    The first axis is cut into as many batch items as there are threads: on 2 cores, this makes warp 1.5 times faster,
+    and integrate with its gradient 1.7 times. Only the image and the displacement are saved for the gradient, not the
+    grid: warp needs 0.6 and integrate 0.5 of the memory.
     """
 
     @staticmethod
@@ -151,14 +152,14 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def operator(image: Tensor, end: str) -> Any:
-        """``grid_sampler`` for ``image``, or its gradient if ``end`` is ``_backward``."""
+        """torch's ``grid_sampler`` for ``image``, or its gradient if ``end`` is ``_backward``."""
         return getattr(torch.ops.aten, f"grid_sampler_{image.ndim - 2}d{end}")
 
     @staticmethod
     def cut(image: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and grid of each part; the image is repeated without a copy where possible."""
+        """Image and grid of each part as batch items; the image is repeated without a copy where possible."""
         grid = image.new_empty((len(ddf), *ddf.shape[2:], ddf.shape[1]))  # MONAI's MetaTensor takes no loose sizes
-        for d, component in enumerate(grid.unbind(-1)[::-1]):  # the numbers of _grid to the last bit, without a copy
+        for d, component in enumerate(grid.unbind(-1)[::-1]):  # the same numbers as _grid, without a copy
             torch.sub((ddf[:, d] + _axis(ddf, d)).mul_(_to_unit(ddf, d)), 1.0, out=component)
         parts = _parts(grid)
         copies = image[:, None].expand(-1, parts, *image.shape[1:]).flatten(0, 1)
@@ -204,8 +205,7 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
 def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
     r"""Values of ``image`` ``(B, C, *spatial)`` at ``points`` ``(B, D, *size)``, in voxels: ``(B, C, *size)``.
 
-    ``mode``, ``padding_mode`` and dtypes are those of :func:`warp`, which samples at displaced points of the image's
-    own grid.
+    ``mode``, ``padding_mode`` and dtypes are as in :func:`warp`.
 
     >>> sample(torch.tensor([[[[0.0, 1.0, 4.0]]]]), torch.tensor([0.0, 1.5]).view(1, 2, 1, 1))
     tensor([[[[2.5000]]]])
@@ -264,7 +264,8 @@ def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> 
 
     Scaling and squaring, :math:`\exp(v) = \exp(v / 2^n)^{2^n}`, starting from :math:`\exp(v / 2^n) \approx v / 2^n`
     (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map. With
-    ``padding_mode="zeros"`` the velocity drops to 0 beyond its grid, which tears the map where it crosses the border.
+    ``padding_mode="zeros"`` the velocity drops to 0 beyond its grid, so that the map is torn where it crosses the
+    border.
 
     >>> shift = integrate(torch.ones(1, 2, 5, 4))
     >>> bool((shift == 1).all())  # a constant velocity moves everything by itself
@@ -273,7 +274,7 @@ def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> 
     check_field("dvf", dvf)
     if not 0 <= num_steps <= 30:
         raise ValueError(
-            f"num_steps is {num_steps}, but the velocity is divided by 2^num_steps. Choose a number from 0 to 30."
+            f"num_steps is {num_steps}. The velocity is divided by 2^num_steps: choose a number from 0 to 30."
         )
     if not torch.jit.is_scripting():  # noqa: SIM102, as in _sample
         if num_steps and padding_mode == "border" and loops(_widen(dvf)) is not None:
@@ -289,12 +290,13 @@ def _length(field: Tensor) -> Tensor:
 
 
 def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step: float = 1.0) -> tuple[Tensor, Tensor]:
-    r"""Inverse of a displacement without a known velocity, and the residual error.
+    r"""Inverse of a displacement whose velocity is not known, and the residual error.
 
-    Fixed point :math:`u^{-1} \leftarrow -u \circ (id + u^{-1})` (Chen et al., Medical Physics 2008). It converges where
-    ``u`` stretches by less than 100 %; a smaller ``step`` extends that to ``2 / step - 1``. Elsewhere the residual
-    shows the remaining error. A small residual does not rule out folds: where the map takes several points to one, the
-    iteration finds only one of them. Use :func:`jacobian_determinant` to detect folds.
+    The fixed-point iteration :math:`u^{-1} \leftarrow -u \circ (id + u^{-1})` (Chen et al., Medical Physics 2008)
+    converges where the derivative of ``u`` is below 1 (a stretch by less than 100 %); a smaller ``step`` extends this
+    limit to ``2 / step - 1``. Elsewhere the residual shows the remaining error. A small residual does not rule out
+    folds: where the map takes several points to one, the iteration finds only one of them. Use
+    :func:`jacobian_determinant` to detect folds.
 
     Args:
         ddf: displacement in voxels, ``(B, D, *spatial)``.
@@ -319,13 +321,16 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
 
 
 def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tensor:
-    r"""Square root of a map: the displacement of the :math:`\psi` with :math:`\psi \circ \psi = id + u`.
+    r"""Square root of a map: displacement of the map :math:`\psi` with :math:`\psi \circ \psi = id + u`.
 
     Args:
         ddf: displacement :math:`u` in voxels, ``(B, D, *spatial)``. If it rotates by less than 90 degrees everywhere,
             each iteration at least halves the error.
         max_iterations: largest number of iterations.
-        tolerance: stop when :math:`\psi \circ \psi` is within this many voxels of the map everywhere.
+        tolerance: stop when :math:`\psi \circ \psi` differs from the map by at most this many voxels along each axis.
+
+    Returns:
+        The displacement of :math:`\psi` in voxels, of the same shape.
     """
     check_field("ddf", ddf)
     ddf = _widen(ddf)
@@ -339,9 +344,9 @@ def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tens
 
 
 def resize(field: Tensor, size: list[int]) -> Tensor:
-    """Resample ``field`` to the spatial ``size`` (a sequence) and convert its vectors to voxels of the new grid.
+    """Resample ``field`` ``(B, D, *spatial)`` to ``size``, with its vectors in voxels of the new grid.
 
-    The corner voxels of the two grids coincide: component ``d`` is scaled by ``(new - 1) / (old - 1)``.
+    The centres of the corner voxels of the two grids coincide: component ``d`` is scaled by ``(new - 1) / (old - 1)``.
     """
     field = _widen(field)
     if len(size) not in (2, 3) or field.ndim - 2 != len(size) or field.shape[1] != len(size) or min(size) < 1:
@@ -392,7 +397,7 @@ def smooth_axes(field: Tensor, sigmas: list[float]) -> Tensor:
 
 
 def _difference(field: Tensor, axis: int, scheme: str) -> Tensor:
-    """Derivative per voxel along tensor dimension ``axis``, one-sided where a neighbour is missing."""
+    """Finite difference per voxel along tensor dimension ``axis``, one-sided where a neighbour is missing."""
     n = field.shape[axis]
     if n == 1:
         return torch.zeros_like(field)
@@ -405,7 +410,7 @@ def _difference(field: Tensor, axis: int, scheme: str) -> Tensor:
 
 
 def ranges(n: int, number: int) -> list[tuple[int, int]]:
-    """Cut 0 to ``n`` into ``number`` ranges of about equal length (at least 1 and at most ``n`` ranges): start, stop.
+    """Cut 0 to ``n`` into ``number`` ranges (start, stop) of about equal length; at least 1 and at most ``n``.
 
     >>> ranges(7, 3)
     [(0, 2), (2, 4), (4, 7)]
@@ -433,7 +438,7 @@ def _determinant(ddf: Tensor, scheme: str) -> Tensor:
 
 
 def determinant(rows: list[list[Tensor]]) -> Tensor:
-    """Determinant of matrices of 2 or 3 rows and columns, each of whose numbers is a tensor of one shape."""
+    """Determinant of 2 x 2 or 3 x 3 matrices, given as rows of tensors: all tensors and the result have one shape."""
     a, b = rows[0], rows[1]
     if len(rows) == 2:
         return torch.addcmul(a[0] * b[1], a[1], b[0], value=-1)
@@ -447,12 +452,13 @@ def determinant(rows: list[list[Tensor]]) -> Tensor:
 def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
     r"""Local change of volume :math:`\det(I + \nabla u)` of ``ddf`` ``(B, D, *spatial)``: ``(B, 1, *spatial)``.
 
-    1 means that :math:`\phi` keeps the volume, 2 that it doubles it, 0 or less that it folds.
+    Where it is 1, :math:`\phi` keeps the volume; where it is 2, the volume doubles; where it is 0 or less, the map
+    folds.
 
     Args:
         ddf: displacement in voxels.
-        scheme: ``"central"`` differences, which the literature reports but which miss a checkerboard, or ``"forward"``
-            differences, which see each cell. Both are one-sided at the border, so that the shape stays the same.
+        scheme: ``"central"`` differences, usual in the literature, which miss a checkerboard, or ``"forward"``
+            differences, which detect it. Both are one-sided at the border, so that the shape stays the same.
     """
     if scheme not in ("central", "forward"):
         raise ValueError(f"scheme is '{scheme}'. Use 'central' or 'forward'.")
@@ -470,13 +476,16 @@ def jacobian_determinant(ddf: Tensor, scheme: str = "central") -> Tensor:
 def linear_weights(ddf: Tensor, size: list[int] | None = None) -> list[tuple[Tensor, Tensor]]:
     r"""Voxels that linear interpolation mixes at :math:`\phi(x)`, and their weights.
 
-    For each of the ``2**D`` corners of the cell around :math:`\phi(x)`: the flat index ``(B, *spatial)`` of the voxel
-    (int64, into the grid of one batch item) and its weight ``(B, *spatial)``, differentiable in ``ddf``. The weights of
-    a point sum to 1. With them all labels of a map can be warped at once, without one-hot images.
+    They allow all labels of a map to be warped at once, without one-hot images.
 
     Args:
         ddf: displacement in voxels, ``(B, D, *spatial)``.
-        size: size of the sampled grid, if it is not the grid of ``ddf``; :math:`\phi(x)` is then in its voxels.
+        size: size of the sampled grid (default: that of ``ddf``); :math:`\phi(x)` is in voxels of this grid.
+
+    Returns:
+        For each of the ``2**D`` corners of the cell around :math:`\phi(x)`: the flat index ``(B, *spatial)`` of the
+        voxel in the grid of one batch item (int64), and its weight ``(B, *spatial)``, differentiable in ``ddf``. The
+        weights of a point sum to 1.
     """
     check_field("ddf", ddf)
     ddf = _widen(ddf)
@@ -522,7 +531,7 @@ def weighted_vote(labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def as_signed(labels: Tensor) -> Tensor:
-    """Convert ``labels`` of an unsigned type of 16 bits or more to int64: torch stores these types, but little else.
+    """Convert ``labels`` to int64 if they are unsigned with 16 bits or more: torch cannot compute with these types.
 
     >>> as_signed(torch.tensor([3, 40000], dtype=torch.uint16)).max()
     tensor(40000)
@@ -533,8 +542,13 @@ def as_signed(labels: Tensor) -> Tensor:
 def warp_labels(labels: Tensor, ddf: Tensor) -> Tensor:
     """Warp a label map ``(B, 1, *spatial)`` along ``ddf``: the label with the largest linear interpolation weight.
 
-    Equal to warping each label's one-hot image linearly and taking the argmax, but it costs ``2**D`` voxels around each
-    point instead of one image per label. If several labels have the largest weight, the smallest label wins.
+    This equals warping the one-hot image of each label linearly and taking the argmax, but visits only the ``2**D``
+    voxels around each point instead of an image per label. If several labels have the largest weight, the smallest
+    label wins.
+
+    Args:
+        labels: labels of any integer type, which the result keeps.
+        ddf: displacement in voxels, ``(B, D, *spatial)``.
     """
     _check_ddf(labels, ddf)
     if labels.shape[1] != 1:

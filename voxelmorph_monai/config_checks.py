@@ -1,8 +1,8 @@
-"""Check a bundle's options before its work begins: each one takes effect, or the run stops with the reason.
+"""Check the options of a bundle before a long run: an option that has no effect stops the run with the reason.
 
-MONAI silently drops some options, changes the values of others and adds misspelt ones to the config. Its expressions
-have no access to the config, so :func:`check_config`, which is called in an expression, looks for the workflow among
-its callers.
+MONAI silently drops some options, changes the values of others, and adds misspelt ones to the config. An expression of
+a config cannot refer to the whole config, so :func:`check_config`, called in an expression, finds the workflow in the
+call stack.
 """
 
 import ast
@@ -28,20 +28,21 @@ __all__ = ["check_config", "checksum", "fingerprint", "written"]
 
 Config = Mapping[str, Any]
 
-# Entries that hold a file or a folder; those added in the second line are optional.
+# Entries that hold the path of a file or a folder; those added in the second line may be None.
 _NEEDED_PATHS = {"bundle_root", "dataset_dir", "output_dir", "evaluation_dir", "maps_dir", "weights"}
 _PATHS = _NEEDED_PATHS | {"moving", "fixed", "moving_label", "fixed_label", "image", "pretrained"}
-# Entries that may be set although nothing uses them: every bundle has these folders, ...
+# Options that are accepted even if the run does not use them: every bundle has these folders.
 _ALWAYS = {"bundle_root", "dataset_dir", "output_dir"}
-# ... data sets have entries for their evaluation, and MONAI's federated client names its runs.
+# Entries that may be in a config without being used: an overlay for a data set includes entries that only an evaluation
+# reads, and MONAI's federated client adds the name of the run.
 _WITHOUT_USE = {*_ALWAYS, "groups", "affine_dice", "run_name"}
 
 
 def check_config() -> None:
     """Check the options and configs of the calling workflow; call it in an expression of the config.
 
-    Without a calling :class:`monai.bundle.ConfigWorkflow` nothing is checked. On the command line, a run that fails
-    after this call ends with the reason in its last line; MONAI's own errors only name the expression.
+    Outside of a :class:`monai.bundle.ConfigWorkflow` it does nothing. On the command line, a run that fails after this
+    call prints the reason in its last line; MONAI's own errors only name the expression.
 
     Raises:
         ValueError: an option has no effect, MONAI dropped or changed it, a value cannot be used, or an id to run does
@@ -61,13 +62,13 @@ def check_config() -> None:
     _check_use(workflow, config, complete, options)
 
 
-# Who calls
+# Find the workflow
 
 
 def _caller() -> tuple[ConfigWorkflow | None, dict[str, Any]]:
-    """The calling workflow and the options of ``monai.bundle.run``, including those that it drops.
+    """Workflow in the call stack, and the options of ``monai.bundle.run``, including those that it drops.
 
-    The options of a ``ConfigWorkflow`` created in Python are unknown: it mixes them with its files.
+    The options are empty for a ``ConfigWorkflow`` created in Python, which merges them into its files.
     """
     workflow = None
     keywords = {monai.bundle.create_workflow.__code__: "kwargs", monai.bundle.run.__code__: "override"}
@@ -85,7 +86,7 @@ def _caller() -> tuple[ConfigWorkflow | None, dict[str, Any]]:
 
 
 def _is_command_line() -> bool:
-    """Is this ``python -m monai.bundle``, started directly or by torchrun?"""
+    """Whether this process is ``python -m monai.bundle``, started directly or by torchrun."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec is not None and spec.name == "monai.bundle.__main__"
 
@@ -93,13 +94,13 @@ def _is_command_line() -> bool:
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a failure as usual, then repeat the actual reason in the last line (``sys.excepthook``)."""
     sys.__excepthook__(kind, error, trace)
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # MONAI's, around the error itself
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # MONAI wraps the actual error
         error = error.__cause__
     print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _complete_configs(folder: Path) -> list[Config]:
-    """Complete configs of the bundle; unlike overlays they have imports."""
+    """Complete configs of the bundle: those with imports, which overlays do not have."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".yaml", ".yml")]
     written = [ConfigParser.load_config_file(path) for path in files if "imports" in path.read_text(encoding="utf-8")]
     return [config for config in written if "imports" in config]
@@ -109,14 +110,14 @@ def _complete_configs(folder: Path) -> list[Config]:
 
 
 def _check_words(words: Iterable[str]) -> None:
-    """Reject values that MONAI's command line (Fire) cuts: it parses them as Python, where # starts a comment."""
+    """Reject values that MONAI's command line (Fire) would cut: it parses them as Python, where # starts a comment."""
     for word in words:
         value = word.partition("=")[2] if word.startswith("-") else word
         if "#" in value:
             try:
                 read = ast.dump(ast.parse(value, mode="eval"))
             except SyntaxError:
-                continue  # Fire keeps it unchanged
+                continue  # Fire keeps what is not Python unchanged
             if "#" not in read:
                 raise ValueError(f"MONAI's command line cuts {value!r} at the #. {_no_hash(value)}")
 
@@ -146,7 +147,7 @@ def _is_expression(value: object) -> bool:
 
 
 def _is_given_by_value(value: object) -> bool:
-    """Is it a plain value, that is no expression, reference or macro?"""
+    """Whether an entry is a plain value, not an expression, a reference or a macro."""
     return not (isinstance(value, str) and value.startswith(("$", "@", "%")))
 
 
@@ -154,18 +155,18 @@ def _check_options(parser: ConfigParser, options: Config) -> None:
     for name in [*options, *parser.get()]:
         if name.startswith("+"):
             raise ValueError(
-                f"{name} cannot be an option: + extends an entry only in a config file. Write it in an overlay."
+                f"{name} cannot be an option: + extends an entry only in a config file. Put it into an overlay."
             )
     for name, value in options.items():
         if value is None and parser.get(name) is not None:
-            raise ValueError(f"{name} is None, and MONAI ignores such an option. Write --{name} '$None'.")
+            raise ValueError(f"{name} is None, which MONAI ignores. Write --{name} '$None'.")
 
 
 def _check_values(config: Config, complete: Iterable[Config]) -> None:
     for id, value in _leaves(config):
         if isinstance(value, str) and "::" in value and _is_given_by_value(value):
             raise ValueError(
-                f"{id} is {value!r}: MONAI replaces # in values by :: . {_no_hash(value.replace('::', '#'))}"
+                f"{id} is {value!r}, because MONAI replaces # by :: in values. {_no_hash(value.replace('::', '#'))}"
             )
     for name in sorted(_PATHS & set(config)):
         _check_path(name, config[name])
@@ -211,7 +212,7 @@ def _check_path(name: str, value: object) -> None:
 
 
 def _check_kind(name: str, value: object, usual: object) -> None:
-    """Reject a ``value`` of another kind than the ``usual`` one: "false" would be true, and YAML reads 1e-4 as text."""
+    """Reject a ``value`` of another type than the ``usual`` one: "false" would be true, and YAML reads 1e-4 as text."""
     kinds = {bool: (bool, "True or False"), int: (Integral, "a whole number"), float: (Real, "a number")}
     if type(usual) in kinds:
         kind, meaning = kinds[type(usual)]
@@ -239,7 +240,7 @@ def _check_use(workflow: ConfigWorkflow, config: Config, complete: Iterable[Conf
             unused += [id] if option not in _ALWAYS else []
     if unused:
         names = ", ".join(sorted({id.replace("::", "#") for id in unused}))
-        raise ValueError(f"nothing in '{workflow.run_id}' uses {names}. Is it misspelt?")
+        raise ValueError(f"'{workflow.run_id}' does not use {names}. Check the spelling, or remove the option.")
 
 
 def _within(id: str, other: str) -> bool:
@@ -247,7 +248,7 @@ def _within(id: str, other: str) -> bool:
 
 
 def _is_usual(id: str, value: object, written: Config) -> bool:
-    """Is it an unchanged entry of a complete config that an overlay has left without use?"""
+    """Whether an entry is unchanged from a complete config; it is unused because an overlay replaced its user."""
     if isinstance(value, str):
         return value == ReferenceResolver.normalize_id(str(written.get(id)))  # the form in which MONAI stores it
     return id in written and (isinstance(value, Mapping) or value == written[id])
@@ -263,7 +264,7 @@ def _references(value: object) -> set[str]:
 
 
 def _unused(entries: Config, referred: set[str], section: str = "") -> Iterator[tuple[str, object]]:
-    """Ids and values of unused ``entries``; for a partly used section, of its unused parts."""
+    """Ids and values of the ``entries`` that nothing refers to; of a section that is partly used, its unused parts."""
     for name, value in entries.items():
         id = section + name
         if id in referred:
@@ -275,7 +276,7 @@ def _unused(entries: Config, referred: set[str], section: str = "") -> Iterator[
 
 
 def _described(value: Any) -> str:
-    """Text of an object with all its contents, except those that differ between processes."""
+    """Text that describes an object with all its contents, except what differs between processes."""
     if code := getattr(value, "__code__", None):
         value = [code.co_code, code.co_names, code.co_consts]
     elif isinstance(value, Tensor | np.ndarray):
@@ -292,7 +293,7 @@ def _described(value: Any) -> str:
 
 
 def fingerprint(value: object) -> str | None:
-    """Class of a transform (or any other object that makes batches) and a checksum of its options; None for None.
+    """Class of a transform (or another object that makes batches) and a checksum of its options; None for None.
 
     joblib.hash cannot do this: it does not hash lambdas, and equal transforms differ in their random generators.
 
@@ -306,13 +307,13 @@ def fingerprint(value: object) -> str | None:
 
 
 def checksum(path: str | None) -> str | None:
-    """Checksum of the content of a file; None for None."""
+    """Checksum of the content of a file, as text; None for None."""
     return None if path is None else f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
 
 
 def written(name: str) -> str:
-    """Text of the entry ``name`` in the config of the calling workflow; call it in an expression of the config."""
+    """Text of the entry ``name`` in the calling workflow's config; call it in an expression of the config."""
     workflow, _ = _caller()
     if workflow is None:
-        raise RuntimeError(f"the text of {name} is only available within a workflow, but no workflow called.")
+        raise RuntimeError(f"no workflow holds {name}. Call written() in an expression of a config.")
     return _described(workflow.parser.get(name))
