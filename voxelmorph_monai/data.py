@@ -1,8 +1,8 @@
-"""Who is registered to whom: pairs made from a plain list of scans, or listed one by one.
+"""Pairs of scans for training and evaluation: made from a list of scans, or listed one by one.
 
-A scan is a dict ``{"image": path, "label": path}`` (label optional), the form of MONAI's datalists, so that every tool
-that fills a bundle's ``train#dataset#data`` can fill ours. A pair is a dict with ``moving`` and ``fixed``, and with
-``moving_label`` and ``fixed_label`` where scans have labels. A list holds only scans or only pairs.
+A scan is a dict ``{"image": path, "label": path}`` (label optional), as in MONAI's datalists, so that tools which set
+the entry ``train#dataset#data`` of a bundle work with ours. A pair is a dict with ``moving`` and ``fixed``, and with
+``moving_label`` and ``fixed_label`` if the scans have labels. A list holds only scans or only pairs.
 """
 
 import hashlib
@@ -58,8 +58,8 @@ def load_scans(dataset_dir: str, section: str) -> list[dict[str, str]]:
     rows = content.get(section) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise ValueError(
-            f"{datalist} has no list of scans '{section}'. Each of them is an object with the paths of its files, such "
-            'as {"image": "a.nii.gz"}.'
+            f"{datalist} has no valid list of scans '{section}'. Write each scan as an object with the paths of its "
+            'files, such as {"image": "a.nii.gz"}.'
         )
     return load_decathlon_datalist(str(datalist), is_segmentation=True, data_list_key=section)
 
@@ -69,9 +69,9 @@ def _is_row(row: object) -> bool:
 
 
 def fingerprint(scans: Sequence[Scan], dataset_dir: str) -> str:
-    """Number of ``scans`` (or pairs), and a checksum of their file names in order.
+    """Number of ``scans`` (or pairs), and a checksum of their file names in order, as text.
 
-    Files inside ``dataset_dir`` count with their relative path, so that the folder may move; others with the full one.
+    Files in ``dataset_dir`` are named relative to it, so that the folder may move; other files by their full path.
 
     >>> fingerprint([{"image": "a/1.nii.gz"}], "a") == fingerprint([{"image": "/b/1.nii.gz"}], "/b/")
     True
@@ -89,14 +89,14 @@ def fingerprint(scans: Sequence[Scan], dataset_dir: str) -> str:
 
 
 def process() -> tuple[int, int]:
-    """Rank of this process, and the number of processes that work together."""
+    """Rank of this process, and number of processes of the distributed run (0 and 1 if there is only this process)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def split_pairs(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]] | None]:
-    """Scans in ``data``, each once, and the pairs as indices ``(moving, fixed)`` into them; None if it lists scans.
+    """List each scan of ``data`` once, and its pairs as indices ``(moving, fixed)``, None if ``data`` lists scans.
 
     >>> split_pairs([{"moving": "b", "fixed": "a"}, {"moving": "c", "fixed": "a", "fixed_label": "l"}])[1]
     [(0, 1), (2, 3)]
@@ -110,8 +110,8 @@ def split_pairs(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]]
     for item in data:
         if "image" in item or not {"moving", "fixed"} <= set(item):
             raise ValueError(
-                f"{dict(item)} is neither a scan ('image') nor a pair ('moving', 'fixed'), or mixes them. Use one form "
-                "for the whole list."
+                f"{dict(item)} does not fit the list: all items must be scans ('image'), or all pairs ('moving', "
+                "'fixed'). Use one form for the whole list."
             )
         moving, fixed = (
             indices.setdefault((item[role], item.get(f"{role}_label")), len(indices)) for role in ("moving", "fixed")
@@ -126,23 +126,25 @@ def split_pairs(data: Sequence[Scan]) -> tuple[list[Scan], list[tuple[int, int]]
 def check_scans(
     scans: Sequence[Scan], atlas: Scan | None = None, *, keys: Sequence[str] = ("image",), purpose: str = "training"
 ) -> None:
-    """Check the headers of ``scans`` before any long work: enough scans, complete, all files there, on one grid.
+    """Check before a long run that there are enough scans, and that their files exist and lie on one grid.
+
+    Only headers are read.
 
     Args:
         scans: scans to make pairs from, or pairs.
         atlas: scan that takes part in every pair, if there is one.
         keys: entries that each scan needs, such as ``"label"``.
-        purpose: purpose of the scans, to name in errors.
+        purpose: purpose of the scans, for messages.
 
     Raises:
-        ValueError: too few scans for a pair, a scan that lacks one of ``keys``, a scan or pair listed twice, or grids
-            that differ.
+        ValueError: there are too few scans for a pair, a scan lacks one of ``keys``, a scan or pair is listed twice, or
+            the grids differ.
         FileNotFoundError: an image or label file does not exist.
     """
     scans, pairs = split_pairs(scans)
     num_scans = 1 if atlas else 2
     if len(scans) < num_scans:
-        raise ValueError(f"too few scans for {purpose}: {len(scans)}, but at least {num_scans} are needed.")
+        raise ValueError(f"too few scans for {purpose}: {len(scans)}. List at least {num_scans}.")
     files = [str(_file(scan)) for scan in scans]
     listed = files if pairs is None else [f"{files[moving]} to {files[fixed]}" for moving, fixed in pairs]
     if len(set(listed)) < len(listed):
@@ -162,12 +164,12 @@ def check_scans(
 
 
 def check_labels(structures: Mapping[str, object] | None, num_labels: int) -> None:
-    """Check before any long work that ``num_labels`` agrees with the table of ``structures``, if there is one."""
+    """Check before a long run that ``num_labels`` agrees with the table of ``structures``, if there is one."""
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-        raise ValueError(f"num_labels is {num_labels}. Give a whole number from 1.")
+        raise ValueError(f"num_labels is {num_labels}. Give a whole number, 1 or more.")
     if structures and num_labels != len(structures):
         raise ValueError(
-            f"num_labels is {num_labels}, but structures lists {len(structures)}. Give only one of the two."
+            f"num_labels is {num_labels}, but structures lists {len(structures)}. Set only one of the two options."
         )
 
 
@@ -179,7 +181,7 @@ def check_seed(seed: object) -> int:
 
 
 def pair(moving: str, fixed: str, moving_label: str | None = None, fixed_label: str | None = None) -> dict[str, str]:
-    """One pair of files; labels that are None are left out."""
+    """Dict of one pair of files; labels that are None are left out."""
     items = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
     return {key: path for key, path in items.items() if path is not None}
 
@@ -189,24 +191,25 @@ def _file(scan: Scan) -> Path:
 
 
 class _Turn(int):
-    """Index of a pair, with the random seed for its augmentation this time."""
+    """Index of a pair, with the random seed of its augmentation in this epoch."""
 
     seed: int
 
 
 class PairDataset(Dataset[dict[str, object]]):
-    """All ordered pairs of different scans; with an atlas, the atlas with every scan; or the listed pairs.
+    """Dataset of pairs: all ordered pairs of different scans; with an atlas, the atlas and each scan; or listed pairs.
 
     Args:
         data: scans, ``[{"image": ..., "label": ...}, ...]``, or pairs, ``[{"moving": ..., "fixed": ...}, ...]``.
-        transform: loads and prepares one scan; its result must keep the key ``image``. Only MONAI's transforms are
-            cached, up to the first random one.
-        augmentation: random MONAI transform of loaded pairs. It and the random transforms in ``transform`` use the
-            seed that :class:`PairSampler` attaches to each index. An epoch then depends only on its number, whichever
-            process loads it. With another sampler, the seeds come from torch's generator.
+        transform: transform that loads and prepares one scan and keeps the key ``image``. The results of MONAI's
+            transforms are cached, up to the first random one.
+        augmentation: random MONAI transform of loaded pairs. Both ``augmentation`` and the random transforms in
+            ``transform`` use the seed that :class:`PairSampler` attaches to each index, so that an epoch depends only
+            on its number, and not on the process that loads a pair. With another sampler, the seeds come from torch's
+            generator.
         atlas: scan that takes part in every pair.
         atlas_role: role of the atlas, ``"moving"`` or ``"fixed"``.
-        cache_rate: fraction of the scans to keep in memory (they are transformed before the first pair is needed).
+        cache_rate: fraction of the scans to keep in memory; these are loaded when the dataset is created.
 
     >>> scans = [{"image": 1, "label": 10}, {"image": 2, "label": 20}, {"image": 3, "label": 30}]
     >>> pairs = PairDataset(scans, cache_rate=0)
@@ -233,7 +236,7 @@ class PairDataset(Dataset[dict[str, object]]):
         data, pairs = split_pairs(data)
         if atlas is not None:  # it may be one of the scans, but makes no pair with itself
             if pairs is not None:
-                raise ValueError(f"atlas {atlas} has no place among listed pairs. Remove it, or list scans.")
+                raise ValueError(f"atlas {atlas} cannot be combined with listed pairs. Remove it, or list scans.")
             data = [scan for scan in data if _file(scan) != _file(atlas)]
         n = len(data)
         if n < (1 if atlas else 2):
@@ -268,11 +271,11 @@ class PairDataset(Dataset[dict[str, object]]):
 
 
 class PairSampler(Sampler[int]):
-    """Choose the pairs of an epoch, and the seed of each pair's augmentation.
+    """Sampler that chooses the pairs of an epoch, and the seed of each pair's augmentation.
 
-    Both depend only on ``(seed, epoch)``, so that a resumed training sees the same pairs in the same way.
+    Both depend only on ``(seed, epoch)``, so that a resumed training sees the same pairs with the same augmentation.
 
-    The processes of a distributed run divide the pairs among them; in a shuffled epoch each gets equally many.
+    The pairs are divided among the processes of a distributed run; in a shuffled epoch all get the same number.
 
     Args:
         dataset: the pairs.
@@ -290,7 +293,9 @@ class PairSampler(Sampler[int]):
         self.num_samples = num_samples or self.num_pairs
         _, world = process()
         if self.num_samples < world:
-            raise ValueError(f"{self.num_samples} pairs are too few for {world} processes: each needs at least 1.")
+            raise ValueError(
+                f"{self.num_samples} pairs are too few for {world} processes. Use at most {self.num_samples} processes."
+            )
         self.shuffle = shuffle
         self.seed = check_seed(seed)
         self.epoch = 0

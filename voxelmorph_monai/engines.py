@@ -1,4 +1,4 @@
-"""Parts that MONAI's engines need for pairs of images: preparing a batch, and timing the network."""
+"""Functions and classes that MONAI's engines need for pairs of images: they prepare batches and time the network."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,20 @@ def prepare_pair(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn a batch of pairs into the network's input and the loss's target (``prepare_batch`` of MONAI's engines).
 
+    Args:
+        batch: ``moving`` and ``fixed`` ``(B, C, *spatial)``; ``moving_label`` and ``fixed_label`` are optional.
+        device: device to copy to.
+        non_blocking: as in ``torch.Tensor.to``.
+        kwargs: further arguments of ``torch.Tensor.to``.
+
     Returns:
-        ``moving`` and ``fixed`` as one tensor ``(B, 2C, *spatial)``, and a dict of ``moving``, ``fixed`` and, if the
-        batch has them, ``moving_label`` and ``fixed_label``. All are plain tensors on ``device``: a warped image does
-        not lie on the moving grid, so it must not keep the moving header.
+        ``moving`` and ``fixed`` as one tensor ``(B, 2C, *spatial)``, and a dict of all items. They are plain tensors,
+        because a warped image must not keep the header of the moving image: it lies on the fixed grid.
     """
     keys = [k for k in ("moving", "fixed", "moving_label", "fixed_label") if k in batch]
     missing = {"moving", "fixed"} - set(keys)
     if missing:
-        raise ValueError(f"batch has no {sorted(missing)}, only {sorted(batch)}. It needs 'moving' and 'fixed'.")
+        raise ValueError(f"batch has no {sorted(missing)}, only {sorted(batch)}. Add 'moving' and 'fixed'.")
     options = {"non_blocking": non_blocking, **kwargs}
     target = {
         k: torch.as_tensor(batch[k]).as_subclass(Tensor).to(device, **options)  # type: ignore[call-overload] # kwargs: object
@@ -41,7 +46,7 @@ def prepare_pair(
 def prepare_both_orders(
     batch: Mapping[str, Tensor], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Prepare each pair like :func:`prepare_pair`, and append the reversed pairs as a second half of the batch."""
+    """Prepare a batch like :func:`prepare_pair`, then append all pairs with moving and fixed exchanged (``2 B``)."""
     pair, target = prepare_pair(batch, device, non_blocking, **kwargs)
     moving, fixed = pair.chunk(2, dim=1)
     both = {}
@@ -53,12 +58,12 @@ def prepare_both_orders(
 
 
 class TimedInferer(Inferer):
-    """Call the network, and add the ``seconds`` that each pair took to its result: ``(B,)``, float32."""
+    """Inferer that adds ``seconds`` to the network's result: the time for each pair, ``(B,)``, float32."""
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., dict[str, Tensor]], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
-        """Return the result of ``network`` for ``inputs``, with ``seconds``."""
+        """Result of ``network`` for ``inputs`` ``(B, 2C, *spatial)``, with ``seconds``."""
         start = time.perf_counter()
         result = network(inputs, *args, **kwargs)
         if inputs.is_cuda:

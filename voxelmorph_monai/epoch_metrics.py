@@ -1,9 +1,9 @@
-"""The measures of ``metrics`` for MONAI and Ignite: classes that collect the values of an epoch.
+"""Metrics for MONAI and Ignite, which collect the measures of ``metrics`` over an epoch.
 
-Call ``metric(y_pred, y)`` with batched tensors or lists of unbatched ones, on all processes, then ``aggregate()``. That
-averages over the structures of each pair that have a value, then over the pairs that have one. The mean of no values is
-NaN, where MONAI's reduction returns 0. ``monai.handlers.IgniteMetricHandler(metric_fn=...)`` attaches a metric to an
-engine.
+Call ``metric(y_pred, y)`` for each batch, with batched tensors or lists of unbatched ones, on all processes, and then
+``aggregate()``. It averages over the structures of each pair, then over the pairs, and leaves out NaN. The mean of no
+values is NaN, where MONAI's reduction returns 0. ``monai.handlers.IgniteMetricHandler(metric_fn=...)`` attaches a
+metric to an engine.
 """
 
 from typing import Any
@@ -36,12 +36,12 @@ __all__ = [
 
 
 class _PairMetric(CumulativeIterationMetric):
-    """Collects the ``_values`` of each pair."""
+    """Metric that collects the ``_values`` of each pair."""
 
     y_is_optional = False
 
     def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
-        # MONAI would treat a y that is not a tensor as missing, and ignore the rest of the longer of two lists.
+        # MONAI would ignore a y that is not a tensor, and what exceeds the length of the shorter list.
         name = type(self).__name__
         if not isinstance(y, (Tensor, list, tuple)) and not (y is None and self.y_is_optional):
             raise TypeError(f"y of {name} is a {type(y).__name__}. Give a tensor or a list of tensors.")
@@ -50,7 +50,7 @@ class _PairMetric(CumulativeIterationMetric):
         return super().__call__(y_pred, y, **kwargs)
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
-        # Plain tensors: a MetaTensor's header does not describe a metric, and should not be gathered.
+        # Plain tensors, because the header of a MetaTensor does not describe the values and would be gathered, too.
         plain = None if y is None else convert_to_tensor(y, track_meta=False)
         return self._values(convert_to_tensor(y_pred, track_meta=False), plain, **kwargs)
 
@@ -58,15 +58,15 @@ class _PairMetric(CumulativeIterationMetric):
         raise NotImplementedError
 
     def aggregate(self) -> Tensor:
-        """Mean over the structures of each pair that have a value, then over the pairs that have a value."""
+        """Mean over the structures of each pair, then over the pairs, without NaN: a scalar."""
         values = self.get_buffer()
         if values is None:
-            raise ValueError(f"{type(self).__name__} has no values to aggregate. Call it on at least one pair first.")
+            raise ValueError(f"{type(self).__name__} has no values to aggregate. Call it with at least one pair first.")
         return values.reshape(len(values), -1).nanmean(1).nanmean()
 
 
 class LabelDice(_PairMetric):
-    """``dice`` of label maps: ``metric(labels, reference)``."""
+    """``metrics.dice`` of label maps ``(B, 1, *spatial)``: ``metric(labels, reference)``."""
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class LabelDice(_PairMetric):
 
 
 class Hausdorff95(_PairMetric):
-    """``hausdorff95`` of label maps in mm: ``metric(labels, reference)``."""
+    """``metrics.hausdorff95`` of label maps ``(B, 1, *spatial)``, in mm: ``metric(labels, reference)``."""
 
     def __init__(self, num_labels: int, spacing: Spacing = 1.0) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Hausdorff95(_PairMetric):
 
 
 class Folding(_PairMetric):
-    """``folding`` in per cent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+    """``metrics.folding`` in percent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     y_is_optional = True
 
@@ -102,7 +102,7 @@ class Folding(_PairMetric):
 
 
 class LogJacobianSD(_PairMetric):
-    """``log_jacobian_sd``: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+    """``metrics.log_jacobian_sd``: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     y_is_optional = True
 
@@ -115,7 +115,7 @@ class LogJacobianSD(_PairMetric):
 
 
 class NonDiffeomorphicVolume(_PairMetric):
-    """``non_diffeomorphic_volume`` in per cent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
+    """``metrics.non_diffeomorphic_volume`` in percent: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     y_is_optional = True
 
@@ -124,7 +124,7 @@ class NonDiffeomorphicVolume(_PairMetric):
 
 
 class PairValue(_PairMetric):
-    """Collects values measured elsewhere, such as the time of each pair: ``metric(values)``."""
+    """Metric that collects values measured elsewhere, such as the seconds of each pair: ``metric(values)``."""
 
     y_is_optional = True
 
@@ -133,10 +133,10 @@ class PairValue(_PairMetric):
 
 
 class TargetRegistrationError(_PairMetric):
-    """Mean ``target_registration_error`` of each pair in mm: ``metric(ddf, points)``.
+    """Mean of ``metrics.target_registration_error`` over the points of each pair, in mm: ``metric(ddf, points)``.
 
-    ``points`` ``(B, 2, N, D)`` holds the moving points, then the fixed points. Pairs may have different numbers of
-    points.
+    ``points`` is ``(B, 2, N, D)`` in voxels: moving points, then fixed points. Different calls may have different
+    numbers of points.
     """
 
     def __init__(self, spacing: Spacing) -> None:
@@ -150,7 +150,7 @@ class TargetRegistrationError(_PairMetric):
 
 
 class InverseConsistency(_PairMetric):
-    """``inverse_consistency`` over the whole grid in mm: ``metric(ddf, inverse_ddf)``."""
+    """``metrics.inverse_consistency`` over the whole grid, in mm: ``metric(ddf, inverse_ddf)``."""
 
     def __init__(self, spacing: Spacing = 1.0) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Tables of an evaluation: write, read and summarise the measures of each pair and structure.
+"""Tables of an evaluation: arrange, save, load and summarise the measures of each pair and structure.
 
-A measure is a column. Measures of structures (Dice) are in one table with a row for each pair and structure; measures
-of pairs (folding) are in another with a row for each pair. A missing value is NaN, an empty cell. A measure with the
-suffix ``_before`` was taken before the registration.
+There are two tables, with a column for each measure. Measures of structures, such as Dice, have a row for each pair and
+structure; measures of pairs, such as folding, have a row for each pair. A missing value is NaN, in a file an empty
+cell. The suffix ``_before`` means a value before the registration.
 """
 
 import json
@@ -42,8 +42,8 @@ class Evaluation(NamedTuple):
     Attributes:
         structures: measures of structures, a row for each ``(moving, fixed, structure)``.
         pairs: measures of pairs, a row for each ``(moving, fixed)``.
-        groups: names of the merged structures by name of the group; empty if there are no groups.
-        settings: recorded settings of the evaluation, such as ``label_mode``.
+        groups: names of the structures in each group, by name of the group; empty if there are no groups.
+        settings: settings of the evaluation that were recorded, such as ``label_mode``.
     """
 
     structures: pd.DataFrame
@@ -63,7 +63,7 @@ class Evaluation(NamedTuple):
 
 
 def scan_names(paths: Sequence[str | Path]) -> list[str]:
-    """Short, unambiguous names for files: without folders and extension, unless names would repeat.
+    """Short, unambiguous names for files: without folder and extension, unless two files would get the same name.
 
     >>> scan_names(["/data/images/1005.nii.gz", "/data/atlas.mgz", "/data/images/1005.nii.gz"])
     ['1005', 'atlas', '1005']
@@ -83,7 +83,7 @@ def scan_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def merge_sides(structures: Iterable[str]) -> dict[str, list[str]]:
-    """Group structures whose names differ only in a first word "left" or "right".
+    """Group structures whose names differ only in a leading "left" or "right".
 
     >>> merge_sides(["left thalamus", "brain stem", "right thalamus"])
     {'thalamus': ['left thalamus', 'right thalamus'], 'brain stem': ['brain stem']}
@@ -99,7 +99,7 @@ def _check_groups(groups: Mapping[str, Sequence[str]], structures: Sequence[str]
         unknown = [member for member in members if member not in structures]
         if unknown or not members:
             reason = f"{unknown} are not measured" if unknown else "it is empty"
-            raise ValueError(f"group '{name}' cannot be used: {reason}. The structures are {list(structures)}.")
+            raise ValueError(f"group '{name}' cannot be used: {reason}. Choose from {list(structures)}.")
 
 
 def tabulate(
@@ -111,13 +111,13 @@ def tabulate(
     """Arrange the measures of all pairs in tables, sorted by the names of the pairs.
 
     Args:
-        paths: moving and fixed scan of each pair.
-        measures: values by name, ``(pairs, structures)`` or ``(pairs,)``.
+        paths: paths of the moving and the fixed scan of each pair.
+        measures: values of each measure, by name: ``(pairs, structures)`` or ``(pairs,)``.
         structures: names of the structures, in the order of the columns of ``measures``.
-        groups: structures to merge, by name of the group.
+        groups: names of the structures in each group, by name of the group.
 
     Raises:
-        ValueError: a measure has another shape, or a group names unknown structures.
+        ValueError: a measure has another shape, or a group is empty or names unknown structures.
     """
     _check_groups(groups or {}, structures)
     by_shape: dict[tuple[int, ...], dict[str, NDArray[np.floating[Any]]]] = {
@@ -148,12 +148,12 @@ def _statistics(means: pd.Series) -> dict[str, float]:
 
 
 def summarise(evaluation: Evaluation) -> pd.DataFrame:
-    """Mean, spread and number of values of each measure, a row for each ``(measure, over)``.
+    """Table of mean, median, standard deviations and number of values, with a row for each ``(measure, over)``.
 
     ``mean``, ``sd_over_pairs`` and ``median`` describe one value per pair. For measures of structures this value is the
-    mean over the structures (``over`` is ``structures``) or groups (``groups``) of the pair that have a value.
-    ``sd_over_all`` is the spread of all single values over pairs and structures (or groups): the "±" of many tables in
-    the literature, and about four times as wide. Deviations divide by n - 1.
+    mean over the structures of the pair (if ``over`` is ``structures``) or over its groups (``groups``), without NaN.
+    ``sd_over_all`` is the standard deviation of all values, over pairs and structures (or groups): the "±" of many
+    tables in the literature, which is about four times as large. Standard deviations divide by n - 1.
     """
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for measure in evaluation.structures.columns:
@@ -178,10 +178,16 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
 
 
 def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Compare the ``measured`` mean Dice before the registration with the ``published`` Dice of the affine alignment.
+    """Compare the mean Dice before the registration with the published Dice of the affine alignment.
 
-    If they differ, the scans, labels or alignment are not those of the publication. ``published`` holds means over
-    ``structures``, over ``groups``, or both.
+    If they differ, the scans, labels or alignment are not those of the publication.
+
+    Args:
+        evaluation: the measures, with ``dice_before``.
+        published: published mean over ``structures``, over ``groups``, or both.
+
+    Returns:
+        For each key of ``published``, a dict with ``published`` and ``measured``.
     """
     means = summarise(evaluation)["mean"]
     return {
@@ -192,10 +198,10 @@ def compare_affine(evaluation: Evaluation, published: Mapping[str, float]) -> di
 def save_evaluation(
     folder: str | Path, evaluation: Evaluation, settings: Mapping[str, object], overwrite: bool = False
 ) -> None:
-    """Write ``structures.csv``, ``pairs.csv``, ``summary.json`` and box plots ``MEASURE.png``; all or nothing.
+    """Write ``structures.csv``, ``pairs.csv``, ``summary.json`` and box plots ``MEASURE.png``; all files or none.
 
     Args:
-        folder: new folder, or one of an earlier evaluation, which ``overwrite`` replaces completely.
+        folder: new folder, or the folder of an earlier evaluation, which ``overwrite`` replaces completely.
         evaluation: the measures.
         settings: settings to record in ``summary.json``.
         overwrite: replace an existing folder.
@@ -229,7 +235,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     source = next((path for path in (Path(folder), Path(folder) / "evaluation") if (path / _FILES[-1]).is_file()), None)
     if source is None:
         raise FileNotFoundError(
-            f"{folder} holds no evaluation ({', '.join(_FILES)}). Run the evaluation first, or name its folder."
+            f"{folder} holds no evaluation ({', '.join(_FILES)}). Run the evaluation first, or give its folder."
         )
     try:
         names = dict.fromkeys([*_PAIR, "structure"], str)  # 0012 and NA are names, not values
