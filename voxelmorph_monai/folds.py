@@ -1,4 +1,8 @@
-"""Folds of a displacement, where a map turns space inside out: find them and smooth them away."""
+"""Find folds of a displacement, where the map turns space inside out, and smooth them away.
+
+A voxel is tight if the map shrinks it to a given fraction of its volume or less, by central or forward differences. A
+fold is a tight voxel for the fraction 0.
+"""
 
 from collections.abc import Sequence
 from itertools import count
@@ -13,16 +17,16 @@ from voxelmorph_monai.kernels import loops
 
 __all__ = ["remove_folds"]
 
-_PART = 1 << 18  # voxels that are checked together, with their neighbours, if there are few
+_PART = 1 << 18  # number of listed voxels to process at a time
 
 
 def _tight(ddf: Tensor, volume: float) -> Tensor:
-    """Where a map leaves a voxel ``volume`` or less, by central or forward differences: ``(B, 1, *spatial)``."""
+    """Whether each voxel keeps only the fraction ``volume`` or less of its volume: ``(B, 1, *spatial)``."""
     return ~((jacobian_determinant(ddf) > volume) & (jacobian_determinant(ddf, "forward") > volume))
 
 
 def _neighbours(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Flat indices ``(N, 3**D)`` of the voxels around those of ``index``, none of them at the border of ``size``."""
+    """Flat indices ``(N, 3**D)`` of each voxel in ``index`` ``(N,)`` and its neighbours; none may be at the border."""
     offsets = torch.zeros(1, dtype=torch.int64, device=index.device)
     for n in size:
         step = torch.arange(-1, 2, device=index.device)
@@ -31,16 +35,16 @@ def _neighbours(index: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _grown(index: Tensor, inner: Tensor, size: Sequence[int]) -> Tensor:
-    """``index`` and the voxels next to it, as far as they are ``inner``."""
+    """Flat indices of the voxels in ``index`` and of their neighbours, only where the mask ``inner`` is True."""
     found = torch.zeros_like(inner)
     found[_neighbours(index, size).flatten()] = True
     return (found & inner).nonzero().flatten()
 
 
 def _volumes(place: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of their volume ``(N,)`` that the voxels ``place`` ``(N, D)`` keep, by central and forward differences.
+    """Jacobian determinants ``(N,)`` at the voxels ``place`` ``(N, D)``, by central and by forward differences.
 
-    Bit by bit what ``jacobian_determinant`` says of the whole field.
+    They are bit by bit those of ``jacobian_determinant``, without computing the rest of the field.
     """
     flat, size = ddf.flatten(2)[0], ddf.shape[2:]
     voxel, step = torch.zeros_like(place[:, 0]), ddf[0, 0].numel()
@@ -61,7 +65,7 @@ def _volumes(place: Tensor, ddf: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _still_tight(index: Tensor, ddf: Tensor, volume: float) -> Tensor:
-    """The voxels of ``index`` that keep ``volume`` or less: flat indices into ``ddf`` with one voxel around it."""
+    """Voxels in ``index`` that are tight for ``volume``; indices are flat, as in ``_flat``."""
     found = [index[:0]]
     for part in index.split(_PART):
         central, forward = _volumes(_place(part, ddf.shape[2:]), ddf)
@@ -70,7 +74,7 @@ def _still_tight(index: Tensor, ddf: Tensor, volume: float) -> Tensor:
 
 
 def _flat(place: Tensor, size: Sequence[int]) -> Tensor:
-    """Flat indices of the voxels ``place`` ``(N, D)`` of a grid of ``size`` when one more voxel surrounds it."""
+    """Flat indices ``(N,)`` of the voxels ``place`` ``(N, D)`` in a grid of ``size`` padded by one voxel."""
     index = torch.zeros_like(place[:, 0])
     for n, at in zip(size, place.unbind(1), strict=True):
         index = index * (n + 2) + at + 1
@@ -78,7 +82,7 @@ def _flat(place: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _unravel(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Voxels ``(N, D)`` of flat indices, without ``torch.unravel_index``, which imports SymPy: 0.7 s."""
+    """Voxels ``(N, D)`` of flat indices ``(N,)``; ``torch.unravel_index`` would import SymPy, which takes 0.7 s."""
     place = []
     for n in reversed(size):
         place.append(index % n)
@@ -87,12 +91,12 @@ def _unravel(index: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _place(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Undo ``_flat``."""
+    """Inverse of ``_flat``: voxels ``(N, D)`` of flat indices ``(N,)``."""
     return _unravel(index, [n + 2 for n in size]) - 1
 
 
 def _find_tight(ddf: Tensor, volume: float) -> Tensor:
-    """Voxels ``(N, D)`` that keep ``volume`` or less."""
+    """Voxels ``(N, D)`` of the field ``(1, D, *spatial)`` that are tight for ``volume``."""
     compiled = loops(ddf)
     if compiled is None:
         return _tight(ddf, volume)[0, 0].nonzero()
@@ -102,14 +106,17 @@ def _find_tight(ddf: Tensor, volume: float) -> Tensor:
 
 
 def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
-    """Smooth a displacement around its folds until there are none, by central or forward differences.
+    """Smooth a displacement around its folds, until neither central nor forward differences find one.
 
-    There are few folds, so only the voxels around them are changed and checked again, in growing circles, until none is
-    left.
+    Folds are few, so only voxels around them are smoothed and checked again, within a growing radius.
 
     Args:
-        ddf: ``(1, D, *spatial)`` in voxels; a field without folds is returned as it is.
-        least: fraction of its volume that a voxel has to keep at first; with 0 only folds are changed.
+        ddf: displacement in voxels, ``(1, D, *spatial)``.
+        least: at first, also smooth voxels that keep this fraction of their volume or less; the limit is reduced in
+            each round. With 0 only folds are smoothed.
+
+    Returns:
+        The smoothed displacement, or ``ddf`` itself if there is nothing to smooth.
     """
     if len(ddf) != 1 or min(ddf.shape[2:]) < 2:
         raise ValueError(
@@ -117,7 +124,7 @@ def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
             "along each axis."
         )
     if not bool(ddf.sum().isfinite() or ddf.isfinite().all()):  # a sum takes a tenth of the time
-        raise ValueError(f"ddf has {int((~ddf.isfinite()).sum())} values of NaN or infinity.")
+        raise ValueError(f"ddf has {int((~ddf.isfinite()).sum())} values of NaN or infinity. Give finite numbers.")
     place = _find_tight(ddf, least)
     if not len(place):
         return ddf
@@ -130,9 +137,9 @@ def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
     for attempt in count():
         if not len(place):
             break
-        # 8 voxels are enough for what is narrow, and many times that only help where it is not
+        # A radius of 8 voxels is enough for narrow folds; it grows further, but slowly, for wide ones.
         radius = 2 ** min(attempt, max(3, attempt // 4))
-        # Only what is touched, looked at again, or next to that: no round goes over the whole field.
+        # Box of the voxels that are smoothed and checked, with their neighbours: no round processes the whole field.
         start = (place.amin(0) - (radius + 3)).clamp_min_(0)
         stop = place.amax(0) + (radius + 4)
         box: tuple[Any, ...] = (..., *map(slice, start.tolist(), stop.tolist()))
@@ -144,11 +151,11 @@ def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
         for _ in range(radius):
             rings.append(_grown(rings[-1], inner, size))
         values = whole.flatten(2)[0]
-        for ring in reversed(rings):  # the closer to a fold, the smoother
+        for ring in reversed(rings):  # from large to small, so that voxels close to a fold are smoothed most
             for part in ring.split(_PART):
                 values[:, part] = values[:, _neighbours(part, size)] @ kernel
         piece.copy_(whole[inside])
-        # even shrinking over many voxels is not a fold, and would take ever wider circles to smooth
+        # Lower the limit: uniform shrinking over many voxels is not a fold, and smoothing would not remove it.
         index = _still_tight(_grown(rings[-1], inner, size), piece, least / 4**attempt)
         place = _place(index, piece.shape[2:]) + start
     return ddf

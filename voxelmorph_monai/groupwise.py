@@ -1,8 +1,9 @@
-r"""The mean shape of several images, none of which is the reference: means and halves of maps.
+r"""Register several images to the shape in their middle, so that none of them is the reference.
 
-A map near the identity is the flow of a velocity, :math:`\phi = \exp(v)`. Velocities can be added, divided and
-averaged, and :math:`\exp(-v)` undoes :math:`\exp(v)`; so the middle of several maps is where their velocities add up to
-0 (Arsigny et al., MICCAI 2006). Fields are those of :mod:`~voxelmorph_monai.blocks`, in voxels.
+A map without folds is taken to be the flow of a velocity, :math:`\phi = \exp(v)`. Velocities can be added, divided and
+averaged, and :math:`\exp(-v)` is the inverse of :math:`\exp(v)`. The middle of several images is therefore where the
+velocities to all images add up to 0 (Arsigny et al., MICCAI 2006). Fields are in voxels, as in
+:mod:`~voxelmorph_monai.blocks`.
 """
 
 from collections.abc import Sequence
@@ -16,17 +17,23 @@ from voxelmorph_monai.refinement import refine
 
 __all__ = ["centred_velocities", "logarithm", "velocity_between"]
 
-# Changes are small, and noise is not to be followed.
-_STEP_SIGMA = 3.0  # SD in voxels of the Gaussian that smooths steps
-_SMOOTHNESS = 2.0  # in voxels
-_HALVINGS = 4  # times to halve a map, until it is close enough to the identity to be its own velocity
+# Differences between the images are small, so maps are smoother than by default, in order not to follow noise.
+_STEP_SIGMA = 3.0  # SD of the Gaussian that smooths each step of the refinement, voxels
+_SMOOTHNESS = 2.0  # smoothness of the refinement, voxels
+_HALVINGS = 4  # number of square roots after which a displacement is close enough to its velocity
 
 
 def logarithm(ddf: Tensor) -> Tensor:
-    r"""Velocity ``(B, D, *spatial)`` of a map that does not fold: :math:`\exp(v) = id + u`, by repeated halves."""
+    r"""Velocity ``(B, D, *spatial)`` of a map that does not fold: :math:`\exp(v) = id + u`.
+
+    The map is replaced by its square root repeatedly, until its displacement is close to its velocity.
+
+    Args:
+        ddf: displacement :math:`u` in voxels, ``(B, D, *spatial)``.
+    """
     for _ in range(_HALVINGS):
         ddf = half(ddf)
-    # exp(v) = id + v + Dv v / 2 + ...: taking off the second term makes the error one of third order
+    # exp(v) = id + v + Dv v / 2 + ...: subtracting the second term leaves an error of third order.
     return (ddf - (compose(ddf, ddf) - 2 * ddf) / 2) * 2**_HALVINGS
 
 
@@ -49,9 +56,19 @@ def _velocity(moving: Tensor, fixed: Tensor, steps: int, similarity: str, mask: 
 def velocity_between(
     first: Tensor, second: Tensor, *, steps: int = 20, similarity: str = "lncc", mask: Tensor | None = None
 ) -> Tensor:
-    """Velocity from points of one image to those of another, both ``(1, 1, *spatial)``; swapping them negates it.
+    """Velocity of the map from points of one image to points of another; exchanging the images negates it.
 
-    Each is registered to the other, and the two velocities are averaged.
+    Each image is registered to the other, and the two velocities are averaged.
+
+    Args:
+        first: image ``(1, 1, *spatial)``.
+        second: image of the same shape.
+        steps: largest number of refinement steps at each resolution.
+        similarity: ``"lncc"``, ``"mi"`` or ``"mind"``.
+        mask: nonzero where the images are compared, ``(1, 1, *spatial)``.
+
+    Returns:
+        The velocity in voxels per unit time, ``(1, D, *spatial)``.
 
     Raises:
         ValueError: the similarity is unknown.
@@ -67,15 +84,26 @@ def centred_velocities(
     similarity: str = "lncc",
     mask: Tensor | None = None,
 ) -> list[Tensor]:
-    """Velocities from the shape in the middle of all images ``(1, 1, *spatial)`` to each of them; their sum is 0.
+    """Velocities of the maps from the middle shape of several images to each of them; their sum is 0.
 
-    Two images are registered to each other, more of them to their mean, ``rounds`` times. Their order does not matter.
+    Two images are registered to each other; more images are registered to their mean, ``rounds`` times. The order of
+    the images does not matter.
+
+    Args:
+        images: images ``(1, 1, *spatial)`` of one shape.
+        steps: largest number of refinement steps at each resolution.
+        rounds: number of times to compute the mean of three or more images and register them to it.
+        similarity: ``"lncc"``, ``"mi"`` or ``"mind"``.
+        mask: nonzero where the images are compared, ``(1, 1, *spatial)``.
+
+    Returns:
+        A velocity in voxels per unit time, ``(1, D, *spatial)``, for each image.
 
     Raises:
         ValueError: there are no images, or the similarity is unknown.
     """
     if not images:
-        raise ValueError("there are no images, so they have no middle. Give two or more.")
+        raise ValueError("the list of images is empty. Give two or more.")
     if len(images) == 2:
         whole = velocity_between(images[0], images[1], steps=steps, similarity=similarity, mask=mask)
         return [-whole / 2, whole / 2]

@@ -1,4 +1,4 @@
-"""Ignite handlers: resume a stopped training exactly where it was, keep the best weights, save evaluations."""
+"""Ignite handlers: resume a training exactly where it stopped, keep the best weights, save evaluations."""
 
 import math
 import random
@@ -34,7 +34,7 @@ __all__ = [
     "load_submission",
 ]
 
-_SAME_DICE = 0.01  # the mean Dice of the same scans and labels, or of half of the scans, differs by less
+_SAME_DICE = 0.01  # largest plausible difference of mean Dice to a publication, also for half of its scans
 
 
 class Stateful(Protocol):
@@ -48,7 +48,7 @@ class Stateful(Protocol):
 
 
 def _gather(values: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Join the lists of all processes on each process, in the order in which MONAI's metrics gather values."""
+    """Join the lists of all processes, on each process, in the order in which MONAI's metrics gather their values."""
     _, world = process()
     if world == 1:
         return values
@@ -58,17 +58,21 @@ def _gather(values: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _save(state: object, path: Path) -> None:
-    """Write ``path`` completely or not at all (MONAI's CheckpointSaver leaves half a file when it is killed)."""
+    """Write ``path`` so that it is never incomplete (MONAI's CheckpointSaver, if killed, leaves an incomplete file)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         torch.save(state, temporary)
 
 
 class EpochSeed:
-    """Seed every random generator from ``(seed, epoch, process)`` when an epoch starts.
+    """Handler that seeds all random generators from ``(seed, epoch, process)`` at the start of an epoch.
 
     The random numbers of an epoch then do not depend on earlier epochs. A resumed training repeats them exactly,
     without saving the states of the many generators in transforms, samplers and workers.
+
+    Args:
+        seed: random seed of the training, from 0 to 2^32 - 1.
+        sampler: sampler that is told the number of each epoch.
     """
 
     def __init__(self, seed: int = 0, sampler: PairSampler | None = None) -> None:
@@ -80,7 +84,7 @@ class EpochSeed:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Seed for the epoch that ``engine`` starts."""
+        """Seed the generators for the epoch that ``engine`` starts."""
         state = np.random.SeedSequence([self.seed, engine.state.epoch, process()[0]])
         first, second, third = (int(s) for s in state.generate_state(3))
         torch.manual_seed(first)
@@ -91,9 +95,9 @@ class EpochSeed:
 
 
 class ValidationSeed:
-    """Seed torch when a validation starts, so that all epochs are validated on the same random images.
+    """Handler that seeds torch at the start of a validation, so that each validation uses the same random images.
 
-    Epochs of the training must seed themselves (:class:`EpochSeed`), as they would otherwise all be the same, too.
+    Use it together with :class:`EpochSeed`; otherwise the training would use the same random numbers in each epoch, too.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -104,22 +108,22 @@ class ValidationSeed:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Seed for a validation."""
+        """Seed torch."""
         torch.manual_seed(self.seed)
 
 
 class Ramp:
-    """Increase a weight of the loss linearly, from 0 in the first epoch to its full value after ``num_epochs``.
+    """Handler that increases a weight of the loss linearly, from 0 in the first epoch to its full value.
 
     Args:
         module: module with the weight, such as ``RegistrationLoss``.
         name: name of the attribute that holds the weight.
-        num_epochs: number of epochs with less than the full weight (0: none).
+        num_epochs: number of epochs with less than the full weight; with 0 the weight is full from the start.
     """
 
     def __init__(self, module: nn.Module, name: str, num_epochs: int) -> None:
         if num_epochs < 0:
-            raise ValueError(f"num_epochs is {num_epochs} for the ramp of {name}. Give 0 or more.")
+            raise ValueError(f"num_epochs of the ramp of {name} is {num_epochs}. Give 0 or more.")
         self.module = module
         self.name = name
         self.num_epochs = num_epochs
@@ -136,11 +140,11 @@ class Ramp:
 
 
 class KeepBest:
-    """Keep the weights of the best validation as a plain state dict, with their model card next to it.
+    """Handler that saves the weights of the best validation as a plain state dict, with a model card next to it.
 
     Args:
         network: the network.
-        path: file to write; replaced at each improvement.
+        path: file to write; each improvement replaces it.
         metric: name of the evaluator's metric; higher is better.
     """
 
@@ -159,15 +163,14 @@ class KeepBest:
         value = float(engine.state.metrics[self.metric])
         if math.isnan(value):
             raise ValueError(
-                f"{self.metric} is NaN: there was nothing to measure, so no weights can be called the best. Check the "
-                "validation labels."
+                f"the validation gave {self.metric} = NaN, because it measured nothing. Check the validation labels."
             )
         if value > self.best:
             state = self.network.state_dict()
             if broken := [name for name, weights in state.items() if not bool(weights.isfinite().all())]:
                 raise ValueError(
-                    f"{len(broken)} parameters hold NaN or infinity, the first is {broken[0]}. The training diverged: "
-                    "try a lower learning rate."
+                    f"the training diverged: {len(broken)} parameters hold NaN or infinity, the first is {broken[0]}. "
+                    "Try a lower learning rate."
                 )
             self.best = value
             if process()[0] == 0:
@@ -185,12 +188,12 @@ class KeepBest:
 
 
 class Resume:
-    """Save a checkpoint after each epoch, and continue from it when the training is started again.
+    """Handler that saves a checkpoint after each epoch, and continues from it when the training is started again.
 
     Args:
-        path: checkpoint file; it is loaded if it exists when the training starts.
+        path: checkpoint file; if it exists when the training starts, it is loaded.
         objects: objects with a state, by name: network, optimiser, scheduler, :class:`KeepBest`, early stopping.
-        settings: plain values that must not change between the calls of one training.
+        settings: plain values that must be the same when the training is resumed.
     """
 
     def __init__(
@@ -201,14 +204,14 @@ class Resume:
         self.settings = dict(settings or {})
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a trainer, after all handlers that change the saved objects (so: last)."""
+        """Attach to a trainer; do this last, because it must run after all handlers that change the saved objects."""
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def load(self, engine: Engine) -> None:
         """Restore all objects and the epoch of ``engine`` from the checkpoint, if there is one."""
         if self.path.parent.is_dir() and process()[0] == 0:
-            sweep(self.path.parent)  # leftovers of a training that was killed while it saved
+            sweep(self.path.parent)  # remove incomplete files of a training that was killed while saving
         if not self.path.exists():
             return
         try:
@@ -226,33 +229,34 @@ class Resume:
                 stateful.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # as load_state_dict may raise
             raise ValueError(
-                f"this training cannot be resumed from the checkpoint {self.path}: {error}. Restore the options of "
-                "that training, or start a new one in another output_dir."
+                f"this training cannot be resumed from the checkpoint {self.path}: {error}. Use the options of the "
+                "checkpoint, or choose another output_dir to start a new training."
             ) from error
         engine.state.epoch = state["epoch"]
-        # Whole epochs of their present length: Ignite would take a remainder as the place to start within an epoch.
+        # A multiple of the present epoch length: with any other number, Ignite would start within an epoch.
         engine.state.iteration = engine.state.epoch * engine.state.epoch_length  # type: ignore[operator] # it is set
         if any(isinstance(o, EarlyStopping) and o.counter >= o.patience for o in self.objects.values()):
-            engine.terminate()  # it stopped before
+            engine.terminate()  # early stopping had already ended this training
         engine.logger.info(f"Resumed from {self.path} after epoch {engine.state.epoch}.")
 
     def save(self, engine: Engine) -> None:
-        """Write the checkpoint, from one process."""
+        """Write the checkpoint; only the first process does."""
         if process()[0] == 0:
             state: dict[str, object] = {name: stateful.state_dict() for name, stateful in self.objects.items()}
             _save(state | {"epoch": engine.state.epoch, "settings": self.settings}, self.path)
 
 
 class SaveEvaluation:
-    """Write the tables, the summary and the pictures of an evaluation (``evaluation.save_evaluation``).
+    """Handler that writes the tables, summary and box plots of an evaluation (``evaluation.save_evaluation``).
 
     It replaces MONAI's ``MetricsSaver``, which calls the structures class0, class1, ..., has no groups, writes one file
     per measure, and silently replaces the files of an earlier run.
 
     Args:
-        folder: new folder to write. It is checked here, before any work is done.
-        structures: names of the structures, label 1 first, or their number.
-        groups: structures to merge, by name of the group; the value of a group is the mean over its structures.
+        folder: new folder to write. The constructor already checks that it may be written.
+        structures: names of the structures, label 1 first, or the number of structures.
+        groups: names of the structures in each group, by name of the group; the value of a group is the mean over its
+            structures.
         settings: settings of the evaluation to record in the summary.
         overwrite: replace the folder of an earlier evaluation.
         affine_dice: published mean Dice before the registration, over ``structures``, over ``groups`` or both. The
@@ -278,7 +282,7 @@ class SaveEvaluation:
         self.paths: list[tuple[str, str]] = []
 
     def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator, whose metrics are measures of :func:`~voxelmorph_monai.evaluation.tabulate`."""
+        """Attach to an evaluator; its metrics become the measures in the tables."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.note)
         engine.add_event_handler(Events.COMPLETED, self.save)
@@ -288,11 +292,11 @@ class SaveEvaluation:
         self.paths = []
 
     def note(self, engine: Engine) -> None:
-        """Record the paths of the batch."""
+        """Record the paths of the pairs in the batch."""
         self.paths += pair_paths(engine.state.batch)  # type: ignore[arg-type] # decollated, so a list
 
     def save(self, engine: Engine) -> None:
-        """Write the measures of all processes, from one of them."""
+        """Gather the measures of all processes, and write them; only the first process writes."""
         paths = _gather(self.paths)
         if process()[0] == 0:
             details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined] # MONAI's
@@ -304,7 +308,8 @@ class SaveEvaluation:
                 if not abs((dice["measured"] or 0) - dice["published"]) <= _SAME_DICE:
                     engine.logger.warning(
                         f"mean Dice over {over} before the registration is {dice['measured']}, but {dice['published']} "
-                        "was published: the scans, labels or alignment differ, so do not compare with the literature."
+                        "was published. The scans, labels or alignment differ: do not compare the results with those "
+                        "of the publication."
                     )
             engine.logger.info(f"{self.folder}, {len(paths)} pairs:\n{summarise(evaluation).to_string()}")
 
@@ -313,20 +318,20 @@ def _subject(path: str) -> int:
     """Number of the OASIS subject of a scan, from its path in the folder of neurite-OASIS or Learn2Reg."""
     numbers = re.findall(r"OASIS_(?:OAS1_)?(\d{4})", path)
     if not numbers:
-        raise ValueError(f"the name of {path} has no OASIS subject number. Name it like OASIS_0438_0000.nii.gz.")
+        raise ValueError(f"{path} has no OASIS subject number in its path. Name it like OASIS_0438_0000.nii.gz.")
     return int(numbers[-1])
 
 
 class SaveSubmission:
-    """Write the displacements of an evaluation in the format of Learn2Reg: half resolution, float16.
+    """Handler that writes the displacements of an evaluation in the format of Learn2Reg: half resolution, float16.
 
-    One file ``disp_FIXED_MOVING.npz`` per pair, with the array ``arr_0`` ``(3, *spatial / 2)``: displacements in voxels
-    of the full grid, resampled with splines of order 2 (Hering et al., IEEE TMI 2023). The challenge enlarges them like
-    :func:`load_submission`.
+    Each pair gets a file ``disp_FIXED_MOVING.npz`` with the array ``arr_0`` ``(3, *spatial / 2)``: displacements in
+    voxels of the full grid, resampled with splines of order 2 (Hering et al., IEEE TMI 2023). The challenge resamples
+    them to the full grid as :func:`load_submission` does.
 
     Args:
         output_dir: folder to write to.
-        overwrite: replace the fields of an earlier evaluation; without it they are an error.
+        overwrite: replace the fields of an earlier evaluation; otherwise existing fields are an error.
     """
 
     def __init__(self, output_dir: str, overwrite: bool = False) -> None:
@@ -343,7 +348,7 @@ class SaveSubmission:
         existing = next(self.output_dir.glob("disp_*.npz"), None)
         if existing is not None and not self.overwrite:
             raise FileExistsError(f"{existing} already exists. Choose another output_dir, or set overwrite.")
-        idist.barrier()  # no process writes before all have checked
+        idist.barrier()  # no process may write before all have checked
 
     def __call__(self, engine: Engine) -> None:
         """Write the pairs of the batch that ``engine`` has registered."""
@@ -363,6 +368,6 @@ class SaveSubmission:
 
 
 def load_submission(path: str | Path) -> NDArray[np.float32]:
-    """Displacement ``(3, *spatial)`` in voxels, enlarged from a submitted file like in Learn2Reg's evaluation."""
+    """Displacement ``(3, *spatial)`` in voxels from a submitted file, resampled as in Learn2Reg's evaluation."""
     half = np.load(path)["arr_0"].astype(np.float32)
     return np.stack([ndimage.zoom(component, 2, order=2) for component in half])
