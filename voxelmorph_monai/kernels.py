@@ -1,7 +1,7 @@
 """Choose between torch's operators and the compiled loops in ``loops``, which need fewer passes over memory.
 
-The loops run on CPUs, on plain float32 and float64 tensors. Everything else uses torch's operators: other devices,
-scripted, exported or compiled graphs, and whatever ``switch`` excludes.
+The loops support dense float32 and float64 tensors on CPUs. In all other cases torch's operators are used: on other
+devices, in scripted, exported or compiled graphs, and if ``switch`` turns the loops off.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Import slow libraries when they are first used, because many calls do not need them.
+"""Import slow libraries only when they are first used, because many calls do not need them.
 
-Seconds of processor time that an import takes in addition to torch: MONAI 4 to 8, ITK 0.3 and up to 9 once its classes
-are used, matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
+CPU seconds that an import takes in addition to that of torch: MONAI 4 to 8, ITK 0.3 (up to 9 when its classes are
+used), matplotlib 1.2, pandas 0.8, SciPy's ``ndimage`` 0.4, numba 0.3, nilearn 3.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ __all__ = ["lazy"]
 
 
 class _Lazy:
-    """Stands for a module until an attribute of it is asked for, by whichever thread."""
+    """Placeholder that imports its module when an attribute is first used; it may be used by several threads."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -21,7 +21,7 @@ class _Lazy:
 
 
 def lazy(name: str) -> Any:
-    """Return the module with this dotted name; it is imported when it is first used.
+    """Placeholder for the module with this dotted name, which is imported when an attribute is first used.
 
     >>> html = lazy("html.entities")
     >>> html.name2codepoint["eacute"]
