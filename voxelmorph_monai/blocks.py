@@ -152,7 +152,7 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def operator(image: Tensor, end: str) -> Any:
-        """torch's ``grid_sampler`` for ``image``, or its gradient if ``end`` is ``_backward``."""
+        """Operator ``grid_sampler`` of torch for ``image``, or its gradient if ``end`` is ``_backward``."""
         return getattr(torch.ops.aten, f"grid_sampler_{image.ndim - 2}d{end}")
 
     @staticmethod

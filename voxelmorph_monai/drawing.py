@@ -1,7 +1,7 @@
-"""Draw the picture of a registration, if wanted in a process of its own.
+"""Draw the picture of a registration, optionally in a separate process.
 
-Importing and running matplotlib takes 1.5 s, all in one thread that holds Python's lock. :func:`beside` starts a
-process that imports it while this one does something else.
+Importing and running matplotlib takes 1.5 s in one thread that holds Python's global lock. :func:`beside` starts a
+process that imports it while this process does other work.
 """
 
 import pickle
@@ -28,18 +28,19 @@ matplotlib, figures, effects = lazy("matplotlib"), lazy("matplotlib.figure"), la
 Array = NDArray[Any]
 _COLUMNS = ("moving", "fixed", "warped", "moving - fixed", "warped - fixed", "deformed grid", "change of volume")
 _LINES = 30  # lines of the deformed grid along the longer side of a slice
-_RANGE = 1.5  # range of the logarithm of the determinant to base 2 that is shown
+_RANGE = 1.5  # largest change of volume shown, as a logarithm to base 2
 _process: subprocess.Popen[bytes] | None = None
 
 
 class Row(NamedTuple):
-    """One slice of a registration, and how it is shown.
+    """One row of the picture: a slice of a registration, and how to show it.
 
     Attributes:
-        images: slices ``(4, rows, columns)`` of moving, fixed, warped and determinant, the first row at the bottom.
-        displacement: ``(2, rows, columns)``, pixels to the right and up.
-        frame: first and last column, then first and last row to show, in pixels.
-        sides: letters of the left and the right side.
+        images: slices of moving, fixed, warped and determinant, ``(4, rows, columns)``, with the first row at the
+            bottom.
+        displacement: displacement to the right and up in pixels, ``(2, rows, columns)``.
+        frame: ``[[first, last column], [first, last row]]`` to show, in pixels.
+        sides: letters to write at the left and the right side, such as ``"LR"``.
         pixel: width and height of a pixel in mm.
     """
 
@@ -51,23 +52,29 @@ class Row(NamedTuple):
 
     @property
     def height(self) -> float:
-        """Height of the frame in mm, over its width."""
+        """Height of the frame divided by its width, both in mm."""
         (left, right), (bottom, top) = self.frame
         return float((top - bottom) * self.pixel[1] / ((right - left) * self.pixel[0]))
 
 
 def _draw_grid(axes: "Axes", displacement: Array) -> None:
-    """Draw where the map takes the rows and columns of the fixed image: ``displacement`` ``(2, rows, columns)``."""
+    """Draw lines where the map takes rows and columns of the fixed image: ``displacement`` ``(2, rows, columns)``."""
     rows, columns = np.indices(displacement.shape[1:])
     x, y = columns + displacement[0], rows + displacement[1]
     step = max(1, max(rows.shape) // _LINES)
     for lines in ((x[::step], y[::step]), (x.T[::step], y.T[::step])):
-        # one broken line: 60 lines, each an object, take 0.2 s
+        # One line, interrupted by NaN: 60 separate lines would take 0.2 s.
         axes.plot(*[np.pad(part, [(0, 0), (0, 1)], constant_values=np.nan).ravel() for part in lines], "gold", lw=0.5)
 
 
 def _mark(axes: "Axes", sides: str, side: float) -> None:
-    """Say which sides an image shows on the left and on the right, and how long it is; ``side``: of a pixel, mm."""
+    """Write the letters of the left and the right side into an image, and draw a scale bar.
+
+    Args:
+        axes: axes of the image.
+        sides: the two letters.
+        side: width of a pixel in mm.
+    """
     look: dict[str, Any] = {
         "color": "white",
         "transform": axes.transAxes,
@@ -82,7 +89,7 @@ def _mark(axes: "Axes", sides: str, side: float) -> None:
 
 
 def _log2(determinant: Array) -> Array:
-    """Logarithm that ends at the range shown, but far below it for what folds."""
+    """Logarithm to base 2, not below the range shown; folds become -9, which is drawn in another colour."""
     return np.where(determinant > 0, np.log2(np.maximum(determinant, 2.0**-_RANGE)), -9.0)
 
 
@@ -108,7 +115,7 @@ def _draw_row(panels: "Sequence[Axes]", row: Row, bright: float) -> None:
 
 def _draw(rows: Sequence[Row], bright: float, title: str) -> bytes:
     heights = [row.height for row in rows]
-    # by hand: a layout that matplotlib works out takes as long as all that is drawn
+    # Fixed places: matplotlib's automatic layout would take as long as drawing.
     width, height = 17.5, 2.35 * sum(heights) + 0.75
     figure = figures.Figure(figsize=(width, height))
     places = {"left": 0.005, "right": 0.94, "bottom": 0.05 / height, "top": 1 - 0.7 / height, "wspace": 0.03}
@@ -122,13 +129,13 @@ def _draw(rows: Sequence[Row], bright: float, title: str) -> bytes:
     bar.ax.set_yticklabels(["-50 %", "0", "+100 %"])
     figure.suptitle(title, fontsize=12, y=1 - 0.1 / height, va="top")
     file = BytesIO()
-    figure.savefig(file, dpi=80, pil_kwargs={"compress_level": 3})  # 6, the default, takes 0.1 s more for 5 % less
+    figure.savefig(file, dpi=80, pil_kwargs={"compress_level": 3})  # the default, 6, saves 5 % of the size in 0.1 s
     return file.getvalue()
 
 
 @contextmanager
 def beside() -> Iterator[None]:
-    """Start a process that imports matplotlib and then draws the next picture; without one, this process draws it."""
+    """Start a process that imports matplotlib and draws the next picture; if it cannot start, this process draws it."""
     global _process
     code = "from voxelmorph_monai.drawing import serve; serve()"
     process = None
@@ -146,21 +153,24 @@ def beside() -> Iterator[None]:
 
 
 def serve() -> None:
-    """Draw the picture that arrives on standard input, to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for the picture decides
+    """Draw the rows that arrive on standard input (pickled), and write the PNG to standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that waits for the picture
     blank = Row(np.zeros((4, 2, 2)), np.zeros((2, 2, 2)), np.array([[0, 1], [0, 1]]), "LR", (1, 1))
     _draw([blank], 1.0, "a first picture loads fonts and colours")
-    with suppress(EOFError):  # there is nothing to draw
+    with suppress(EOFError):  # the other process ended without a picture
         sys.stdout.buffer.write(_draw(*pickle.load(sys.stdin.buffer)))
 
 
 def png(rows: Sequence[Row], bright: float, title: str = "") -> bytes:
-    """Draw slices of a registration: content of a PNG file.
+    """Draw slices of a registration as a PNG.
 
     Args:
         rows: slices to show, from top to bottom.
         bright: intensity that is shown white.
-        title: a line above.
+        title: title above the slices.
+
+    Returns:
+        Content of the PNG file.
     """
     global _process
     process, _process = _process, None

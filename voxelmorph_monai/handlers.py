@@ -97,7 +97,7 @@ class EpochSeed:
 class ValidationSeed:
     """Handler that seeds torch at the start of a validation, so that each validation uses the same random images.
 
-    Use it together with :class:`EpochSeed`; otherwise the training would use the same random numbers in each epoch, too.
+    Use it together with :class:`EpochSeed`; otherwise the training would draw the same random numbers in each epoch.
     """
 
     def __init__(self, seed: int = 0) -> None:

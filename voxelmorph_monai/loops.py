@@ -1,9 +1,10 @@
-"""Loops over voxels, compiled by numba, for what takes torch's operators several passes over memory.
+"""Compiled loops over voxels, for computations in which torch's operators make several passes over memory.
 
-For each public function, its caller has an equivalent with torch's operators, which gives the same numbers up to
-rounding; the tests compare the two. Tensors are those that ``kernels.loops`` accepts.
+For each public function, the caller has an equivalent with torch's operators, which gives the same numbers up to
+rounding; the tests compare the two. Tensors must be of the kinds that ``kernels.loops`` accepts.
 
-A loop runs over a range of planes along the first spatial axis, so that threads can share the work (``compiled``).
+Each compiled loop processes the planes ``first`` to ``last`` (exclusive) along the first spatial axis, so that threads
+can share the work. Arrays are ``(C, Z, Y, X)``; for 2-D images Y is 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,30 +34,30 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 _Array = NDArray[Any]
 
-_FEW = 1 << 15  # voxels that one thread has finished before others have begun
-_PLANES = 8  # planes that one thread takes at a time when voxels are added up
-_ROWS = 16  # rows to go through in all planes before the next ones: their data stay in a core's cache (1.7 times)
-_BLOCK = 64  # voxels of a row; a constant, so that the compiler sees that their intermediate results do not overlap
+_FEW = 1 << 15  # up to this number of voxels, one thread is as fast as several
+_PLANES = 8  # number of planes in the slab of one thread
+_ROWS = 16  # rows to process in all planes before the next rows: their data stay in the cache (1.7 times faster)
+_BLOCK = 64  # voxels processed together; a constant, so that the compiler knows that their results do not overlap
 _Index = np.uintp  # unsigned: for a signed index numba would check whether it counts from the end
 
-# Where intermediate results of a block of voxels lie: weights in the cell, gradient of the field, corner values.
+# Start of each group of intermediate results for a block: weights in the cell, gradient of the field, corner values.
 _TZ, _TY, _TX, _GZ, _GY, _GX = (_Index(_BLOCK * k) for k in range(6))
 _V0, _V1, _V2, _V3, _V4, _V5, _V6, _V7 = (_Index(_BLOCK * k) for k in range(6, 14))
 
 
 def _run(work: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> list[_Result]:
-    """Do ``work`` for each of ``jobs``, with as many threads as torch uses."""
+    """Call ``work`` for each of ``jobs``, with as many threads as torch uses."""
     return run(work, jobs, torch.get_num_threads())
 
 
 def _volumes(tensor: Tensor) -> _Array:
-    """Array ``(B, C, Z, Y, X)`` of ``tensor``, whose memory it shares if that is contiguous; in 2-D Y is 1."""
+    """Array ``(B, C, Z, Y, X)`` of a tensor, without a copy if the tensor is contiguous; in 2-D Y is 1."""
     array: _Array = tensor.detach().as_subclass(Tensor).contiguous().numpy()
     return array if tensor.ndim == 5 else array[:, :, :, None]
 
 
 def _slabs(volumes: _Array, planes: int) -> list[tuple[int, int, int]]:
-    """Item, first plane and last plane, exclusive, of each slab of about so many planes."""
+    """Cut each batch item into slabs of about ``planes`` planes: item, first plane, last plane (exclusive)."""
     items, _, n, *_ = volumes.shape
     parts = -(-n // planes) if volumes[0, 0].size > _FEW else 1
     return [(item, n * k // parts, n * (k + 1) // parts) for item in range(items) for k in range(parts)]
@@ -67,14 +68,15 @@ def _slabs(volumes: _Array, planes: int) -> list[tuple[int, int, int]]:
 
 @compiled
 def _locate(field: Any, here: Any, n: Any, at: Any, size: Any, dims: Any, scale: Any, base: Any, s: Any) -> None:
-    """Find the cells of ``n`` points: in ``base`` their first voxel, in ``s`` where in it each point lies, 0 to 1.
+    """Find the cells of interpolation for ``n`` points along a row.
 
-    Points outside the grid are moved to its border first, NaN to the first voxel.
+    ``base`` gets the index of the first voxel of each cell, ``s`` the position of each point in its cell, 0 to 1.
+    Points outside the grid are first moved to its border, and NaN to the first voxel.
     """
     kind = field.dtype.type
     zero = kind(0)
     voxels = _Index(size[0] * size[1] * size[2])
-    of_y, of_x = voxels * _Index(dims - 2), voxels * _Index(dims - 1)  # in 2-D Y is one voxel: any component does
+    of_y, of_x = voxels * _Index(dims - 2), voxels * _Index(dims - 1)  # in 2-D, where Y is one voxel, any of_y will do
     end_z, end_y, end_x = kind(size[0] - 1), kind(size[1] - 1), kind(size[2] - 1)
     last_z, last_y, last_x = max(size[0] - 2, 0), max(size[1] - 2, 0), max(size[2] - 2, 0)
     z, y, start = kind(at[0]), kind(at[1]), kind(at[2])
@@ -99,14 +101,14 @@ def _locate(field: Any, here: Any, n: Any, at: Any, size: Any, dims: Any, scale:
 
 @compiled
 def _steps(size: Any) -> Any:
-    """From a voxel to the next one along each axis; along an axis of one voxel to itself."""
+    """Difference of the flat indices of neighbours along each axis; 0 along an axis of one voxel."""
     z, y, x = size
     return _Index(y * x if z > 1 else 0), _Index(x if y > 1 else 0), _Index(1 if x > 1 else 0)
 
 
 @compiled
 def _sample(image: Any, field: Any, out: Any, first: int, last: int, scale: Any, add: bool) -> None:
-    """Sample ``image`` ``(C, Z, Y, X)`` along ``scale`` times ``field``, added if ``add`` and scaled too."""
+    """Sample ``image`` ``(C, Z, Y, X)`` along ``scale * field``; with ``add``, give ``scale * (field + sample)``."""
     channels, size = image.shape[0], image.shape[1:]
     dims = field.shape[0]
     base, s = np.empty(_BLOCK, _Index), np.empty(14 * _BLOCK, image.dtype)
@@ -149,7 +151,11 @@ def _sample_backward(
     want_image: bool,
     want_field: bool,
 ) -> None:
-    """Gradients of ``_sample``: that of the image is added to what is there, that of the field too if ``add``."""
+    """Gradients of ``_sample``.
+
+    The gradient of the image is added to ``of_image``. The gradient of the field is written to ``of_field``, and with
+    ``add`` added to it.
+    """
     channels, size = image.shape[0], image.shape[1:]
     dims = field.shape[0]
     kind = image.dtype.type
@@ -210,7 +216,7 @@ def _sample_backward(
                                 ov[b + sz + sx] += s[_V5 + x]
                                 ov[b + sz + sy] += s[_V6 + x]
                                 ov[b + sz + sy + sx] += s[_V7 + x]
-                    if want_field:  # where a point was moved to the border, the field has no say
+                    if want_field:  # the gradient is 0 where a point was moved to the border
                         for x in range(n):
                             there = here + x
                             p = kind(z) + scale * u[there]
@@ -230,20 +236,20 @@ def _sample_backward(
 
 
 def _rounds(fields: _Array, scale: float) -> list[list[tuple[int, int, int]]]:
-    """Slabs of ``fields`` in rounds: the points of two slabs of a round lie so far apart that both can be worked on."""
+    """Slabs of ``fields`` in rounds: threads can share a round, because its slabs write to different planes."""
     planes = torch.arange(fields.shape[2])
-    spans = []  # of each item: the planes that the points of each plane lie in; all of them for NaN
+    spans = []  # for each item: first and last plane that the points of each plane reach (all planes for NaN)
     for field in fields:
         ends = torch.from_numpy(field[0]).flatten(1).aminmax(dim=1)
         low, high = (planes + scale * end for end in ends)
         inside = (end.clamp_(0, len(planes)) for end in (low.nan_to_num_(-torch.inf), high.nan_to_num_(torch.inf)))
         spans.append([end.tolist() for end in inside])
     rounds: list[list[tuple[int, int, int]]] = []
-    taken: list[dict[int, int]] = []  # the plane that each item's last slab of a round ends before
+    taken: list[dict[int, int]] = []  # for each round: the plane before which the last slab of each item ends
     for slab in _slabs(fields, _PLANES):
         item, first, last = slab
         lowest, highest = (min(spans[item][0][first:last]), max(spans[item][1][first:last]))
-        # two voxels more than points reach: the voxel behind each, and rounding; and the gradient of the field
+        # two voxels more than the points reach, for the end of their cells and for rounding, and the slab itself
         begin, end = min(first, int(lowest) - 2), max(last, int(highest) + 4)
         for members, before in zip(rounds, taken, strict=True):
             if begin >= before.get(item, begin):
@@ -366,7 +372,7 @@ def _backward(
 
 @compiled
 def _enter_products(acc: Any, a: Any, b: Any, of_a: Any, of_b: Any, sign: Any) -> None:
-    """Add (or with ``sign`` -1 take away) a plane's values, squares and product, centred and scaled."""
+    """Add the values, squares and product of two planes, centred and scaled, to ``acc``; ``sign`` -1 subtracts them."""
     for i in range(a.size):
         x, y = (a[i] - of_a[0]) * of_a[1], (b[i] - of_b[0]) * of_b[1]
         u, v = sign * np.float64(x), np.float64(y)
@@ -396,13 +402,16 @@ def _enter_row(row: Any, acc: Any, y: Any, sign: Any) -> None:
 
 @compiled
 def _entering(at: Any, first: Any, reach: Any, n: Any) -> Any:
-    """Places that the window of ``reach`` around ``at`` has and the one before lacks; at ``first``, all of them."""
+    """Range of planes (or rows) that enter the window around ``at``, compared with the window before.
+
+    The window holds up to ``reach`` of the ``n`` planes on each side of ``at``. At ``first`` all its planes enter.
+    """
     return max(first - reach, 0) if at == first else at + reach, min(at + reach + 1, n)
 
 
 @compiled
 def _move_rows(row: Any, acc: Any, y: Any, reach: Any, height: Any) -> None:
-    """Make ``row`` the sum of the rows of ``acc`` around ``y``, from that of the rows around ``y - 1``."""
+    """Update ``row`` from the sum of the rows of ``acc`` around ``y - 1`` to that around ``y``."""
     if y == 0:
         row[:] = 0.0
     start, stop = _entering(y, 0, reach, height)
@@ -414,7 +423,7 @@ def _move_rows(row: Any, acc: Any, y: Any, reach: Any, height: Any) -> None:
 
 @compiled
 def _running_sums(row: Any, reach: Any, ends: Any) -> None:
-    """Give in ``ends`` the sums from which a window's is the difference: ``ends[:, x + window] - ends[:, x]``."""
+    """Write cumulative sums to ``ends``: the sum over the window at x is ``ends[:, x + window] - ends[:, x]``."""
     width = row.shape[1]
     for k in range(len(row)):
         total = 0.0
@@ -429,7 +438,7 @@ def _running_sums(row: Any, reach: Any, ends: Any) -> None:
 
 @compiled
 def _inside(at: Any, n: Any, reach: Any) -> Any:
-    """How many of the places up to ``reach`` from ``at`` lie in 0 to ``n``, exclusive."""
+    """Number of indices from ``at - reach`` to ``at + reach`` that lie in 0 to ``n - 1``."""
     return min(at + reach + 1, n) - max(at - reach, 0)
 
 
@@ -437,10 +446,10 @@ def _inside(at: Any, n: Any, reach: Any) -> Any:
 def _correlation(
     a: Any, b: Any, of_a: Any, of_b: Any, reaches: Any, maps: Any, want_a: bool, want_b: bool, first: int, last: int
 ) -> Any:
-    """Sum of the squared correlations of the windows around the voxels of some planes; see ``losses._MeanLNCC``.
+    """Sum of the squared correlations over the windows around the voxels of some planes; see ``losses._MeanLNCC``.
 
-    The box sums move along the axes: what enters a window is added, what leaves it taken away, in float64.
-    ``maps`` gets p of each window; then, of each image that wants it, q and what the means contribute.
+    Sums over windows are updated in float64 as the window moves: what enters is added, what leaves is subtracted.
+    ``maps`` gets p of each window and, for each image with a gradient, q and the contribution of the means.
     """
     kind = a.dtype.type
     depth, height, width = a.shape
@@ -462,7 +471,7 @@ def _correlation(
             covered = float(_inside(z, depth, rz) * _inside(y, height, ry))
             for x in range(width):
                 far = x + 2 * rx + 1
-                outside = n - covered * _inside(x, width, rx)  # there the images are 0, before they are centred
+                outside = n - covered * _inside(x, width, rx)  # voxels beyond the border, where images are 0
                 sum_a = ends[0, far] - ends[0, x] + outside * blank_a
                 sum_b = ends[1, far] - ends[1, x] + outside * blank_b
                 squares_a = ends[2, far] - ends[2, x] + outside * blank_a * blank_a
@@ -473,7 +482,7 @@ def _correlation(
                 v_a, v_b = kind(max(variance_a, floor_a)), kind(max(variance_b, floor_b))
                 p = cross / (v_a * v_b)
                 cc = cross * p
-                total += min(np.float64(cc), 1.0)  # only rounding gets past 1
+                total += min(np.float64(cc), 1.0)  # rounding errors can exceed 1
                 maps[0, z, y, x] = p
                 if want_a:
                     q = cc / v_a if variance_a > floor_a else kind(0)
@@ -501,7 +510,7 @@ def _correlation_slope(
     first: int,
     last: int,
 ) -> None:
-    """Gradient by ``a``, whose ``maps`` begin at ``own``, summed over the windows around each voxel."""
+    """Gradient with respect to ``a``, summed over the windows around each voxel; ``own`` is the first map of ``a``."""
     kind = a.dtype.type
     depth, height, width = a.shape
     rz, ry, rx = reaches
@@ -527,16 +536,17 @@ def _correlation_slope(
 def correlation(
     images: Sequence[Tensor], scales: Sequence[tuple[Tensor, Tensor]], window: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Squared correlation of the windows around the voxels of two images, averaged, and its gradients.
+    """Mean squared correlation of two images over the windows around all voxels, and its gradients.
 
     Args:
         images: two images, ``(B, C, *spatial)``.
-        scales: of each image, what to subtract from each channel and the factor to multiply it by, ``(B, C, 1, ...)``.
+        scales: for each image, the offset to subtract from each channel, and the factor to multiply it by, both
+            ``(B, C, 1, ...)``.
         window: side of the windows in voxels, odd.
         wanted: which images need a gradient.
 
     Returns:
-        The mean over all windows, 0 to 1, and the gradient for each image, ``(B, C, *spatial)``, None if not wanted.
+        The mean over all windows, 0 to 1, and a gradient for each image, ``(B, C, *spatial)``, or None.
     """
     channels = [_volumes(x).reshape(-1, 1, *_volumes(x).shape[2:]) for x in images]
     size = channels[0].shape[2:]
@@ -574,12 +584,12 @@ def correlation(
 
 @compiled
 def _log_volumes(field: Any, least: Any, out: Any, first: int, last: int) -> None:
-    """Logarithm of the determinant by central differences, one-sided at the border, of ``least`` where it is less."""
+    """Logarithm of the Jacobian determinant, or of ``least`` if that is larger; differences as in ``blocks``."""
     dims, depth, height, width = field.shape
     kind = field.dtype.type
     half, one = kind(0.5), kind(1)
     voxels = _Index(depth * height * width)
-    of_y, of_x = voxels * _Index(dims - 2), voxels * _Index(dims - 1)  # in 2-D Y is one voxel: nothing differs along it
+    of_y, of_x = voxels * _Index(dims - 2), voxels * _Index(dims - 1)  # in 2-D, where Y is one voxel, any of_y will do
     sz, sy, sx = _steps((depth, height, width))
     none = _Index(0)
     u, o = field.reshape(-1), out.reshape(-1)
@@ -661,7 +671,7 @@ def force(image: Tensor, slope: Tensor) -> Tensor:
 
 @compiled
 def _smooth(field: Any, weights: Any, out: Any, first: int, last: int) -> None:
-    """Convolve some planes with ``[w, 1 - 2 w, w]`` along each axis, continued with the border value."""
+    """Convolve planes with ``[w, 1 - 2 w, w]`` along each axis; the border value continues beyond the border."""
     channels, depth, height, width = field.shape
     plane, row = np.empty((height, width), field.dtype), np.empty(width, field.dtype)
     wz, wy, wx = weights
@@ -686,7 +696,16 @@ def _smooth(field: Any, weights: Any, out: Any, first: int, last: int) -> None:
 
 
 def smooth(field: Tensor, passes: Sequence[int], weights: Sequence[float]) -> Tensor:
-    """Convolve ``(B, C, *spatial)`` with ``[w, 1 - 2 w, w]`` along each axis, as many times as ``passes`` says."""
+    """Convolve a field repeatedly with ``[w, 1 - 2 w, w]`` along each axis.
+
+    Args:
+        field: ``(B, C, *spatial)``.
+        passes: number of passes along each axis, ``(D,)``.
+        weights: weight ``w`` along each axis, ``(D,)``.
+
+    Returns:
+        The smoothed field, ``(B, C, *spatial)``.
+    """
     for number in range(max(passes)):
         source, out = field, torch.empty_like(field, memory_format=torch.contiguous_format)
         fields, found = _volumes(source), _volumes(out)
@@ -714,9 +733,9 @@ def smooth(field: Tensor, passes: Sequence[int], weights: Sequence[float]) -> Te
 
 @compiled
 def _surely_above(u: Any, here: Any, voxels: Any, dims: Any, back: Any, ahead: Any, weight: Any, volume: Any) -> bool:
-    """Whether the determinant of some differences is above ``volume``, whatever rounding does to it.
+    """Whether the Jacobian determinant at voxel ``here`` is above ``volume`` by more than rounding errors.
 
-    The difference along an axis is ``weight`` times that of the voxels ``ahead`` and ``back`` of this one.
+    The difference along an axis is ``weight`` times the difference of the voxels at offsets ``ahead`` and ``back``.
     """
     kind = u.dtype.type
     one = kind(1)
@@ -743,7 +762,7 @@ def _surely_above(u: Any, here: Any, voxels: Any, dims: Any, back: Any, ahead: A
 
 @compiled
 def _suspects(field: Any, volume: Any, out: Any, first: int, last: int) -> None:
-    """Mark the voxels that forward or central differences may find to keep ``volume`` or less."""
+    """Mark the voxels that may keep ``volume`` or less, by forward or central differences and up to rounding."""
     dims, depth, height, width = field.shape
     kind = field.dtype.type
     half, one = kind(0.5), kind(1)
@@ -767,11 +786,16 @@ def _suspects(field: Any, volume: Any, out: Any, first: int, last: int) -> None:
 
 
 def suspects(ddf: Tensor, volume: float) -> Tensor:
-    """Flat indices of voxels, among them all that keep ``volume`` or less by central or forward differences.
+    """Flat indices of all voxels that may keep ``volume`` or less, by central or forward differences.
+
+    Rounding errors can add voxels, but never leave one out.
 
     Args:
-        ddf: displacement of one pair, ``(1, D, *spatial)``, 2 voxels or more along each axis.
-        volume: fraction of the volume of a voxel, 1 where nothing moves.
+        ddf: displacement of one pair in voxels, ``(1, D, *spatial)``, with at least 2 voxels along each axis.
+        volume: fraction of the volume of a voxel; where nothing moves, a voxel keeps 1.
+
+    Returns:
+        Indices ``(N,)``, int64.
     """
     fields = _volumes(ddf)
     found = np.empty(fields.shape[2:], bool)
