@@ -400,7 +400,7 @@ def test_what_cannot_become_a_bundle_is_refused_before_the_work(
     with pytest.raises(FileExistsError, match=rf"{tmp_path} already exists"):
         make_atlas_bundle([(scan, labels)], tmp_path, names=names)
     assert main(["make-atlas-bundle", str(scan), "--output", str(output)]) == 2
-    assert "1 files are not pairs of a scan and its labels" in capsys.readouterr().err
+    assert "each atlas needs a scan and a label map, but 1" in capsys.readouterr().err
     assert not output.exists()
 
 

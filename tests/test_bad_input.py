@@ -413,7 +413,7 @@ def test_a_disk_that_fills_up_later_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"voxelmorph_monai.apps.result.{writer}", full)
-    refused(pair(folder), "No space left on device. Free some space")
+    refused(pair(folder), "No space left on device. Incomplete files were removed.")
 
 
 # What may look wrong but is right. --------------------------------------------------------------------------------

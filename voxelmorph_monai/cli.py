@@ -1,7 +1,7 @@
 """The command line ``vxm``.
 
-Here and in ``commands``, functions import the modules that do the work only when they are called: importing torch takes
-seconds, and ``vxm --help`` should answer at once. The rest of the package imports at the top of its files.
+This module and ``commands`` import what does the work only inside the functions that use it: importing torch takes
+seconds, and ``vxm --help`` should answer at once.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from voxelmorph_monai.commands import groups, registration, training, transforms
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {**registration.COMMANDS, **transforms.COMMANDS, **groups.COMMANDS, **training.COMMANDS}
-"""Commands by name, in the order of the help."""
+"""All commands by name, in the order of the help."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
             help=command.help,
             description=textwrap.fill(f"{command.help[0].upper()}{command.help[1:]}.", 80),
             epilog=f"example:\n  {command.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # a wrapped example could not be copied
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the example
         )
         command.add_arguments(sub)
     return parser
@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
 def _leave(codes: Sequence[int]) -> None:
     """End the process at once with the first of ``codes``, if there is one.
 
-    A normal exit takes 0.8 s, in which torch and its memory are released. After a disk has filled up, it would also
-    crash, when HDF5 closes an incomplete file.
+    This skips the 0.8 s that Python needs to unload torch. It also prevents a crash of HDF5, which fails while closing
+    a file that a full disk has cut short.
     """
     if codes:
         sys.stdout.flush()
@@ -49,18 +49,18 @@ def _leave(codes: Sequence[int]) -> None:
 
 
 def _terminate(*_: object) -> None:
-    """Turn SIGTERM into an exception, so that incomplete files are removed as after Ctrl-C."""
+    """Treat SIGTERM like Ctrl+C, so that incomplete files are removed."""
     raise KeyboardInterrupt("SIGTERM")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vxm`` and return its exit code.
 
-    Args:
-        argv: arguments without the name of the program (default: those of the process).
+    The exit code is 0 for success, 1 if some of the work failed, 2 for wrong input, 130 if interrupted and 143 if
+    terminated.
 
-    Returns:
-        0 for success, 1 if some of the work failed, 2 for wrong input, 130 if interrupted, 143 if terminated.
+    Args:
+        argv: arguments after ``vxm`` (default: those of this process).
     """
     if argv is not None:
         return _run(argv)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from voxelmorph_monai.threads import wait_without_spinning
 
     codes: list[int] = []
-    atexit.register(_leave, codes)  # first, so that it runs after the functions that libraries register
+    atexit.register(_leave, codes)  # registered first, so called last
     keep_freed_memory()
     wait_without_spinning()
     signal.signal(signal.SIGTERM, _terminate)
@@ -77,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_home(argv: Sequence[str]) -> None:
-    """Raise ValueError for a ``~`` that the shell has not expanded: it would become a folder with that name."""
+    """Raise ValueError if an argument still starts with ``~``, which would create a folder of that name."""
     for word in argv:
         value = word.partition("=")[2] if word.startswith("--") else word
         if value.startswith("~"):
             raise ValueError(
-                f"{word} starts with ~, which the shell does not expand in quotes or after =. Write the full path, or "
-                f"./{value} for a file or folder with that name."
+                f"the ~ in {word} does not stand for your home folder: the shell does not expand it in quotes or after "
+                f"=. Write the full path, or ./{value} if the name really starts with ~."
             )
 
 
@@ -93,11 +93,13 @@ def _run(argv: Sequence[str]) -> int:
         _check_home(argv)
         return COMMANDS[args.command].run(args)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+        if (
+            isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
+        ):  # torch raises it if a GPU is full
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"{error.strerror}. Free some space, or write to another disk. Incomplete files were removed."
+            reason = f"{error.strerror}. Incomplete files were removed. Free some space, or write to another disk."
         print(f"vxm {args.command}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

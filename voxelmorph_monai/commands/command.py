@@ -6,11 +6,18 @@ from typing import Any, NamedTuple
 
 __all__ = ["NUM_SHOWN", "Command", "add_grid_arguments", "grid_of"]
 
-NUM_SHOWN = 10  # of the scans or pairs of a list that failed
+NUM_SHOWN = 10  # failed scans or pairs to print; tables list all of them
 
 
 class Command(NamedTuple):
-    """A command: one line of help, an example, what it takes, what it does (the exit code)."""
+    """One command of ``vxm``.
+
+    Attributes:
+        help: what the command does, in one line.
+        example: command line to show below the help.
+        add_arguments: adds the arguments of the command to a parser.
+        run: runs the command with the parsed arguments and returns the exit code.
+    """
 
     help: str
     example: str
@@ -19,22 +26,29 @@ class Command(NamedTuple):
 
 
 def add_grid_arguments(parser: argparse.ArgumentParser, *, fits: bool = False, planar: bool = False) -> None:
-    """Add the size and spacing of the grid; it ``fits`` a fixed scan, or may be ``planar``."""
+    """Add ``--size`` and ``--spacing`` of the working grid.
+
+    Args:
+        parser: parser of the command.
+        fits: whether the help mentions ``--space fixed``, where the default grid fits the fixed scan.
+        planar: whether the help mentions the grids of slices.
+    """
     group = parser.add_argument_group("working grid")
     fixed = "; with --space fixed: a grid that fits the fixed scan" if fits else ""
-    slices = " (two numbers for slices)" if planar else ""
+    slices = ", or two numbers for slices" if planar else ""
     group.add_argument(
         "--size",
         nargs="+",
         type=int,
         metavar="N",
-        help=f"voxels along left-right, superior-inferior, posterior-anterior{slices} (default: 160 192 224{fixed})",
+        help="grid size in voxels, in the order left-right, superior-inferior, posterior-anterior"
+        f"{slices} (default: 160 192 224{fixed})",
     )
-    group.add_argument("--spacing", type=float, metavar="MM", help="voxel size in mm (default: 1.0)")
+    group.add_argument("--spacing", type=float, metavar="MM", help="voxel size of the grid in mm (default: 1.0)")
 
 
 def grid_of(args: argparse.Namespace) -> Any:
-    """The grid that is asked for; None for the one that a registration takes by default."""
+    """Return the working grid of ``--size`` and ``--spacing``; None leaves the choice to the registration."""
     from voxelmorph_monai.space.template import WorkingGrid
 
     given = {"size": args.size and tuple(args.size), "spacing": args.spacing}
@@ -42,5 +56,5 @@ def grid_of(args: argparse.Namespace) -> Any:
         if args.spacing is None:
             return None
         if args.space == "fixed":
-            raise ValueError("--spacing needs --size with --space fixed.")
+            raise ValueError("with --space fixed, --spacing needs --size: give both, or neither.")
     return WorkingGrid(**{key: value for key, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Commands: several scans of one person or of many, and the anatomy in a scan."""
+"""The commands ``longitudinal``, ``template`` and ``segment``."""
 
 import argparse
 import sys
@@ -16,34 +16,39 @@ def _add_refinement_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=20,
         metavar="N",
-        help="refinement steps at each resolution (default: %(default)s)",
+        help="number of refinement steps at each resolution (default: %(default)s)",
     )
     group.add_argument(
         "--similarity",
         choices=SIMILARITIES,
         default="lncc",
-        help="similarity that the refinement optimises (default: %(default)s)",
+        help="similarity measure to optimise: lncc for scans of the same contrast, mi or mind for different contrasts "
+        "(default: %(default)s)",
     )
-    group.add_argument("--spacing", type=float, metavar="MM", help="side of a voxel (default: that of the finest scan)")
+    group.add_argument(
+        "--spacing", type=float, metavar="MM", help="voxel size of the results in mm (default: that of the finest scan)"
+    )
 
 
 def _add_longitudinal_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
     group.add_argument(
-        "visits", nargs="+", type=Path, metavar="VISIT", help="scans of one person, in the order of time"
+        "visits", nargs="+", type=Path, metavar="VISIT", help="two or more scans of one person, in chronological order"
     )
     what = group.add_mutually_exclusive_group()
-    what.add_argument("--labels", nargs="+", type=Path, metavar="FILE", help="label map of each visit")
-    what.add_argument("--anatomy", action="store_true", help="label the visits as vxm segment does")
+    what.add_argument("--labels", nargs="+", type=Path, metavar="FILE", help="label maps, one per visit")
+    what.add_argument(
+        "--anatomy", action="store_true", help="segment the visits, as vxm segment does, instead of reading label maps"
+    )
     group.add_argument(
-        "--exclude", nargs="+", type=Path, metavar="FILE", help="mask of each visit with what is not compared"
+        "--exclude", nargs="+", type=Path, metavar="FILE", help="masks of regions to ignore (lesions), one per visit"
     )
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and maps")
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier result in DIR")
+    group.add_argument("--overwrite", action="store_true", help="replace earlier results in DIR")
     group = parser.add_argument_group("computation")
     _add_refinement_arguments(group)
     group.add_argument(
-        "--device", metavar="NAME", help="device for --anatomy, cpu or cuda (default: a GPU if there is one)"
+        "--device", metavar="NAME", help="device for --anatomy: cpu or cuda (default: a GPU if there is one)"
     )
 
 
@@ -62,10 +67,14 @@ def _longitudinal(args: argparse.Namespace) -> int:
 def _add_template_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
     group.add_argument(
-        "list", type=Path, metavar="CSV", help="table of scans, with columns image and, optionally, labels"
+        "list", type=Path, metavar="CSV", help="table of scans, with the column image and, optionally, labels"
     )
     group.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="new folder, or that of an earlier call to continue"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new folder, or the folder of an interrupted run to continue",
     )
     group = parser.add_argument_group("computation")
     group.add_argument(
@@ -75,13 +84,17 @@ def _add_template_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the scans are first aligned to: one of them, or MNI152 (default: %(default)s)",
     )
     group.add_argument(
-        "--rounds", type=int, default=4, metavar="N", help="rounds of registration (default: %(default)s)"
+        "--rounds", type=int, default=4, metavar="N", help="number of rounds of registration (default: %(default)s)"
     )
     _add_refinement_arguments(group)
     group.add_argument(
-        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+        "--jobs", type=int, metavar="N", help="number of processes (default: as many as processors and memory allow)"
     )
-    group.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to run on, for example tcp://host:8786")
+    group.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="address of a Dask cluster to run on, for example tcp://host:8786 (default: this machine)",
+    )
 
 
 def _template(args: argparse.Namespace) -> int:
@@ -98,26 +111,27 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="SCAN",
-        help="scan of a head: NIfTI, MGZ, NRRD, MetaImage, DICOM file or folder; or several, or a folder of them",
+        help="one or more head scans (NIfTI, MGZ, NRRD, MetaImage, DICOM file or folder), or a folder of scans",
     )
     parser.add_argument(
         "--list",
         type=Path,
         metavar="CSV",
-        help="table of scans instead of SCAN, with the column scan and, optionally, name; several scans get a folder "
-        "each in PATH, and one table of volumes; the same command continues after an interruption",
+        help="table of scans to segment instead of SCAN, with the column scan and, optionally, name",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="PATH",
-        help="new folder for labels, brain mask, brain, volumes and colours; or a NIfTI file for the labels only",
+        help="for one scan: new folder for labels, brain mask, brain, volumes and colours, or a NIfTI file for labels; "
+        "for several scans: folder with one such folder per scan and a table of all volumes, where the same command "
+        "continues after an interruption",
     )
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="weights of the network (default: the bundled ones)"
+        "--weights", type=Path, metavar="FILE", help="weights of the network (default: the bundled weights)"
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--device", metavar="NAME", help="device: cpu, cuda or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
@@ -126,7 +140,7 @@ def _segment(args: argparse.Namespace) -> int:
 
     how = {name: getattr(args, name) for name in ("weights", "device", "overwrite")}
     if bool(args.scans) == (args.list is not None):
-        raise ValueError("give scans, or --list.")
+        raise ValueError("give either scans or --list.")
     scans = by_name(args.scans) if args.list is None else read_list(args.list)
     if args.list is None and list(scans.values()) == args.scans and len(scans) == 1:
         segment_file(args.scans[0], args.output, **how)
@@ -136,25 +150,25 @@ def _segment(args: argparse.Namespace) -> int:
         print(f"vxm segment: {name} failed: {reason}", file=sys.stderr)
     good = len(scans) - len(done.errors)
     print(f"{good} of {len(scans)} scans are segmented, {done.num_skipped} of them by an earlier call")
-    print(f"{done.table}: their volumes")
+    print(f"{done.table}: volumes of all structures")
     return 1 if done.errors else 0
 
 
 COMMANDS = {
     "longitudinal": Command(
-        "measure the change of volume between scans of one person, all visits treated alike",
+        "measure volume changes between scans of one person, treating all visits alike",
         "vxm longitudinal baseline.nii.gz year1.nii.gz --output change --anatomy",
         _add_longitudinal_arguments,
         _longitudinal,
     ),
     "template": Command(
-        "build the template of a group of scans: their mean shape and mean intensity",
+        "build a template from a group of scans: their mean shape and mean intensity",
         "vxm template scans.csv --output template",
         _add_template_arguments,
         _template,
     ),
     "segment": Command(
-        "segment a head scan of any contrast: 29 structures and the brain mask",
+        "segment head scans of any contrast into 29 structures and a brain mask",
         "vxm segment scan.nii.gz --output segmentation",
         _add_segment_arguments,
         _segment,

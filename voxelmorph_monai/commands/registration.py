@@ -1,4 +1,4 @@
-"""Commands: register scans, one pair or many; look at the results."""
+"""The commands ``register``, ``report`` and ``uncertainty``."""
 
 import argparse
 import sys
@@ -28,14 +28,14 @@ def _add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         "--space",
         choices=SPACES,
         default=DEFAULTS.space,
-        help="common space: mni152 for brains and whole heads, both aligned to that template; fixed for scans of "
-        "anything, moving aligned to fixed (default: %(default)s)",
+        help="space to align the scans in: mni152 for brains and whole heads, which are both aligned to that template; "
+        "fixed for any other scans, where moving is aligned to fixed (default: %(default)s)",
     )
     group.add_argument(
         "--alignment",
         choices=ALIGNMENTS,
         default=DEFAULTS.alignment,
-        help="alignment before the deformation; none if the headers align the scans (default: %(default)s)",
+        help="alignment before the deformation; none if the headers already align the scans (default: %(default)s)",
     )
     group.add_argument("--transform", dest="alignment", choices=ALIGNMENTS, default=SUPPRESS, help=SUPPRESS)
 
@@ -54,40 +54,43 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="MOVING",
-        help="scan to warp: NIfTI, MGZ, NRRD, MetaImage, DICOM file or folder",
+        help="scan to warp (NIfTI, MGZ, NRRD, MetaImage, DICOM file or folder)",
     )
-    group.add_argument("fixed", type=Path, nargs="?", metavar="FIXED", help="scan to warp it to")
+    group.add_argument("fixed", type=Path, nargs="?", metavar="FIXED", help="scan that MOVING is warped to")
     group.add_argument(
-        "--moving-labels", type=Path, metavar="FILE", help="label map of the moving scan, warped with it"
+        "--moving-labels", type=Path, metavar="FILE", help="label map of the moving scan, which is warped as well"
     )
     group.add_argument(
-        "--fixed-labels", type=Path, metavar="FILE", help="label map of the fixed scan, for the Dice before and after"
+        "--fixed-labels",
+        type=Path,
+        metavar="FILE",
+        help="label map of the fixed scan; together with --moving-labels it gives the Dice overlap before and after",
     )
     group.add_argument(
         "--moving-mask",
         type=Path,
         metavar="FILE",
-        help="region of the moving scan to register, for example its brain (default: the whole scan)",
+        help="mask of the region to register in the moving scan, for example its brain (default: the whole scan)",
     )
     group.add_argument(
         "--fixed-mask",
         "--mask",
         type=Path,
         metavar="FILE",
-        help="region of the fixed scan to register (default: the whole scan)",
+        help="mask of the region to register in the fixed scan (default: the whole scan)",
     )
     group.add_argument(
         "--brain-extraction",
         choices=BRAIN_EXTRACTIONS,
         default=DEFAULTS.brain_extraction,
-        help="auto finds the brain in whole heads (only with --space mni152, and if no mask is given); off uses scans "
-        "as they are (default: %(default)s)",
+        help="brain extraction: auto finds the brain in whole heads, with --space mni152 and without a mask; off uses "
+        "the scans as they are (default: %(default)s)",
     )
     group.add_argument(
-        "--moving-series", type=int, metavar="N", help="number of the moving series, in a DICOM folder with several"
+        "--moving-series", type=int, metavar="N", help="number of the DICOM series to use if MOVING holds several"
     )
     group.add_argument(
-        "--fixed-series", type=int, metavar="N", help="number of the fixed series, in a DICOM folder with several"
+        "--fixed-series", type=int, metavar="N", help="number of the DICOM series to use if FIXED holds several"
     )
     _add_alignment_arguments(parser)
     add_grid_arguments(parser, fits=True, planar=True)
@@ -96,55 +99,61 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=Path,
         metavar="FILE",
-        help="weights of a network, or none to do without one (default: the bundled brain weights; none with "
-        "--space fixed)",
+        help="weights of a network, or none to register without a network (default: the bundled brain weights; none "
+        "with --space fixed or --same-person)",
     )
-    group.add_argument("--preset", metavar="NAME", help="preset of the network (default: named beside the weights)")
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="architecture of the network (default: the one in the .json file beside the weights, or wide)",
+    )
     group.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="optimise the displacement on these two scans (default: --refine)",
+        help="improve the displacement by optimising it for these two scans (default: --refine)",
     )
     group.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"time limit of the refinement; inf: until nothing improves (default: {DEFAULTS.budget:g})",
+        help="time limit of the refinement in seconds; inf continues until nothing improves (default: "
+        f"{DEFAULTS.budget:g})",
     )
     group.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="refinement steps at each resolution, instead of a time, so that every run gives the same result",
+        help="number of refinement steps at each resolution; it replaces the time limit, so that every run gives the "
+        "same result (default: as many as --budget allows)",
     )
     group.add_argument(
         "--similarity",
         choices=SIMILARITIES,
-        help="similarity that the refinement optimises: lncc for scans of one contrast, mi or mind for two contrasts, "
+        help="similarity measure to optimise: lncc for scans of the same contrast, mi or mind for different contrasts, "
         f"for example T1 and T2 (default: {DEFAULTS.similarity})",
     )
     group.add_argument(
         "--smoothness",
         type=_smoothness,
         metavar="{low,default,high,MM}",
-        help="smoothness of the refined displacement, by name or in mm; higher values let volumes change less from "
-        "one place to the next (default: default; "
+        help="smoothness of the refined displacement, by name or in mm; the higher the value, the less volume changes "
+        "vary from place to place (default: default; "
         + ", ".join(f"{name} {value:g} mm" for name, value in SMOOTHNESS.items())
         + f"; with --same-person {SAME_PERSON:g} mm)",
     )
     group.add_argument(
         "--symmetric",
         action="store_true",
-        help="treat both scans alike, in twice the time; exchanging them gives the inverse map",
+        help="treat both scans alike, so that exchanging them gives the inverse transform; takes twice the time",
     )
     group.add_argument(
         "--same-person",
         action="store_true",
-        help="two scans of one person: rigid alignment of the one to the other, no network unless --weights is given, "
-        "and a displacement so smooth that only what has changed moves",
+        help="settings for two scans of one person: rigid alignment, a very smooth displacement that shows only real "
+        "changes, and no network unless --weights is given",
     )
-    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    group.add_argument("--device", metavar="NAME", help="device: cpu or cuda (default: a GPU if there is one)")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the results")
     group.add_argument("--bids", action="store_true", help="name the files as BIDS derivatives of the moving scan")
@@ -153,7 +162,7 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write report.html and report.png, to look at (default: --report)",
+        help="write report.html and report.png for visual inspection (default: --report)",
     )
     group.add_argument(
         "--show-face",
@@ -165,13 +174,18 @@ def _add_register_arguments(parser: argparse.ArgumentParser) -> None:
         "--list",
         type=Path,
         metavar="CSV",
-        help="table of pairs instead of MOVING and FIXED, with columns moving, fixed and, optionally, name, labels and "
-        "masks; each pair gets a folder in DIR; the same command continues after an interruption",
+        help="table of pairs to register instead of MOVING and FIXED, with the columns moving, fixed and, optionally, "
+        "name, moving_labels, fixed_labels, moving_mask and fixed_mask; each pair gets its own folder in DIR, and the "
+        "same command continues after an interruption",
     )
     group.add_argument(
-        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+        "--jobs", type=int, metavar="N", help="number of processes (default: as many as processors and memory allow)"
     )
-    group.add_argument("--scheduler", metavar="ADDRESS", help="Dask cluster to run on, for example tcp://host:8786")
+    group.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="address of a Dask cluster to run on, for example tcp://host:8786 (default: this machine)",
+    )
 
 
 def _register(args: argparse.Namespace) -> int:
@@ -212,7 +226,7 @@ def _register(args: argparse.Namespace) -> int:
     for note in summary.get("notes", []):
         print(f"note: {note}")
     if summary["options"]["preset"] is None and not options.refines:
-        print("neither weights nor refinement: the registration is affine only")
+        print("the scans were only aligned, as neither a network nor the refinement was used")
     print(f"correlation {summary['correlation_before']:.3f} -> {summary['correlation_after']:.3f}")
     if summary["dice"]:
         print(f"mean Dice {summary['dice']['before']['mean']:.3f} -> {summary['dice']['after']['mean']:.3f}")
@@ -227,7 +241,10 @@ def _register_list(args: argparse.Namespace, options: Options) -> int:
 
     files = ("moving", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask", "moving_series", "fixed_series")
     if any(getattr(args, name) is not None for name in files):
-        raise ValueError("with --list, name the scans, labels and masks in the list; a series cannot be chosen there.")
+        raise ValueError(
+            "with --list, the scans, labels and masks are named in the list, and a DICOM series cannot be chosen. "
+            "Remove them from the command line."
+        )
     how: dict[str, Any] = {
         name: getattr(args, name) for name in ("jobs", "scheduler", "bids", "overwrite", "report", "show_face")
     }
@@ -236,7 +253,7 @@ def _register_list(args: argparse.Namespace, options: Options) -> int:
         print(f"vxm register: {name} failed: {reason}", file=sys.stderr)
     done = cohort.num_pairs - len(cohort.errors)
     print(f"{done} of {cohort.num_pairs} pairs are registered, {cohort.num_skipped} of them by an earlier call")
-    print(f"{cohort.table}: what became of each")
+    print(f"{cohort.table}: status and measures of each pair")
     return 1 if cohort.errors else 0
 
 
@@ -245,7 +262,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         metavar="DIR",
-        help="folder that vxm register --list, vxm segment, vxm prepare or an evaluation made",
+        help="folder that vxm register --list, vxm segment (of several scans), vxm prepare or an evaluation wrote",
     )
 
 
@@ -262,13 +279,13 @@ def _index(args: argparse.Namespace) -> int:
 
 def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
-    group.add_argument("moving", type=Path, metavar="MOVING", help="scan to warp, as for vxm register")
-    group.add_argument("fixed", type=Path, metavar="FIXED", help="scan to warp it to")
+    group.add_argument("moving", type=Path, metavar="MOVING", help="scan to warp, in any format of vxm register")
+    group.add_argument("fixed", type=Path, metavar="FIXED", help="scan that MOVING is warped to")
     group.add_argument(
-        "--moving-labels", type=Path, metavar="FILE", help="label map of the moving scan, warped with it"
+        "--moving-labels", type=Path, metavar="FILE", help="label map of the moving scan, to warp with every sample"
     )
     group.add_argument(
-        "--fixed-labels", type=Path, metavar="FILE", help="label map of the fixed scan, to check the calibration"
+        "--fixed-labels", type=Path, metavar="FILE", help="label map of the fixed scan, to test the label probabilities"
     )
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the results")
     _add_alignment_arguments(parser)
@@ -276,15 +293,15 @@ def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument("--weights", type=Path, required=True, metavar="FILE", help="weights of a probabilistic network")
     group.add_argument(
-        "--preset", default="diffeomorphic", metavar="NAME", help="preset of the network (default: %(default)s)"
+        "--preset", default="diffeomorphic", metavar="NAME", help="architecture of the network (default: %(default)s)"
     )
     group.add_argument(
-        "--samples", type=int, default=50, metavar="N", help="samples of the velocity (default: %(default)s)"
+        "--samples", type=int, default=50, metavar="N", help="number of sampled deformations (default: %(default)s)"
     )
     group.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the samples (default: %(default)s)"
     )
-    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    group.add_argument("--device", metavar="NAME", help="device: cpu or cuda (default: a GPU if there is one)")
 
 
 def _uncertainty(args: argparse.Namespace) -> int:
@@ -293,29 +310,29 @@ def _uncertainty(args: argparse.Namespace) -> int:
     names = ("moving_labels", "fixed_labels", "weights", "preset", "device", "space", "alignment", "seed")
     options = {name: getattr(args, name) for name in names} | {"num_samples": args.samples, "grid": grid_of(args)}
     summary = uncertainty_files(args.moving, args.fixed, args.output, **options)
-    print(f"{args.output}: sd_mm.nii.gz, in the fixed scan on average {summary['sd_mm']['mean']:.3f} mm")
+    print(f"{args.output}: sd_mm.nii.gz, {summary['sd_mm']['mean']:.3f} mm on average in the fixed scan")
     print(summary["meaning"])
     if summary["calibration"]:
         error = summary["calibration"]["expected_calibration_error"]
-        print(f"expected calibration error of the labels {error:.3f}: 0 if a probability of 0.7 is right 7 times of 10")
+        print(f"expected calibration error of the label probabilities: {error:.3f} (0 is perfect)")
     return 0
 
 
 COMMANDS = {
     "register": Command(
-        "register two scans: warped scan, transforms in both directions, a picture and a summary",
+        "register two scans, or a list of pairs: warped scan, transforms in both directions, report and summary",
         "vxm register moving.nii.gz fixed.nii.gz --output registered",
         _add_register_arguments,
         _register,
     ),
     "report": Command(
-        "write index.html for a folder of registrations: compare them, find outliers, accept and reject",
+        "write a page (index.html) to compare the results in a folder, find outliers, and accept or reject each result",
         "vxm report registered",
         _add_report_arguments,
         _index,
     ),
     "uncertainty": Command(
-        "sample the posterior of a probabilistic network: spread of the displacement, label probabilities",
+        "estimate the uncertainty of a registration by a probabilistic network",
         "vxm uncertainty moving.nii.gz fixed.nii.gz --weights model.pt --output uncertainty --samples 50 --seed 0",
         _add_uncertainty_arguments,
         _uncertainty,

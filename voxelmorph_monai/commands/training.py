@@ -1,4 +1,4 @@
-"""Commands: data sets, weights, bundles and evaluations."""
+"""Commands for data sets, weights, bundles and evaluations."""
 
 import argparse
 import sys
@@ -11,28 +11,34 @@ __all__ = ["COMMANDS"]
 
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
-    group.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folder of scans, or a scan (NIfTI, MGZ)")
-    group.add_argument("output", type=Path, metavar="OUTPUT", help="new folder, or that of an earlier run to continue")
+    group.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folders of scans, or scans (NIfTI, MGZ)")
+    group.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="new folder, or the folder of an interrupted run to continue"
+    )
     group.add_argument(
         "--images",
         default="*.nii.gz",
         metavar="PATTERN",
-        help="file names of the scans in a folder; * stands for the name of the scan (default: %(default)s)",
+        help="pattern for the file names of the scans in a folder; * stands for the name of the scan (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--labels",
         metavar="PATTERN",
-        help="file name of the label map of each scan, with its name for * (default: none)",
+        help="pattern for the file names of the label maps; * stands for the name of the scan (default: no labels)",
     )
     group.add_argument(
         "--maps",
         action="store_true",
-        help="paint images from label maps (with FreeSurfer's numbers) instead of reading scans",
+        help="paint images from label maps (with the label numbers of FreeSurfer) instead of reading scans",
     )
     add_grid_arguments(parser)
     group = parser.add_argument_group("split")
     group.add_argument(
-        "--split", type=Path, metavar="JSON", help="names of the scans by section (default: random split)"
+        "--split",
+        type=Path,
+        metavar="JSON",
+        help="file with the names of the scans in each section (default: random split)",
     )
     group.add_argument(
         "--validation",
@@ -46,14 +52,14 @@ def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="FRACTION",
-        help="fraction of the scans for the test (default: %(default)s)",
+        help="fraction of the scans for testing (default: %(default)s)",
     )
     group.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the split (default: %(default)s)"
     )
     group = parser.add_argument_group("computation")
     group.add_argument(
-        "--jobs", type=int, metavar="N", help="processes (default: as many as processors and memory allow)"
+        "--jobs", type=int, metavar="N", help="number of processes (default: as many as processors and memory allow)"
     )
 
 
@@ -72,16 +78,18 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of an evaluation; the first is the reference"
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders of evaluations; the first is the reference"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and pictures")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and plots")
     parser.add_argument(
-        "--published", metavar="NAME", help="published results to show as well: ixi, lpba40 or oasis (default: none)"
+        "--published",
+        metavar="NAME",
+        help="data set whose published results to print: ixi, lpba40 or oasis (default: none)",
     )
     parser.add_argument(
         "--common",
         action="store_true",
-        help="compare only the pairs and structures that all runs share",
+        help="compare only the pairs and structures that all runs have in common",
     )
 
 
@@ -91,13 +99,16 @@ def _compare(args: argparse.Namespace) -> int:
     tables = published(args.published) if args.published else []
     found = compare_runs(args.runs, args.output, common=args.common)
     print(found.measures.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
-    print("difference to the first run, [low, high] its 95 % interval (Student), p by Wilcoxon, p_holm corrected")
+    print("difference: mean difference from the first run; low, high: its 95 % confidence interval (Student's t);")
+    print("p: Wilcoxon's signed rank test; p_holm: p corrected for multiple tests (Holm)")
     print(found.note or "", end="\n" if found.note else "")
     for table in tables:
-        print(f"\n{table.title}\nsource: {table.source}\nmeasured by others, perhaps on other scans: no statistics")
+        print(
+            f"\n{table.title}\nsource: {table.source}\nmeasured by others, perhaps on other scans; hence no statistics"
+        )
         for method, numbers in table.methods.items():
             print(f"  {method:<18}" + ", ".join(f"{measure} {value}" for measure, value in numbers.items()))
-    print(f"{args.output}: measures.csv, structures.csv, and a picture of each measure of structures")
+    print(f"{args.output}: measures.csv, structures.csv, and a box plot of each measure of structures")
     return 0
 
 
@@ -118,17 +129,23 @@ def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "layout",
         metavar="LAYOUT",
-        help="ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (with images/ and labels/) or csv",
+        help="layout of the data set: ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (with images/ and labels/) "
+        "or csv",
     )
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="folder of the data set; for csv: table of scans or pairs"
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write, the dataset_dir of the bundle")
     parser.add_argument(
-        "--folds", type=int, metavar="N", help="number of parts to split the scans into (default: as published, else 5)"
+        "output", type=Path, metavar="OUTPUT", help="folder for datalist.json; the bundle's dataset_dir"
     )
     parser.add_argument(
-        "--fold", type=int, default=0, metavar="K", help="part that is the test set (default: %(default)s)"
+        "--folds",
+        type=int,
+        metavar="N",
+        help="number of folds for cross-validation (default: the published split, else 5)",
+    )
+    parser.add_argument(
+        "--fold", type=int, default=0, metavar="K", help="fold to use as the test set, from 0 (default: %(default)s)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the split (default: %(default)s)"
@@ -157,10 +174,13 @@ def _label_app(args: argparse.Namespace) -> int:
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="Keras file of the authors (.h5), or checkpoint of VxmDense (.pt)"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="Keras file of the authors (.h5), or PyTorch checkpoint of VxmDense (.pt)",
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new file (.pt)")
-    parser.add_argument("--xy", action="store_true", help="read a file of the authors' models/xy/, whose axes are x, y")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="new weights file (.pt)")
+    parser.add_argument("--xy", action="store_true", help="axis order x, y, as in the files of the authors' models/xy/")
 
 
 def _import_weights(args: argparse.Namespace) -> int:
@@ -174,10 +194,10 @@ def _import_weights(args: argparse.Namespace) -> int:
 def _add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for the zip file; may hold other bundles"
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the zip file; other bundles may be in it"
     )
     parser.add_argument(
-        "--url", default="", help="address that the folder will be published at, for model_info.json (default: none)"
+        "--url", default="", help="address at which DIR will be published, for model_info.json (default: none)"
     )
 
 
@@ -186,8 +206,8 @@ def _pack_bundle(args: argparse.Namespace) -> int:
 
     packed = pack_bundle(args.bundle, args.output, args.url)
     if packed.left_out:
-        print(f"not part of a bundle, left out: {', '.join(packed.left_out)}")
-    print(f"{packed.archive}: {len(packed.files)} files, entered in {args.output / 'model_info.json'}")
+        print(f"left out, as they are not part of a bundle: {', '.join(packed.left_out)}")
+    print(f"{packed.archive}: {len(packed.files)} files, listed in {args.output / 'model_info.json'}")
     return 0
 
 
@@ -197,12 +217,17 @@ def _add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE LABELS",
-        help="skull-stripped T1 scan and its label map, for each atlas (default: MNI152 and its tissues)",
+        help="skull-stripped T1 scan and label map of each atlas, in turn (default: MNI152 and its tissues)",
     )
-    parser.add_argument("--names", type=Path, metavar="CSV", help="names of the labels, in columns number and name")
+    parser.add_argument(
+        "--names", type=Path, metavar="CSV", help="table of the label names, with the columns number and name"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the bundle")
     parser.add_argument(
-        "--license", type=Path, metavar="FILE", help="licence of the scans and labels, copied into the bundle"
+        "--license",
+        type=Path,
+        metavar="FILE",
+        help="text file with the licence of the scans and labels (default: none)",
     )
 
 
@@ -210,7 +235,7 @@ def _make_atlas_bundle(args: argparse.Namespace) -> int:
     from voxelmorph_monai.apps.atlas_bundle import make_atlas_bundle
 
     if len(args.scans) % 2:
-        raise ValueError(f"{len(args.scans)} files are not pairs of a scan and its labels. Give IMAGE LABELS for each.")
+        raise ValueError(f"each atlas needs a scan and a label map, but {len(args.scans)} files were given.")
     atlases = list(zip(args.scans[::2], args.scans[1::2], strict=True))
     bundle = make_atlas_bundle(atlases, args.output, names=args.names, licence=args.license)
     print(f"{bundle}: read docs/README.md")
@@ -219,7 +244,7 @@ def _make_atlas_bundle(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "prepare": Command(
-        "align T1 scans to MNI152, for training: one grid, one orientation, intensities from 0 to 1",
+        "align T1 scans to MNI152 for training, on one grid and with intensities from 0 to 1",
         "vxm prepare scans/ prepared/ --images '*_t1.nii.gz' --labels '*_labels.nii.gz'",
         _add_prepare_arguments,
         _prepare,
@@ -237,13 +262,13 @@ COMMANDS = {
         _datalist,
     ),
     "label-app": Command(
-        "copy the app for MONAI Label, which serves registration and labels to 3D Slicer and OHIF",
+        "copy the MONAI Label app, which offers registration and labels in 3D Slicer and OHIF",
         "vxm label-app voxelmorph",
         _add_label_app_arguments,
         _label_app,
     ),
     "make-atlas-bundle": Command(
-        "make a MONAI bundle that segments skull-stripped T1 scans by labelled atlases",
+        "make a MONAI bundle that segments skull-stripped T1 scans with labelled atlases",
         "vxm make-atlas-bundle a.nii.gz a_labels.nii.gz --names labels.csv --output bundles/my_atlas_segmentation",
         _add_atlas_arguments,
         _make_atlas_bundle,
@@ -255,13 +280,13 @@ COMMANDS = {
         _import_weights,
     ),
     "pack-bundle": Command(
-        "pack a bundle as the zip file that MONAI downloads, and enter it in model_info.json",
+        "pack a bundle as the zip file that MONAI downloads, and list it in model_info.json",
         "vxm pack-bundle bundles/brain_t1_registration --output release --url https://host/releases/download/v1",
         _add_pack_arguments,
         _pack_bundle,
     ),
     "quickstart": Command(
-        "register two brains that are included",
+        "register two sample brains that are included",
         "vxm quickstart --output quickstart",
         _add_quickstart_arguments,
         _quickstart,

@@ -1,4 +1,4 @@
-"""Commands: apply, combine, invert, convert and look at transforms."""
+"""The commands ``apply``, ``compose``, ``invert``, ``convert`` and ``jacobian``."""
 
 import argparse
 import os
@@ -12,25 +12,24 @@ __all__ = ["COMMANDS"]
 
 _ORDER = """\
 transform files:
-  .h5 .tfm .txt .mat  ITK, 3D Slicer, ANTs' GenericAffine
-  .nii .nii.gz        displacement fields: ANTs' Warp, SPM's y_, NiftyReg's -def and -disp
-  .lta                FreeSurfer, linear
+  .h5 .tfm .txt .mat  transforms of vxm, ITK, 3D Slicer and ANTs (GenericAffine)
+  .nii .nii.gz        displacement fields of ANTs (Warp), SPM (y_) and NiftyReg
+                      (-def, -disp)
+  .lta                linear transforms of FreeSurfer
   '[FILE,1]'          the inverse of the transform in FILE
-Several transforms are given in ANTs' order: a point of the fixed image goes
+Several transforms are listed as for ANTs: a point of the fixed image passes
 through the first one first."""
 
 
 def _file(text: str) -> Path:
-    """A path of a file, or the beginning of its name; the slash of a folder would get lost in it."""
+    """Path of an output file, or prefix of several; rejects a final slash, which Path would drop."""
     if text.endswith(("/", os.sep)):
-        raise argparse.ArgumentTypeError(f"'{text}' is a folder. Give a file, or the beginning of its name")
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder. Give the name of a file, or the prefix of its name")
     return Path(text)
 
 
 def _add_transforms(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "transforms", nargs="+", metavar="TRANSFORM", help="transform file; several in ANTs' order, see below"
-    )
+    parser.add_argument("transforms", nargs="+", metavar="TRANSFORM", help="one or more transform files, see below")
     parser.epilog = f"{_ORDER}\n\n{parser.epilog}"
 
 
@@ -38,17 +37,18 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=("itk", "1007", "1006", "ants", "lta", "fsl"),
-        help="format to write; lta is FreeSurfer's and linear (default: by the file name, 1007 for .nii and .nii.gz)",
+        help="output format: itk, ants, fsl, lta (FreeSurfer; linear transforms only), or the NIfTI intent code of a "
+        "displacement field, 1007 (LPS) or 1006 (RAS) (default: by the file name, 1007 for .nii and .nii.gz)",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="fixed image, which gives a displacement its grid"
+        "--reference", type=Path, metavar="FILE", help="fixed image, on whose grid a displacement field is written"
     )
-    parser.add_argument("--moving", type=Path, metavar="FILE", help="moving image, needed for fsl and lta")
+    parser.add_argument("--moving", type=Path, metavar="FILE", help="moving image, required for fsl and lta")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _saving(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Frames of both images (None: not given), and how to save a transform between them, known to be possible."""
+    """Frames of both images (None if not given), and arguments of ``save_chain``, after a check of the output file."""
     from voxelmorph_monai.maps.files import check_target
     from voxelmorph_monai.space.scan import Frame
 
@@ -63,11 +63,11 @@ def _saving(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
 
 def _report(residual: float) -> None:
     if residual:
-        print(f"inverted numerically; the inverse misses by {residual:.2g} mm at most")
+        print(f"inverted numerically, with an error of at most {residual:.2g} mm")
 
 
 def _interpolation(text: str) -> str:
-    """The name of an interpolation; the former word for that of labels is still understood."""
+    """Name of an interpolation; ``label``, the old name of ``linear`` for label maps, is still accepted."""
     if text != "label":
         return text
     print("vxm apply: --interpolation label is now called linear", file=sys.stderr)
@@ -76,56 +76,61 @@ def _interpolation(text: str) -> str:
 
 def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transforms(parser)
-    group = parser.add_argument_group("what to warp (one of them)")
+    group = parser.add_argument_group("input (exactly one of these)")
     what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", type=Path, metavar="FILE", help="moving image, or a series of them (NIfTI)")
+    what.add_argument("--image", type=Path, metavar="FILE", help="moving image, or 4-D NIfTI series")
     what.add_argument("--labels", type=Path, metavar="FILE", help="label map of the moving image")
     what.add_argument(
         "--vectors",
         type=Path,
         metavar="FILE",
-        help="moving image of vectors, three numbers per voxel, which are rotated",
+        help="moving image with a vector of three numbers per voxel; the vectors are rotated as well",
     )
-    what.add_argument("--points", type=Path, metavar="FILE", help="points (.csv, .fcsv, .mrk.json)")
+    what.add_argument("--points", type=Path, metavar="FILE", help="points to map (.csv, .fcsv, .mrk.json)")
     what.add_argument(
-        "--surface", type=Path, metavar="FILE", help="surface (GIFTI, FreeSurfer, .vtk, .vtp, .stl, .ply)"
+        "--surface", type=Path, metavar="FILE", help="surface to map (GIFTI, FreeSurfer, .vtk, .vtp, .stl, .ply)"
     )
-    what.add_argument("--streamlines", type=Path, metavar="FILE", help="streamlines (.trk, .tck, .trx)")
-    group.add_argument("--series", type=int, metavar="N", help="number of the series, in a DICOM folder with several")
+    what.add_argument("--streamlines", type=Path, metavar="FILE", help="streamlines to map (.trk, .tck, .trx)")
+    group.add_argument(
+        "--series", type=int, metavar="N", help="number of the DICOM series to use if the input holds several"
+    )
     group = parser.add_argument_group("images and labels")
     group.add_argument(
         "--reference",
         type=Path,
         metavar="FILE",
-        help="fixed image, which gives the output its grid; for a surface or streamlines, the image that they go to",
+        help="fixed image, whose grid the output gets; for a surface or streamlines, the image that they are mapped to",
     )
-    group.add_argument("--bvec", type=Path, metavar="FILE", help="gradients of a diffusion series, which are rotated")
+    group.add_argument(
+        "--bvec", type=Path, metavar="FILE", help="file of diffusion gradients (.bvec of FSL), rotated like the series"
+    )
     group.add_argument(
         "--reference-series",
         type=int,
         metavar="N",
-        help="number of the reference's series, in a DICOM folder with several",
+        help="number of the DICOM series to use if the reference holds several",
     )
     group.add_argument(
         "--interpolation",
         type=_interpolation,
         choices=("linear", "nearest", "bspline", "lanczos"),
-        help="interpolation of images: any of these (default: linear); of labels: nearest, or linear for the label "
-        "with the largest linearly interpolated weight (default: nearest)",
+        help="interpolation; for images any of these (default: linear), for labels nearest or linear, which takes the "
+        "label with the largest interpolated weight (default: nearest)",
     )
     group = parser.add_argument_group("points, surfaces and streamlines")
     group.add_argument(
         "--points-of",
         choices=("fixed", "moving"),
-        help="image that they were drawn in: points of the fixed image go to the moving one, along the "
-        "transform; points of the moving image go to the fixed one, along its inverse",
+        help="image that the points, surface or streamlines belong to; those of the fixed image are mapped to the "
+        "moving image by the transform, those of the moving image to the fixed image by its inverse",
     )
     group.add_argument(
         "--coordinates",
         choices=("RAS", "LPS", "tkr"),
-        help="coordinate system, if a CSV file, surface or vectors do not state it; tkr is FreeSurfer's",
+        help="coordinate system, required if a CSV file, surface or vector image does not state it; tkr is the surface "
+        "RAS of FreeSurfer",
     )
-    group.add_argument("--volume", type=Path, metavar="FILE", help="image that a FreeSurfer surface was made from")
+    group.add_argument("--volume", type=Path, metavar="FILE", help="image that the FreeSurfer surface was made from")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     group.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -140,7 +145,7 @@ def _apply(args: argparse.Namespace) -> int:
     if args.vectors is not None or (args.image is not None and is_series(args.image)):
         return _apply_to_series(args)
     if args.bvec is not None:
-        raise ValueError("--bvec needs a series of volumes as --image: a 4-D NIfTI file.")
+        raise ValueError("--bvec is given without a series. Give a 4-D NIfTI file as --image, or leave out --bvec.")
     if args.volume is not None or args.coordinates == "tkr":
         raise ValueError("--volume and --coordinates tkr apply only to surfaces.")
     if args.points is None and (args.reference is None or args.points_of or args.coordinates):
@@ -239,7 +244,8 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="origin",
         choices=("fsl",),
-        help="program that wrote INPUT, if it is FSL; give its -in as --moving and its -ref as --reference",
+        help="program that wrote INPUT, required for FSL, whose -in image is --moving and whose -ref image is "
+        "--reference (default: any other program)",
     )
     _add_saving_arguments(parser)
 
@@ -251,7 +257,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.origin is None:
         return _compose(args)
     if args.reference is None or args.moving is None:
-        raise ValueError("an FSL transform needs both images (--reference and --moving).")
+        raise ValueError("an FSL transform can be read only with its two images: give --reference and --moving.")
     _, saving = _saving(args)
     save_chain(args.output, read_fsl_transform(args.input, saving["grid"], saving["moving_grid"]), **saving)
     return 0
@@ -260,7 +266,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _add_jacobian_arguments(parser: argparse.ArgumentParser) -> None:
     _add_transforms(parser)
     parser.add_argument(
-        "--reference", type=Path, required=True, metavar="FILE", help="fixed image, which gives the grid"
+        "--reference", type=Path, required=True, metavar="FILE", help="fixed image, whose grid the output gets"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="image to write")
     parser.add_argument("--log", action="store_true", help="write the natural logarithm of the determinant")
@@ -276,13 +282,14 @@ def _jacobian(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "apply": Command(
-        "apply transforms (from vxm, ITK, ANTs, 3D Slicer or FreeSurfer) to an image, labels or points",
+        "apply transforms (of vxm, ITK, ANTs, 3D Slicer or FreeSurfer) to an image, labels, points, a surface or "
+        "streamlines",
         "vxm apply registered/forward.h5 --image moving.nii.gz --reference fixed.nii.gz --output warped.nii.gz",
         _add_apply_arguments,
         _apply,
     ),
     "compose": Command(
-        "write several transforms as one",
+        "combine several transforms into one",
         "vxm compose 1Warp.nii.gz 0GenericAffine.mat --output both.h5",
         _add_compose_arguments,
         _compose,
