@@ -111,6 +111,27 @@ def test_head_up_nose_up_left_on_the_left(draw, codes):
         assert (np.array(body) > 0.7 * np.ptp(frame, axis=1)).all()  # little is drawn around the body
 
 
+def test_letters_and_scale_are_legible_in_a_body_that_fills_the_view(draw):
+    """They lie within the image, on black, even where the body reaches its end."""
+    panels, pixels = draw([np.ones(SIZE)] * 3)
+    for row in panels:
+        panel = row[0]
+        low, high = panel.get_xlim(), panel.get_ylim()
+        (image,) = panel.images
+        assert (*low, *high) == pytest.approx(image.get_extent())  # nothing beyond the image is drawn
+        place = panel.get_window_extent()
+        for text in panel.texts[:2]:
+            box = text.get_window_extent()
+            assert place.x0 <= box.x0 <= box.x1 <= place.x1
+            assert place.y0 <= box.y0 <= box.y1 <= place.y1
+            scale = pixels.shape[0] / panel.figure.bbox.height  # the file has other dots per inch
+            x = np.rint(scale * np.array([box.x0, box.x1])).astype(int)
+            y = np.rint(pixels.shape[0] - scale * np.array([box.y1, box.y0])).astype(int)
+            seen = pixels[y[0] : y[1], x[0] : x[1]].mean(axis=2)
+            assert (seen < 0.1).mean() > 0.3  # the letter's own ground
+            assert (seen > 0.9).mean() > 0.05
+
+
 def test_differences_are_to_the_fixed_image(draw):
     moving, fixed, warped = head(), 2 * head(), 1.5 * head()
     panels, _ = draw([moving, fixed, warped])

@@ -80,8 +80,9 @@ def _mark(axes: "Axes", sides: str, side: float) -> None:
         "transform": axes.transAxes,
         "path_effects": [effects.withStroke(linewidth=2, foreground="black")],
     }
-    axes.text(0.03, 0.5, sides[0], ha="left", va="center", **look)
-    axes.text(0.97, 0.5, sides[1], ha="right", va="center", **look)
+    plate = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}  # legible on whatever is in the corner
+    axes.text(0.03, 0.96, sides[0], ha="left", va="top", weight="bold", bbox=plate, **look)
+    axes.text(0.97, 0.96, sides[1], ha="right", va="top", weight="bold", bbox=plate, **look)
     width = float(np.ptp(axes.get_xlim())) * side
     bar = next((mm for mm in (50, 20, 10, 5, 2, 1) if mm < 0.5 * width), 0.5 * width)
     axes.plot([0.96 - bar / width, 0.96], [0.04, 0.04], linewidth=2, scalex=False, scaley=False, clip_on=False, **look)

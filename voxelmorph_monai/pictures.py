@@ -77,7 +77,9 @@ def save_registration_picture(
         slices = [round(low + part * (high - low)) for part, (low, high) in zip(_PLACES, box, strict=True)]
     bright = float(np.percentile(fixed[fixed > 0], 99.5))  # a few bright vessels would leave the brain in the dark
     margin = np.ceil(0.05 * (box[:, 1] - box[:, 0])) + 0.5  # half a voxel: whole ones are drawn
-    frames, rows = box + margin[:, None] * [-1, 1], []
+    last = np.array(fixed.shape) - 0.5
+    frames = np.clip(box + margin[:, None] * [-1, 1], -0.5, last[:, None])  # beyond the grid there is nothing to draw
+    rows = []
     for axis in [axis for axis in range(3) if fixed.shape[axis] == 1] or [2, 1, 0]:
         across, up = (a for a in range(3) if a != axis)
         displacement = np.stack([source[a, 1] * _slice(field[a], axis, slices[axis]) for a in (across, up)])
