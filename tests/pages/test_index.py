@@ -80,6 +80,19 @@ def test_failed_pairs_come_first_with_their_reason(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b", (tmp_path / "index.html").read_text(encoding="utf-8"), re.IGNORECASE)
 
 
+def test_reasons_hold_no_name_of_a_folder(tmp_path: Path) -> None:
+    """Folders are named after patients, and with spaces; dates stand in the names of files."""
+    reason = "/d/Doe Jane 1980-01-31/t1 MRN-7.nii.gz and /d/Doe Jane 1980-01-31/labels.mgz have other grids"
+    (tmp_path / "cohort.csv").write_text(
+        f'name,status,reason,moving,fixed\nlost,failed,"{reason}",/e/m.nii,/e/f.nii\n', encoding="utf-8"
+    )
+    (entry,) = save_index(tmp_path).entries
+    assert entry.failed == "FILE and FILE have other grids"
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for secret in ("Doe", "Jane", "1980", "MRN", "/e/", str(tmp_path)):
+        assert secret not in page
+
+
 def test_numbers_that_are_none_cost_nobody_else_anything(tmp_path: Path) -> None:
     add(tmp_path, "a", summary())
     (tmp_path / "b").mkdir()

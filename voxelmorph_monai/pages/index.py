@@ -33,7 +33,11 @@ __all__ = [
 INDEX = "index.html"
 _MARK = "voxelmorph_monai-index"
 _THUMBNAILS = "thumbnails"
-_PATH = re.compile(r"(?<![\w.])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s'\",;:]+")
+_ROOT = r"(?<![\w.])(?:~?/|[A-Za-z]:[\\/]|\\\\)"
+_FILE = r"\.(?:nii|mgz|mgh|nrrd|nhdr|mha|mhd|img|hdr|dcm|ima|h5|mat|pt|csv|txt|json|ya?ml)(?:\.gz)?(?!\w)"
+_PATH = re.compile(
+    rf"{_ROOT}(?:(?:(?! /)[^'\",;:\n])*?{_FILE}|[^\s'\",;:]+)"
+)  # folders of a file may have spaces in their names
 _FEWEST = 5  # rows that say what is usual
 _ODD = 3.5  # robust z-score (Iglewicz and Hoaglin, How to detect and handle outliers, 1993)
 
@@ -191,6 +195,8 @@ def without_paths(text: str, names: Mapping[str, str]) -> str:
 
     >>> without_paths("/data/doe/t1.nii.gz and /tmp/x.nii differ", {"/data/doe/t1.nii.gz": "MOVING"})
     'MOVING and FILE differ'
+    >>> without_paths("/data/Jane Doe/t1_labels.nii.gz has no labels", {})
+    'FILE has no labels'
     """
     for path in sorted(filter(None, names), key=len, reverse=True):
         text = text.replace(path, names[path])
