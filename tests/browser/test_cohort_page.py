@@ -132,6 +132,67 @@ def test_plots(show: Open, cohort: Path) -> None:
     assert page.locator("#picture img").get_attribute("src") == "sub-05/report.png"
 
 
+def test_pages_of_the_list_and_the_other_controls(show: Open, tmp_path: Path) -> None:
+    for i in range(120):
+        add(tmp_path, f"sub-{i:03}", summary(0.5 + 0.001 * i), page=i < 3)
+    save_index(tmp_path)
+    page = show(tmp_path / "index.html")
+    assert page.inner_text("#shown") == "1 to 50 of 120"
+    assert page.is_disabled("#previous")
+    page.click("#next")
+    page.click("#next")
+    assert page.inner_text("#shown") == "101 to 120 of 120"
+    assert page.is_disabled("#next")
+    page.click("#previous")
+    assert names(page)[0] == "sub-050"
+    page.keyboard.press("/")
+    page.keyboard.type("sub-00")
+    assert len(names(page)) == 10
+    page.fill("#search", "")
+    page.click("text=Filter by measures")
+    page.fill('[data-low="1"]', "0.6185")
+    assert names(page) == ["sub-119"]
+    page.fill('[data-low="1"]', "")
+    page.click('#pairs button:text-is("sub-002")')
+    page.click('[data-decide="accept"]')
+    assert page.get_attribute('[data-decide="accept"]', "aria-pressed") == "true"
+    page.select_option("#which", "accept")
+    assert names(page) == ["sub-002"]
+    page.select_option("#which", "open")
+    assert page.inner_text("#shown") == "1 to 50 of 119"
+    page.click('[data-decide="reject"]')
+    page.select_option("#which", "reject")
+    assert names(page) == ["sub-002"]
+    page.select_option("#across", "0")
+    assert page.inner_text("#plot-text").startswith("Dice before: 1 pair")
+    with page.context.expect_page() as opened:
+        page.keyboard.press("o")
+    assert opened.value.url.endswith("/sub-002/report.html")
+
+
+def test_the_median_of_an_even_number_lies_between(show: Open, tmp_path: Path) -> None:
+    for name, dice in zip("abcd", (0.2, 0.4, 0.8, 0.9), strict=True):
+        add(tmp_path, name, summary(dice), page=False)
+    save_index(tmp_path)
+    assert "median 0.600, 0.200 to 0.900" in show(tmp_path / "index.html").inner_text("#plot-text")
+
+
+def test_on_a_phone_a_chosen_pair_is_in_sight(show: Open, cohort: Path) -> None:
+    page = show(cohort, 390)
+    assert page.is_hidden("#detail")  # nothing is chosen
+    row = page.locator("#pairs tbody tr", has_text="sub-05")
+    assert "Dice after 0.400" in " ".join(
+        row.locator("td.number").evaluate_all(
+            "all => all.map((each) => getComputedStyle(each, '::before').content.slice(1, -1) + each.textContent)"
+        )
+    )
+    assert "no brain in it" in page.locator("#pairs tbody tr", has_text="lost").inner_text()
+    row.locator(".name button").click()
+    box = page.locator("#detail-title").bounding_box()
+    assert 0 <= box["y"] < 900
+    assert page.locator('[data-decide="accept"]').is_visible()
+
+
 def test_boxes_say_what_they_are_and_lead_to_pairs(show: Open, evaluated: Path) -> None:  # noqa: F811
     save_index(evaluated)
     page = show(evaluated / "index.html")
@@ -150,7 +211,7 @@ def test_boxes_say_what_they_are_and_lead_to_pairs(show: Open, evaluated: Path) 
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")])
 def test_nobody_is_kept_out(show: Open, cohort: Path, width: int, scheme: str) -> None:
     page = show(cohort, width, color_scheme=scheme)
     page.keyboard.press("j")

@@ -130,7 +130,10 @@ function line(row) {
     flags.append(element("span", { class: "mark odd", title: row.notes.join("\n") }, `${row.notes.length} flag${row.notes.length > 1 ? "s" : ""}`));
   }
   made.append(element("td", {}, picture), element("td", { class: "name" }, element("button", { type: "button" }, row.name)), flags);
-  measures.forEach((_, m) => made.append(element("td", { class: "number" }, written(row, m))));
+  if (row.failed) made.append(element("td", { class: "reason", colspan: Math.max(measures.length, 1) }, row.failed));
+  else {
+    measures.forEach((measure, m) => made.append(element("td", { class: "number", "data-name": measure.name }, written(row, m))));
+  }
   const { decision: chosen, note } = decision(row), last = element("td");
   if (chosen) last.append(element("span", { class: `mark ${chosen}` }, `${chosen}ed`));
   if (note) last.append(` ✎ ${note}`);
@@ -156,6 +159,7 @@ function counts() {
 
 function detail() {
   const row = state.current;
+  byId("detail").classList.toggle("empty", !row);
   byId("decide").hidden = byId("noting").hidden = !row;
   if (!row) return;
   byId("detail-title").textContent = row.name;
@@ -170,7 +174,8 @@ function detail() {
   byId("open").href = row.page || "#";
   if (byId("picture").dataset.of !== row.picture) {
     byId("picture").dataset.of = row.picture;
-    byId("picture").replaceChildren(...(row.picture ? [element("img", { src: row.picture, alt: `pictures of ${row.name}` })] : []));
+    byId("picture").replaceChildren(...(row.picture ? [
+      element("a", { href: row.picture, target: "_blank", rel: "noopener" }, element("img", { src: row.picture, alt: `pictures of ${row.name}, in full size` }))] : []));
   }
 }
 
@@ -187,9 +192,10 @@ function plot() {
   const name = n === null ? measures[m].name : `${measures[m].name} against ${measures[n].name}`;
   if (!known.length) { byId("plot-text").textContent = `${name}: measured in none of these ${many}`; return; }
   const values = known.map((row) => row.values[m]), sorted = [...values].sort((a, b) => a - b);
+  const median = (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
   const digits = measures[m].digits;
   let low = sorted[0], high = sorted[sorted.length - 1];
-  byId("plot-text").textContent = `${name}: ${counted(known.length)}, median ${sorted[sorted.length >> 1].toFixed(digits)}, ${low.toFixed(digits)} to ${high.toFixed(digits)}`;
+  byId("plot-text").textContent = `${name}: ${counted(known.length)}, median ${median.toFixed(digits)}, ${low.toFixed(digits)} to ${high.toFixed(digits)}`;
   if (high === low) { const pad = 0.05 * Math.abs(high) || 1; low -= pad; high += pad; }
   const wide = high - low, x = (value) => LEFT + ((value - low) / wide) * (WIDTH - LEFT - 15);
   const bottom = HEIGHT - BOTTOM;
