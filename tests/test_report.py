@@ -32,6 +32,14 @@ def test_correlation_is_that_of_numpy_and_0_where_nothing_is_seen() -> None:
     assert correlation(first, second, np.zeros(SIZE, bool)) == 0
 
 
+def test_correlation_of_integers_does_not_overflow() -> None:
+    full = np.full((50, 50, 50), 20_000, np.int16)  # whose squares are no int16
+    assert correlation(full, full) == 0.0
+    image = np.random.default_rng(0).integers(15_000, 32_000, (50, 50, 50)).astype(np.int16)
+    assert correlation(image, (image - 15_000).astype(np.int16)) == pytest.approx(1.0)
+    assert correlation(image, full) == 0.0
+
+
 def test_overlap_counts_the_labels_of_the_result_and_of_the_fixed_map() -> None:
     rng = np.random.default_rng(1)
     values = np.array([0, 4, 17, 30000], np.int16)
