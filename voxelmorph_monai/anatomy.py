@@ -348,13 +348,27 @@ def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
     """
     for view, _ in locate(scan, network)[:_MAX_VIEWS]:
         posteriors, closer = _look_closely(scan, view, network)
-        seen = Anatomy(posteriors[1:].cpu(), np.asarray(closer.affine)).coarser(2)
-        if likeness(seen, anatomy_of_mni152(), fit(seen, anatomy_of_mni152())) >= _LEAST_LIKE:
+        if _is_brain(posteriors, closer):
             return posteriors, closer
     raise ValueError(
         f"{scan.name} shows no head: its brain-like part lacks the structures of a brain. Check that it is a scan of a "
         "head."
     )
+
+
+@torch.no_grad()
+def shows_brain(scan: Scan, view: ImageGrid, network: AnatomyNet) -> bool:
+    """Whether what :func:`locate` found has the structures of a brain, by a fine look."""
+    try:
+        return _is_brain(*_look_closely(scan, view, network))
+    except ValueError:
+        return False
+
+
+def _is_brain(posteriors: Tensor, view: ImageGrid) -> bool:
+    """Whether posteriors ``(K, *size)`` on a grid have the structures of a brain."""
+    seen = Anatomy(posteriors[1:].cpu(), np.asarray(view.affine)).coarser(2)
+    return likeness(seen, anatomy_of_mni152(), fit(seen, anatomy_of_mni152())) >= _LEAST_LIKE
 
 
 def _look_closely(scan: Scan, view: ImageGrid, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:

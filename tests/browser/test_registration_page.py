@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from tests.browser.chromium import Open, serious, wait_for_text
-from tests.pages.bodies import SIDE, grid_of, head, labels_of, registered, wave
+from tests.pages.bodies import SIDE, chest, grid_of, head, labels_of, registered, wave
+from voxelmorph_monai.pages.registration import save_page
+from voxelmorph_monai.pages.views import CT_WINDOWS, Views
+from voxelmorph_monai.space.scan import Scan
 
 SHIFT = 12.0  # mm that the moving head lies to the right
 
@@ -94,6 +97,47 @@ def test_ways_to_compare(show: Open, report: Path) -> None:
     assert page.is_hidden('figure[data-plane="0"] .pane:nth-of-type(2)')
 
 
+def test_keys_choose_the_way_to_compare(show: Open, report: Path) -> None:
+    page = show(report)
+    page.emulate_media(reduced_motion="reduce")
+    for key, mode in zip(
+        "2345bb1", ("blink", "checkerboard", "edges", "both", "blink", "slider", "slider"), strict=True
+    ):
+        page.keyboard.press(key)
+        pressed = page.eval_on_selector_all(
+            "[data-mode][aria-pressed=true]", "all => all.map((each) => each.dataset.mode)"
+        )
+        assert pressed == [mode]
+
+
+def test_either_image_can_be_chosen(show: Open, report: Path) -> None:
+    page = show(report)
+    choose(page, "both")
+    shown = {}
+    for name in ("fixed", "aligned", "warped"):
+        page.select_option("#first", name)
+        page.select_option("#second", name)
+        shown[name] = picture(page)
+        assert same(picture(page, pane=1), shown[name])
+    assert not same(shown["fixed"], shown["aligned"])
+    assert not same(shown["aligned"], shown["warped"])
+
+
+def test_the_divider_is_dragged(show: Open, report: Path) -> None:
+    page = show(report)
+    page.select_option("#second", "aligned")
+    before = picture(page)
+    box = page.locator('figure[data-plane="0"] canvas').first.bounding_box()
+    middle = box["y"] + 0.3 * box["height"]
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.25 * box["width"], middle, steps=4)
+    page.mouse.up()
+    assert page.input_value("#divider") == "25"
+    assert "Click a point" in page.inner_text("#readout")  # dragging is not clicking
+    assert not same(picture(page), before)
+
+
 def test_it_blinks_and_stops(show: Open, report: Path) -> None:
     page = show(report)
     page.select_option("#second", "aligned")
@@ -119,6 +163,105 @@ def test_slices(show: Open, report: Path) -> None:
     wait_for_text(page, 'figure[data-plane="0"] output', "4 of 12")
     page.keyboard.press(",")
     wait_for_text(page, 'figure[data-plane="0"] output', "3 of 12")
+
+
+def test_every_plane_has_its_slices_and_the_wheel_turns_them_with_shift(show: Open, report: Path) -> None:
+    page = show(report)
+    for plane in range(3):
+        before = picture(page, plane)
+        page.fill(f"#slice-{plane}", "9")
+        wait_for_text(page, f'figure[data-plane="{plane}"] output', "10 of 12")
+        assert not same(picture(page, plane), before)
+    page.keyboard.press(".")
+    for plane in range(3):
+        wait_for_text(page, f'figure[data-plane="{plane}"] output', "11 of 12")
+    page.hover('figure[data-plane="1"] canvas >> nth=0')
+    page.keyboard.down("Shift")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Shift")
+    wait_for_text(page, 'figure[data-plane="1"] output', "10 of 12")
+    page.focus('figure[data-plane="1"] canvas')
+    page.keyboard.press("PageDown")
+    wait_for_text(page, 'figure[data-plane="1"] output', "9 of 12")
+
+
+def test_arrows_move_the_point(show: Open, report: Path) -> None:
+    page = show(report)
+    page.click('[data-mode="both"]')
+    canvas = 'figure[data-plane="0"] canvas'
+    box = page.locator(canvas).first.bounding_box()
+    page.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+
+    def point() -> np.ndarray:
+        words = re.findall(r"Fixed scan (-?[\d.]+), (-?[\d.]+), (-?[\d.]+) mm", page.inner_text("#readout"))
+        return np.array(words[0], float)
+
+    start = point()
+    for key, step in (("ArrowRight", (SIDE, 0, 0)), ("ArrowUp", (0, SIDE, 0)), ("ArrowLeft", (-SIDE, 0, 0))):
+        page.focus(canvas)
+        page.keyboard.press(key)
+        assert np.allclose(point() - start, step, atol=0.11)  # written with one decimal
+        start = point()
+    assert "Label, fixed:" in page.inner_text("#readout")
+
+
+def test_methods_are_copied(show: Open, report: Path) -> None:
+    page = show(report, permissions=["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    page.wait_for_function("document.getElementById('copied').textContent !== ''")
+    assert page.inner_text("#copied") == "Copied."
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith(page.inner_text("#methods-text"))
+    assert "1. Balakrishnan" in copied
+
+
+@pytest.fixture(scope="module")
+def ct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    size, path = (84, 64, 50), tmp_path_factory.mktemp("ct") / "report.html"
+    scan = chest(grid_of(size=size, spacing=(5.0, 5.0, 6.0)), size)
+    result = registered(scan, scan)
+    summary = {**result.measures(), "options": dict(result.options)}
+    save_page(path, Views(result), result.volume_change, summary)
+    return path
+
+
+def test_a_ct_is_seen_in_its_windows(show: Open, ct: Path) -> None:
+    page = show(ct)
+    assert page.locator("#window option").all_text_contents()[0] == "soft tissue, \N{MINUS SIGN}160 to 240 HU"
+    page.click('[data-mode="blink"]')
+    page.click("#running")
+    shown = []
+    for number in range(len(CT_WINDOWS)):
+        page.select_option("#window", str(number))
+        shown.append(picture(page))
+    dark = [float((image.max(axis=2) < 8).mean()) for image in shown]
+    assert dark[0] > dark[1] + 0.3  # air and lungs are black in the first, and grey in the second
+    assert not same(shown[1], shown[2])
+    page.click("#images-title")
+    page.keyboard.press("w")
+    assert page.input_value("#window") == "0"
+    page.select_option("#colour", "size")
+    assert np.ptp(inner(picture(page)), axis=2).max() > 30  # lungs, too, are shown in colour
+    assert "Hounsfield" in page.inner_text("#images")
+    assert serious(page) == []
+
+
+def test_a_slice_has_an_area(show: Open, tmp_path: Path) -> None:
+    scan = head(grid_of())
+    flat = Scan(scan.array[:, :, 24:25], scan.affine)
+    result = registered(flat, flat)
+    summary = {**result.measures(), "options": dict(result.options)}
+    save_page(tmp_path / "report.html", Views(result), result.volume_change, summary)
+    page = show(tmp_path / "report.html", 390)
+    assert page.locator("#slice-0").is_hidden()
+    page.select_option("#colour", "volume")
+    assert "area of the moving tissue" in page.inner_text("#legends")
+    box = page.locator("canvas").first.bounding_box()
+    page.mouse.click(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
+    assert "Area +0 %" in page.inner_text("#readout")
+    assert "Area, linear part" in page.inner_text("#numbers")
+    assert "olume" not in page.inner_text("#tools") + page.inner_text("#numbers").replace("SDlogJ", "")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_grid_outlines_and_colours(show: Open, report: Path) -> None:
@@ -190,7 +333,7 @@ def test_warnings_are_on_the_page(show: Open, tmp_path: Path) -> None:
     assert page.locator("#concerns").bounding_box()["y"] < page.locator("#images").bounding_box()["y"]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")])
 def test_nobody_is_kept_out(show: Open, report: Path, width: int, scheme: str) -> None:
     page = show(report, width, color_scheme=scheme)
     page.click('[data-mode="both"]')

@@ -59,6 +59,22 @@ def head(affine: Affine, size: tuple[int, ...] = SIZE, name: str = "scan", centr
     return Scan(image.clip(0).astype(np.float32), affine, name)
 
 
+def chest(affine: Affine, size: tuple[int, ...], name: str = "chest") -> Scan:
+    """A CT in Hounsfield units: fat around soft tissue, lungs, ribs, spine, heart, liver; the ends are cut off."""
+    x, y, z = points_of(affine, size)
+    out = np.full(size, -1000.0)
+    body, wall = np.sqrt((x / 150) ** 2 + (y / 100) ** 2), np.sqrt((x / 135) ** 2 + (y / 88) ** 2)
+    out = np.where(body < 1, 40 + 25 * np.sin(x / 25) * np.cos(y / 30) * np.sin(z / 28), out)
+    for side in (-1, 1):
+        out[ball((x, y, z), (side * 70, 10, 10), (45, 55, 90))] = -820  # type: ignore[arg-type]
+    out = np.where((x / 16) ** 2 + ((y + 70) / 18) ** 2 < 1, 500 + 200 * np.sin(z / 9), out)
+    out[(np.abs(wall - 1) < 0.06) & (np.sin((z + 0.3 * y) / 6) > 0.2) & (z > -80)] = 700
+    out[ball((x, y, z), (20, 40, 0), (40, 35, 45))] = 160  # type: ignore[arg-type]
+    out[ball((x, y, z), (50, 5, -90), (60, 40, 40))] = 110  # type: ignore[arg-type]
+    noise = np.random.default_rng(0).normal(0, 12, size)
+    return Scan((out + noise).round().astype(np.int16), affine, name)
+
+
 def labels_of(scan: Scan, numbers: tuple[int, ...] = (2, 41, 10, 49, 17, 53)) -> Scan:
     """FreeSurfer's numbers: halves of the brain, and two nuclei in each, the first of each pair on the left."""
     points = points_of(scan.affine, scan.shape)

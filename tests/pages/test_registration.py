@@ -90,6 +90,8 @@ def test_nothing_about_the_patient_is_in_it(tmp_path: Path) -> None:
             "MRN-123456",
             "19800131",
         )
+        image.header["intent_name"] = "DOE^JANE"
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JANE 19800131"))
         paths[role] = folder / f"{role}_doe_jane_19800131.nii.gz"
         image.to_filename(paths[role])
         labels = labels_of(scan)

@@ -6,15 +6,26 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.pages.bodies import SIDE, SIZE, grid_of, head, labels_of, registered, wave
+from tests.pages.bodies import SIDE, SIZE, chest, grid_of, head, labels_of, registered, wave
 from voxelmorph_monai.affines import apply_affine
 from voxelmorph_monai.anatomy import is_stripped, load_anatomy
 from voxelmorph_monai.apps.shipped import shipped_anatomy
-from voxelmorph_monai.pages.views import OCTAVES, Face, Views, Window, find_face, window_of
+from voxelmorph_monai.pages.views import (
+    CT_WINDOWS,
+    OCTAVES,
+    Face,
+    Views,
+    Window,
+    find_face,
+    is_ct,
+    window_of,
+    windows_of,
+)
 from voxelmorph_monai.report import volume_change
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import sample_scan
 
+CHEST = (84, 64, 50)
 UP = np.array([0.0, 1.0, 0.0])  # of a plane in front of which everything is hidden, in the tests: RAS
 
 
@@ -105,6 +116,33 @@ def test_integers_do_not_overflow() -> None:
     assert (np.diff(grey.ravel()[order].astype(int)) >= 0).all()
 
 
+def test_a_ct_has_the_windows_of_radiology() -> None:
+    grid = grid_of(size=CHEST, spacing=(5.0, 5.0, 6.0))
+    body = chest(grid, CHEST)
+    assert windows_of(body) == CT_WINDOWS
+    assert Views(registered(body, body)).windows == (CT_WINDOWS["soft tissue"],) * 2
+    brain = windows_of(body, Face(np.zeros((1, 3)), UP, 70.0))
+    assert [*brain] == ["brain", "bone"]
+    mixed = Views(registered(body, head(grid, CHEST)))
+    assert [*mixed.choices] == [*CT_WINDOWS]
+    assert len({moving for _, moving in mixed.choices.values()}) == 1  # no window of CT for another modality
+    plane = mixed.planes[0]
+    lung, soft = (mixed.images(plane, name)["fixed"] for name in ("lung", "soft tissue"))
+    inside = np.abs(body.array.astype(float) + 820) < 40  # of the lungs
+    at = np.stack([plane.nearest(mixed.frame.orient(inside))])[0]
+    assert (soft[at] == 0).all()
+    assert np.median(lung[at]) > 60
+
+
+def test_what_goes_far_below_zero_is_not_always_a_ct() -> None:
+    values = np.random.default_rng(0).uniform(-4096, 4096, (20, 20, 20))
+    assert not is_ct(Scan(values.astype(np.int16), np.eye(4)))  # the phase of a complex image
+    assert not is_ct(head(grid_of()))
+    padded = chest(grid_of(size=CHEST, spacing=(5.0, 5.0, 6.0)), CHEST).array.copy()
+    padded[:, :, 0] = -2000  # what lies outside the ring of the scanner
+    assert is_ct(Scan(padded, np.eye(4)))
+
+
 @pytest.mark.parametrize("codes", ["RAS", "LPI"])
 def test_the_face_of_either_scan_is_hidden_in_all_images(codes: str) -> None:
     fixed = head(grid_of(codes))
@@ -129,6 +167,13 @@ def test_the_face_of_either_scan_is_hidden_in_all_images(codes: str) -> None:
 @pytest.fixture(scope="module")
 def network():
     return load_anatomy(shipped_anatomy())
+
+
+def test_a_chest_has_no_face(network) -> None:
+    """The coarse look takes the heart between the lungs for a brain."""
+    scan = chest(grid_of(size=CHEST, spacing=(5.0, 5.0, 6.0)), CHEST)
+    assert find_face(scan, network, is_head=True) is not None
+    assert find_face(scan, network) is None
 
 
 def test_a_brain_without_skull_hides_nothing(network, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from voxelmorph_monai.anatomy import STRUCTURES
 from voxelmorph_monai.io.atomic import atomic
 from voxelmorph_monai.pages.render import data_uri, encode, render
-from voxelmorph_monai.pages.views import OCTAVES, Plane, Views
+from voxelmorph_monai.pages.views import OCTAVES, Plane, Views, is_ct
 from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["save_page"]
@@ -31,6 +31,8 @@ _MILLIMETRES = (
     200.0,
 )  # at the end of the scale of displacements
 _MOST_LABELS = 255
+_LESS = 60  # quality of the JPEGs of a CT's other windows, so that its page is not three times as large
+_LUNG = -920.0  # Hounsfield units: air is below, lungs are above
 _ICON = 140  # pixels
 
 _REFERENCES = {
@@ -68,8 +70,8 @@ def _number(value: float | None, digits: int = 3, unit: str = "") -> str:
     return "n/a" if value is None or not np.isfinite(value) else f"{value:.{digits}f}{unit}"
 
 
-def _measures(summary: Mapping[str, Any], linear: float) -> list[_Row]:
-    """Rows of the table of numbers; ``linear``: determinant of the linear part."""
+def _measures(summary: Mapping[str, Any], linear: float, size: str) -> list[_Row]:
+    """Rows of the table of numbers; ``linear``: determinant of the linear part; ``size``: what it changes."""
 
     def row(name: str, meaning: str, after: str, before: str = "", aligned: str = "") -> _Row:
         return _Row(name, {"before": before, "aligned": aligned, "after": after}, meaning)
@@ -94,8 +96,8 @@ def _measures(summary: Mapping[str, Any], linear: float) -> list[_Row]:
         ),
         row(
             "Smoothness (SDlogJ)",
-            "How much the change of volume varies from place to place; 0: not at all. Of two maps with the same "
-            "overlap, the lower value is the better one.",
+            f"How much the change of {size.lower()} varies from place to place; 0: not at all. Of two maps with the "
+            "same overlap, the lower value is the better one.",
             _number(summary["sdlogj"]),
         ),
         row(
@@ -105,13 +107,13 @@ def _measures(summary: Mapping[str, Any], linear: float) -> list[_Row]:
             _number(summary["inverse_consistency_mm"], 2, " mm"),
         ),
         row(
-            "Volume, linear part",
-            "By how much the alignment changes all volumes of the moving scan, before the deformation.",
+            f"{size}, linear part",
+            f"By how much the alignment changes every {size.lower()} of the moving scan, before the deformation.",
             f"{100 * (1 / linear - 1):+.1f} %" if linear > 0 else "n/a",
         ),
     ]
     seconds = summary["seconds"]
-    stages = [f"{name} {_number(each, 1, ' s')}" for name, each in seconds.items()]
+    stages = [f"{name} {_number(each, 1, ' s')}" for name, each in seconds.items() if each >= 0.05]
     rows.append(row("Time", ", ".join(stages), _number(sum(seconds.values()), 1, " s")))
     return rows
 
@@ -226,6 +228,26 @@ def _numbers(*scans: Scan) -> NDArray[Any]:
     return np.array(sorted(sorted(counts, key=lambda n: -counts[n])[:_MOST_LABELS]), dtype=np.int64)
 
 
+def _images(views: Views, plane: Plane) -> dict[str, list[str]]:
+    """The slices of each scan, once for each of its windows, or once if it has a single one."""
+    found: dict[str, list[str]] = {}
+    for number, name in enumerate(views.choices):
+        for image, slices in views.images(plane, name).items():
+            window = [each[image != "fixed"] for each in views.choices.values()]
+            if number == 0 or window[number] != window[0]:
+                found.setdefault(image, []).append(data_uri(slices, quality=80 if number == 0 else _LESS))
+    return found
+
+
+def _shown(views: Views) -> tuple[int, int]:
+    """Number of the window, and the level of grey in it, above which a slice shows something."""
+    if "lung" not in views.choices:
+        return 0, 12
+    number = list(views.choices).index("lung")
+    window = views.choices["lung"][0]
+    return number, int(255 * (_LUNG - window.low) / (window.high - window.low))
+
+
 def _plane(views: Views, plane: Plane, determinant: NDArray[Any], labels: Mapping[str, Scan], numbers: Any) -> Any:
     """A plane and its pictures, for the script."""
     gaps = np.diff(plane.positions) if len(plane.positions) > 1 else np.ones(1)
@@ -238,7 +260,7 @@ def _plane(views: Views, plane: Plane, determinant: NDArray[Any], labels: Mappin
         "start": plane.start,
         "rows": len(plane.rows),
         "columns": len(plane.columns),
-        "images": {name: data_uri(slices) for name, slices in views.images(plane).items()},
+        "images": _images(views, plane),
         "volume": data_uri(views.volume_change(plane, determinant), exact=True),
         "labels": {name: data_uri(views.labels(plane, scan, numbers), exact=True) for name, scan in labels.items()},
     }
@@ -252,6 +274,20 @@ def _icon(views: Views) -> NDArray[np.uint8]:
     high, wide = (n * s for n, s in zip(picture.size[::-1], views.frame.spacing[[plane.up, plane.across]], strict=True))
     rows = min(_ICON, round(_ICON * 2 * high / wide))
     return np.asarray(picture.resize((max(1, round(rows * wide / high)), max(rows, 1))))[None]
+
+
+def _grey(views: Views) -> str:
+    """What the levels of grey are."""
+    if all(is_ct(scan) for scan in (views.result.fixed, views.result.moving)):
+        return "Grey levels: windows of CT in Hounsfield units, the same for both scans."
+    what = "the brain" if all(face is not None for face in views.faces) else "what the scans show"
+    return f"Grey levels: percentiles of {what}, the same for the moving scan before and after."
+
+
+def _window_names(views: Views) -> list[str]:
+    """What to call the windows of a CT; those of anything else have no names."""
+    ends = [(name, pair[0 if is_ct(views.result.fixed) else 1]) for name, pair in views.choices.items()]
+    return [f"{name}, {low:.0f} to {high:.0f} HU".replace("-", "\N{MINUS SIGN}") for name, (low, high) in ends]
 
 
 def _at_least(choices: Sequence[float], value: float) -> float:
@@ -278,6 +314,7 @@ def _data(views: Views, determinant: NDArray[Any]) -> dict[str, Any]:
         "shownMm": _at_least(_MILLIMETRES, float(np.percentile(lengths, 99.5))),
         "field": {"size": size, "unit": unit, "vectors": encode(vectors)},
         "labels": _label_names(numbers.tolist()),
+        "shown": _shown(views),
         "planes": [_plane(views, plane, determinant, labels, numbers) for plane in views.planes],
     }
 
@@ -293,9 +330,9 @@ def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary
             their hashes, not their paths).
     """
     data = _data(views, determinant)
+    linear = float(np.linalg.det(views.result.forward.linear[:3, :3]))
     given = views.result.fixed_labels is not None or views.result.warped_labels is not None
     labels = "labels" if given else "structures that were found"
-    heads = [face is not None for face in views.faces]
     face = "Nothing of the scans is hidden."
     if views.hides:
         face = "Faces are hidden: what lies in front of and below the plane that touches the brain is black."
@@ -308,9 +345,11 @@ def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary
         has_fixed_labels="fixed" in data["planes"][0]["labels"],
         has_warped_labels="warped" in data["planes"][0]["labels"],
         face=face,
-        window="the brain" if all(heads) else "what the scans show",
+        grey=_grey(views),
+        windows=_window_names(views),
+        area=views.result.fixed.is_slice,
         dice=_dice(summary),
-        measures=_measures(summary, float(np.linalg.det(views.result.forward.linear[:3, :3]))),
+        measures=_measures(summary, linear, "Area" if views.result.fixed.is_slice else "Volume"),
         provenance=_provenance(views, summary),
         methods=_methods(summary),
         data=data,

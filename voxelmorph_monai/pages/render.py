@@ -34,14 +34,14 @@ def encode(array: NDArray[Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
 
 
-def data_uri(slices: NDArray[np.uint8], *, exact: bool = False) -> str:
+def data_uri(slices: NDArray[np.uint8], *, exact: bool = False, quality: int = 80) -> str:
     """Data URI of slices ``(n, R, C)`` below each other in one picture: JPEG, or PNG if values must stay exact."""
     stream = io.BytesIO()
     picture = Image.fromarray(slices.reshape(-1, slices.shape[-1]))
     if exact:
         picture.save(stream, "PNG", compress_level=6)
     else:
-        picture.save(stream, "JPEG", quality=80)
+        picture.save(stream, "JPEG", quality=quality)
     kind = "png" if exact else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from voxelmorph_monai.affines import Affine, ImageGrid, apply_affine, slabs, spacing
-from voxelmorph_monai.anatomy import AnatomyNet, is_stripped, locate
+from voxelmorph_monai.anatomy import AnatomyNet, is_stripped, locate, shows_brain
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.maps.spatial_map import SpatialMap
 from voxelmorph_monai.space.scan import Scan
@@ -26,8 +26,10 @@ __all__ = [
     "Views",
     "Window",
     "find_face",
+    "is_ct",
     "shown_box",
     "window_of",
+    "windows_of",
 ]
 
 ndimage = lazy("scipy.ndimage")
@@ -46,7 +48,10 @@ _BRAIN = 2.2  # litres: what shows more is a head, air around it included; the l
 _MEAN_BRAIN = 1.83  # litres, of MNI152
 _TO_FACE = np.array([0.0, 1.0, -1.0]) / np.sqrt(2)  # in MNI152: to the front and down
 _BRAIN_ONLY = 1.5  # times what is found to be brain: the head of a newborn shows more, too
+_CLEAR = 0.8  # R2 of a pose that needs no second look: 0.85 was seen for upright heads, 0.6 for a chest
 _SAMPLES = 200_000  # voxels that percentiles are taken of
+_AIR = -500.0  # Hounsfield units: the background of a CT is below
+_TISSUE = (-100.0, 300.0)  # Hounsfield units, between which the median of a body lies, lungs left out
 
 
 class Registered(Protocol):
@@ -73,6 +78,8 @@ class Registered(Protocol):
     @property
     def outlines(self) -> Mapping[str, Scan]: ...  # noqa: D102
     @property
+    def anatomy(self) -> Mapping[str, Scan]: ...  # noqa: D102
+    @property
     def options(self) -> Mapping[str, Any]: ...  # noqa: D102
 
 
@@ -89,6 +96,10 @@ class Window(NamedTuple):
     def scale(self, image: Array) -> NDArray[np.float32]:
         """An image as fractions from black to white, 0 to 1."""
         return np.clip((image.astype(np.float32) - self.low) / (self.high - self.low), 0, 1)
+
+
+CT_WINDOWS = {"soft tissue": Window(-160, 240), "lung": Window(-1350, 150), "bone": Window(-500, 1300)}
+"""What a CT is looked at with, in Hounsfield units."""
 
 
 class Face(NamedTuple):
@@ -121,13 +132,19 @@ def _template() -> tuple[Array, float]:
     return inner, float((_TO_FACE @ points).max())
 
 
-def find_face(scan: Scan, network: AnatomyNet) -> Face | None:
+def find_face(scan: Scan, network: AnatomyNet, *, is_head: bool = False) -> Face | None:
     """Find the face in a scan of a head in any pose; None if there is no head.
 
     Everything more than 8 mm beyond the plane that touches the brain from the front and from below, at 45 degrees, is
     hidden: eyes, nose, mouth, chin. The plane is that of MNI152, mapped to the scan by the pose of the head, so the
     same is hidden in any pose. It is the cut of quickshear (Schimke and Hale, Quickshear defacing for neuroimages,
     HealthSec 2011) at a fixed angle. The brain and what is behind it are shown.
+
+    Args:
+        scan: any scan.
+        network: network that finds brains.
+        is_head: it is known to show a head. Otherwise a fine look must confirm what the coarse one takes for a brain,
+            unless that is clear: in a chest, the coarse look may take the heart between the lungs for one.
     """
     if scan.is_slice:
         return None
@@ -135,8 +152,10 @@ def find_face(scan: Scan, network: AnatomyNet) -> Face | None:
     if shown < _BRAIN and is_stripped(scan, network):
         return _no_face(scan)
     try:
-        _, pose = locate(scan, network)[0]
+        view, pose = locate(scan, network)[0]
     except ValueError:
+        return None
+    if not is_head and pose.explained < _CLEAR and not shows_brain(scan, view, network):
         return None
     mapping = np.asarray(pose.mapping, dtype=np.float64)
     inside, reach = _template()
@@ -168,6 +187,24 @@ def _foreground(scan: Scan) -> Array:
     """Some of the voxels above the background."""
     some = scan.array.ravel()[:: max(1, scan.array.size // _SAMPLES)]
     return some[some > scan.background]
+
+
+def is_ct(scan: Scan) -> bool:
+    """Whether intensities are Hounsfield units: air far below 0, and most of the rest near it."""
+    if scan.background > _AIR:
+        return False
+    body = _foreground(scan)
+    body = body[body > -200]
+    return bool(len(body) and _TISSUE[0] < np.median(body) < _TISSUE[1])
+
+
+def windows_of(scan: Scan, face: Face | None = None) -> dict[str, Window]:
+    """Windows of a scan by name, the first one to show first: those of radiology for a CT, else only one."""
+    if not is_ct(scan):
+        return {"": window_of(scan, face)}
+    if face is not None:
+        return {"brain": window_of(scan, face), "bone": CT_WINDOWS["bone"]}
+    return dict(CT_WINDOWS)
 
 
 def window_of(scan: Scan, face: Face | None = None) -> Window:
@@ -303,12 +340,18 @@ class Views:
         self.result = result
         self.frame = Frame.of(result.fixed.grid)
         self.faces = tuple(
-            None if network is None else find_face(scan, network) for scan in (result.fixed, result.moving)
+            None if network is None else find_face(scan, network, is_head=role in result.anatomy)
+            for role, scan in (("fixed", result.fixed), ("moving", result.moving))
         )
         self.hides = not show_face and any(face is not None and np.isfinite(face.limit) for face in self.faces)
-        self.windows = tuple(
-            window_of(scan, face) for scan, face in zip((result.fixed, result.moving), self.faces, strict=True)
+        fixed, moving = (
+            windows_of(scan, face) for scan, face in zip((result.fixed, result.moving), self.faces, strict=True)
         )
+        names = max(fixed, moving, key=len)  # of a CT, if the other is none
+        self.choices = {
+            name: tuple(each.get(name, next(iter(each.values()))) for each in (fixed, moving)) for name in names
+        }
+        self.windows = next(iter(self.choices.values()))
         self.box = self._box()
         self.planes = list(self._planes())
 
@@ -386,9 +429,13 @@ class Views:
                 image[hidden] = 0
         return images[0], images[1], images[2]
 
-    def images(self, plane: Plane) -> dict[str, NDArray[np.uint8]]:
-        """The slices of the fixed, the linearly aligned and the warped scan, without faces: ``(n, R, C)`` each."""
+    def images(self, plane: Plane, windows: str | None = None) -> dict[str, NDArray[np.uint8]]:
+        """The slices of the fixed, the linearly aligned and the warped scan, without faces: ``(n, R, C)`` each.
+
+        ``windows`` is one of :attr:`choices` (default: the first).
+        """
         result, (face, other) = self.result, self.faces
+        chosen = self.windows if windows is None else self.choices[windows]
         hidden: dict[str, Array | None] = dict.fromkeys(("fixed", "aligned", "warped"))
         if self.hides:
             points = apply_affine(self.frame.affine, plane.grid())
@@ -398,8 +445,7 @@ class Views:
             hidden = {"fixed": whole, "aligned": linear, "warped": whole}  # one cut may hide what the other missed
         scans = {"fixed": result.fixed, "aligned": result.aligned, "warped": result.warped}
         return {
-            name: self.slices(plane, scan.array, self.windows[name != "fixed"], hidden[name])
-            for name, scan in scans.items()
+            name: self.slices(plane, scan.array, chosen[name != "fixed"], hidden[name]) for name, scan in scans.items()
         }
 
     def volume_change(self, plane: Plane, determinant: Array) -> NDArray[np.uint8]:

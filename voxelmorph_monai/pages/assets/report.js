@@ -6,7 +6,7 @@ const byId = (id) => document.getElementById(id);
 const MODES = ["slider", "blink", "checkerboard", "edges", "both"];
 const state = {
   mode: "slider", first: "fixed", second: "warped", divider: 0.5, flicked: false, grid: false, fixed: false, warped: false,
-  colour: "", slices: data.planes.map((plane) => plane.start), point: null,
+  colour: "", window: 0, slices: data.planes.map((plane) => plane.start), point: null,
 };
 const dpr = Math.min(window.devicePixelRatio || 1, 2);
 
@@ -72,6 +72,7 @@ function load(uri) {
   return sprites.get(uri);
 }
 const sprite = (uri) => sprites.get(uri + "#");
+const picture = (plane, name, window = state.window) => plane.images[name][window] || plane.images[name][0];
 
 const tiles = new Map();
 function pixels(uri, number, rows, columns) { // levels of grey of a slice
@@ -99,7 +100,7 @@ function paint(rows, columns, colourOf) { // a small canvas; colourOf(i) gives [
 }
 
 function edges(plane, name, number) {
-  const { rows, columns } = plane, grey = pixels(plane.images[name], number, rows, columns);
+  const { rows, columns } = plane, grey = pixels(picture(plane, name), number, rows, columns);
   const size = new Float32Array(rows * columns), some = [];
   for (let r = 1; r < rows - 1; r++) {
     for (let c = 1; c < columns - 1; c++) {
@@ -125,11 +126,12 @@ const FOLD = [255, 47, 208, 255];
 const OPACITY = 150;
 
 function shownAt(plane, number, rows, columns) { // whether either scan shows something there, for coarser pixels
-  const grey = ["fixed", "warped"].map((name) => pixels(plane.images[name], number, plane.rows, plane.columns));
+  const [window, least] = data.shown;
+  const grey = ["fixed", "warped"].map((name) => pixels(picture(plane, name, window), number, plane.rows, plane.columns));
   return (i) => {
     const r = Math.floor(((Math.floor(i / columns) + 0.5) / rows) * plane.rows);
     const c = Math.floor((((i % columns) + 0.5) / columns) * plane.columns);
-    return grey.some((level) => level[r * plane.columns + c] > 12);
+    return grey.some((level) => level[r * plane.columns + c] > least);
   };
 }
 
@@ -195,13 +197,14 @@ const millimetres = (plane) => [span(plane.across) * data.spacing[plane.across],
 
 // ---- drawing
 
+const SIZE_OF = data.planes.length === 1 ? "area" : "volume"; // of a slice, and of a scan
 const NAMES = { fixed: "fixed", aligned: "moving, aligned", warped: "warped" };
 
 function drawImage(context, plane, name, number, width, height) {
   context.imageSmoothingEnabled = true;
   context.imageSmoothingQuality = "high";
   const { rows, columns } = plane;
-  context.drawImage(sprite(plane.images[name]), 0, number * rows, columns, rows, 0, 0, width, height);
+  context.drawImage(sprite(picture(plane, name)), 0, number * rows, columns, rows, 0, 0, width, height);
 }
 
 function clipped(context, x, y, w, h, draw) {
@@ -395,7 +398,7 @@ function legends() {
     const percent = (octaves) => `${octaves > 0 ? "+" : ""}${Math.round(100 * (2 ** octaves - 1))} %`;
     const most = data.shownOctaves;
     const ticks = [-most, -most / 2, 0, most / 2, most].map((o) => (o === 0 ? "0" : percent(o).replace("-", "−")));
-    shown.push(scale(VOLUME, ticks, "volume of the moving tissue"), key("fold", "fold"));
+    shown.push(scale(VOLUME, ticks, `${SIZE_OF} of the moving tissue`), key("fold", "fold"));
   }
   if (state.colour === "size") {
     const ticks = [0, 0.25, 0.5, 0.75, 1].map((x) => `${+(x * data.shownMm).toPrecision(3)}`);
@@ -417,7 +420,7 @@ function readout() {
   if (x >= 0 && x < 1 && y >= 0 && y < 1 && Math.abs(state.point[plane.axis] - plane.positions[number]) < 1) {
     const level = pixels(plane.volume, number, rows, columns)[Math.floor(y * rows) * columns + Math.floor(x * columns)];
     const percent = 100 * (2 ** (((level - 128) / 127) * data.octaves) - 1);
-    words.push(level ? `Volume ${percent >= 0 ? "+" : "−"}${Math.abs(percent).toFixed(0)} %.` : "The map folds here.");
+    words.push(level ? `${SIZE_OF[0].toUpperCase()}${SIZE_OF.slice(1)} ${percent >= 0 ? "+" : "−"}${Math.abs(percent).toFixed(0)} %.` : "The map folds here.");
   }
   for (const source of ["fixed", "warped"]) {
     if (!plane.labels[source]) continue;
@@ -453,6 +456,7 @@ function update() {
     if (box) box.checked = state[source];
   }
   byId("colour").value = state.colour;
+  if (byId("window")) byId("window").value = String(state.window);
   figures.forEach((figure, i) => { figure.querySelector("input").value = String(state.slices[i]); });
   legends();
   redraw();
@@ -552,6 +556,12 @@ for (const button of document.querySelectorAll("[data-mode]")) {
 byId("divider").addEventListener("input", () => { state.divider = byId("divider").value / 100; update(); });
 byId("running").addEventListener("click", () => blink(!timer));
 byId("grid").addEventListener("change", () => { state.grid = byId("grid").checked; update(); });
+const windows = byId("window") ? byId("window").options.length : 1;
+function setWindow(number) {
+  state.window = number % windows;
+  update();
+}
+if (windows > 1) byId("window").addEventListener("change", () => setWindow(Number(byId("window").value)));
 byId("colour").addEventListener("change", () => { state.colour = byId("colour").value; update(); });
 for (const source of ["fixed", "warped"]) {
   const box = byId(`outline-${source}`);
@@ -564,6 +574,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key >= "1" && event.key <= "5") setMode(MODES[event.key - 1]);
   else if (event.key === "b") setMode(state.mode === "blink" ? "slider" : "blink");
   else if (event.key === "s") { [state.first, state.second] = [state.second, state.first]; update(); }
+  else if (event.key === "w") setWindow(state.window + 1);
   else if (event.key === "g") { state.grid = !state.grid; update(); }
   else if (event.key === "o") {
     const shown = !(state.fixed || state.warped);
@@ -605,7 +616,7 @@ byId("place").textContent = folder;
 if (folder) document.title = `${folder} – registration report`;
 window.addEventListener("resize", redraw);
 window.addEventListener("beforeprint", draw);
-const uris = data.planes.flatMap((plane) => [...Object.values(plane.images), plane.volume, ...Object.values(plane.labels)]);
+const uris = data.planes.flatMap((plane) => [...Object.values(plane.images).flat(), plane.volume, ...Object.values(plane.labels)]);
 Promise.all(uris.map(load)).then(() => {
   document.documentElement.dataset.ready = "true";
   update();
