@@ -37,7 +37,7 @@ from voxelmorph_monai.maps.chains import (
     on_grid,
 )
 from voxelmorph_monai.maps.displacements import read_displacement, save_displacement
-from voxelmorph_monai.maps.fsl_freesurfer import read_fsl, read_lta, save_flirt, save_fnirt, save_lta
+from voxelmorph_monai.maps.fsl_freesurfer import read_flirt, read_fnirt, read_lta, save_flirt, save_fnirt, save_lta
 from voxelmorph_monai.maps.grids import write_ends
 from voxelmorph_monai.maps.itk_files import check_chain_file
 from voxelmorph_monai.maps.names import check_output, parse_name
@@ -275,10 +275,18 @@ def open_chain(transforms: Sequence[str], *images: Scan | Frame | None) -> Chain
 
 
 def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Transform:
-    """Read a transform that FLIRT or FNIRT wrote for images on these grids."""
-    _require_file(Path(path))
-    found = read_fsl(path, fixed, moving)
-    return field_transform(*found) if isinstance(found, tuple) else linear_transform(found)
+    """Read a FLIRT matrix, or a FNIRT warp or file of coefficients (``.nii``, ``.nii.gz``).
+
+    Args:
+        path: file to read.
+        fixed: grid of the image that FSL calls the reference.
+        moving: grid of the image that FSL calls the input.
+    """
+    path = Path(path)
+    _require_file(path)
+    if path.name.endswith((".nii", ".nii.gz")):
+        return field_transform(*read_fnirt(path, fixed, moving))
+    return linear_transform(read_flirt(path, fixed, moving))
 
 
 def _form_of(path: Path, form: str | None) -> str:

@@ -19,7 +19,7 @@ from voxelmorph_monai.io.atomic import atomic
 from voxelmorph_monai.io.formats import reading
 from voxelmorph_monai.io.images import save_nifti
 
-__all__ = ["read_fsl", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
+__all__ = ["read_flirt", "read_fnirt", "read_lta", "save_flirt", "save_fnirt", "save_lta"]
 
 
 def _library(name: str) -> Any:
@@ -42,7 +42,8 @@ def _nifti(grid: ImageGrid) -> Any:
     return _library("fsl.data.image").Nifti(_header(grid).header)
 
 
-def _read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
+def read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
+    """Read a FLIRT matrix: map from points of the fixed image, FSL's reference, to the moving one, 4 x 4 (RAS, mm)."""
     flirt = _library("fsl.transform.flirt")
     try:
         matrix = flirt.readFlirt(path)
@@ -53,7 +54,12 @@ def _read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
     return np.linalg.inv(flirt.fromFlirt(matrix, _nifti(moving), _nifti(fixed), "world", "world"))
 
 
-def _read_fnirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> tuple[NDArray[np.float64], Affine]:
+def read_fnirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> tuple[NDArray[np.float64], Affine]:
+    """Read a FNIRT warp or file of coefficients.
+
+    Returns:
+        Displacement ``(3, X, Y, Z)`` in voxels of the fixed grid, and the affine of that grid (RAS, mm).
+    """
     fnirt = _library("fsl.transform.fnirt")
     with reading(path):
         read = fnirt.readFnirt(str(path), _nifti(moving), _nifti(fixed))
@@ -67,22 +73,6 @@ def _read_fnirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> tuple[NDArra
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path} holds {int((~np.isfinite(vectors)).sum())} numbers that are NaN or Inf.")
     return np.einsum("ij,...j->i...", np.linalg.inv(affine[:3, :3]), vectors), affine
-
-
-def read_fsl(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> Affine | tuple[NDArray[np.float64], Affine]:
-    """Read a FLIRT matrix, or a FNIRT warp or file of coefficients (``.nii``, ``.nii.gz``).
-
-    Args:
-        path: file to read.
-        fixed: grid of the image that FSL calls the reference.
-        moving: grid of the image that FSL calls the input.
-
-    Returns:
-        The map from points of the fixed image to points of the moving one (RAS, mm): a 4 x 4 matrix, or a displacement
-        ``(3, X, Y, Z)`` in voxels of the fixed grid with its affine.
-    """
-    path = Path(path)
-    return (_read_fnirt if path.name.endswith((".nii", ".nii.gz")) else _read_flirt)(path, fixed, moving)
 
 
 def save_flirt(path: Path, matrix: Affine, fixed: ImageGrid, moving: ImageGrid) -> None:
