@@ -245,8 +245,8 @@ def _linear_maps(scaled: tuple[Scan, Scan], heads: Sequence[Head | None], option
     if options.space == "fixed":
         return align(*scaled, "rigid" if options.same_person else options.alignment), np.eye(4)
     kind = "rigid" if options.same_person else options.alignment
-    # one after the other: each is a thousand short calls, which threads would make wait for each other
-    to_moving, to_fixed = (align_to_mni152(scan, head, kind) for scan, head in zip(scaled, heads, strict=True))
+    pairs = [*zip(scaled, heads, strict=True)]
+    to_moving, to_fixed = run(lambda pair: align_to_mni152(*pair, kind), pairs, num_threads())
     if options.same_person:
         return _towards_each_other(to_moving, to_fixed, rigid_both_ways(*scaled))
     return to_moving, to_fixed
