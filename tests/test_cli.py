@@ -249,7 +249,7 @@ def test_the_former_name_of_the_alignment_is_known_but_not_shown(
         ("--no-refine --smoothness high", "--budget, --steps, --similarity and --smoothness configure the refinement"),
         ("--smoothness soft", "smoothness is 'soft'"),
         ("--smoothness -1", "smoothness is -1.0"),
-        ("--symmetric --space fixed", "symmetric needs space mni152"),
+        ("--symmetric --space fixed", "symmetric cannot be combined with space fixed"),
         ("--same-person --alignment none", "same_person aligns the scans rigidly"),
         ("--no-refine --steps 2", "--budget, --steps, --similarity and --smoothness configure the refinement"),
         ("--space fixed --spacing 2", "--spacing needs --size"),

@@ -161,7 +161,7 @@ def test_gradients_are_refused_where_they_are_not_defined(capsys: pytest.Capture
     assert vxm(f"apply {PAIR[1]} {words.replace('series.bvec', 'short.bvec')} --overwrite") == 2
     assert "short.bvec has 3 rows and 2 columns" in capsys.readouterr().err
     mirror = np.diag([-1.0, 1, 1, 1])
-    with pytest.raises(ValueError, match="swaps left and right"):
+    with pytest.raises(ValueError, match="reflection"):
         turn_gradients(np.eye(3), linear_transform(mirror), mirror, mirror)
 
 

@@ -22,15 +22,15 @@ from voxelmorph_monai.space.scan import Frame, Scan, ScanLike
 __all__ = ["SIDES", "apply", "apply_to_image", "apply_to_points", "jacobian_file"]
 
 SIDES = ("fixed", "moving")
-"""The image that points were drawn in."""
+"""Images in which points can be drawn."""
 
-# They need torch and ITK; a map of this package is applied without them, in half the time.
+# These modules import torch or ITK. A map of this package is applied without them, in half the time.
 chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
 point_files, report = lazy("voxelmorph_monai.maps.points"), lazy("voxelmorph_monai.report")
 
 
 def _interpolation(kind: str, interpolation: str | None) -> str:
-    """The interpolation to use; raises ValueError where there is no such kind of image or interpolation."""
+    """Return the interpolation to use (default if None); raises ValueError if it or the kind is unknown."""
     if kind not in ("image", "labels"):
         raise ValueError(f"kind is '{kind}'. Choose image or labels.")
     known = INTERPOLATIONS if kind == "image" else LABEL_INTERPOLATIONS
@@ -40,7 +40,7 @@ def _interpolation(kind: str, interpolation: str | None) -> str:
 
 
 def _simple(kind: str, interpolation: str) -> bool:
-    """Whether :func:`warp_scan` interpolates so; the rest is left to ITK and torch."""
+    """Whether :func:`warp_to_grid` has this interpolation; ITK and torch have the others."""
     return interpolation == "nearest" or (kind, interpolation) == ("image", "linear")
 
 
@@ -64,7 +64,7 @@ def apply(
     """Resample a scan on the grid of a reference, as ``vxm apply`` does with files.
 
     Args:
-        transforms: what a registration found (``result.forward``), a file, or files in ANTs' order
+        transforms: map of a registration (``result.forward``), a file, or files in ANTs' order
             (:func:`~voxelmorph_monai.maps.files.read_chain`).
         moving: image or label map.
         reference: the fixed image, whose grid and header the result has.
@@ -120,7 +120,7 @@ def apply_to_image(
         overwrite: replace ``output``.
 
     Returns:
-        Residual in mm of the displacements that were inverted, 0 if there were none.
+        Largest error in mm of the displacements that were inverted numerically, 0 if there were none.
     """
     interpolation = _interpolation(kind, interpolation)
     check_image_output(Path(output), overwrite, [moving, reference, *transforms])
@@ -148,7 +148,7 @@ def jacobian_file(
     logarithm: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write the change of volume on the grid of a reference, affine part included: 2 where the transform doubles it.
+    """Write the Jacobian determinant on the grid of a reference, affine part included: 2 where volumes double.
 
     Args:
         transforms: as in :func:`apply_to_image`.
@@ -166,11 +166,11 @@ def jacobian_file(
     transform = files.open_chain(transforms, fixed).transform
     parts = [part for part in chains.flatten(transform) if chains.is_field(part)]
     if any(1 in chains.field_of(part)[0].shape[1:] for part in parts):
-        ddf = chains.on_grid(transform, fixed.grid)  # which says nothing of other planes
+        ddf = chains.on_grid(transform, fixed.grid)  # a 2-D field says nothing about other planes
         determinant = report.volume_change(ddf, affine)
     else:
         flat = np.array(size) == 1
-        around = affine.copy()  # three planes for a slice, which lies in the middle: volume changes across it, too
+        around = affine.copy()  # add a plane on both sides of a slice, to measure the change across it
         around[:3, 3] -= affine[:3, :3] @ flat
         ddf = chains.on_grid(transform, ImageGrid(np.where(flat, 3, size).tolist(), around))
         determinant = report.volume_change(ddf, around)[tuple(slice(1, 2) if one else slice(None) for one in flat)]
@@ -200,14 +200,14 @@ def apply_to_points(
         transforms: as in :func:`apply_to_image`.
         points: CSV with columns x, y and z, or ``.fcsv`` or ``.mrk.json`` of 3D Slicer.
         output: file to write, with the same extension.
-        drawn_in: ``"fixed"``: points of the fixed image go to the moving one, along the transform. ``"moving"``: points
-            of the moving image go to the fixed one, like the image, by the inverse: exact for linear transforms,
-            otherwise found by a search for each point.
+        drawn_in: ``"fixed"``: points of the fixed image are mapped to the moving one by the transform. ``"moving"``:
+            points of the moving image are mapped to the fixed one by the inverse, which is exact for linear transforms
+            and otherwise found numerically for each point.
         coordinates: coordinate system of a CSV file, ``"RAS"`` or ``"LPS"``.
         overwrite: replace ``output``.
 
     Returns:
-        Residual in mm of the numerical inverse, 0 if there was none.
+        Largest error in mm of the numerical inverse, 0 if there was none.
     """
     if drawn_in not in SIDES:
         raise ValueError(f"points cannot be drawn in '{drawn_in}'. Choose one of {', '.join(SIDES)}.")

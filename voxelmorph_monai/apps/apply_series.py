@@ -1,4 +1,4 @@
-r"""Apply transforms to images with several numbers per voxel: series of volumes, vectors, diffusion gradients.
+r"""Apply transforms to series of volumes, with their diffusion gradients, and to images of vectors.
 
 A vector is rotated with the tissue. Where the transform :math:`T` takes points of the fixed image to the moving one, a
 vector :math:`v` at :math:`T(x)` becomes :math:`(DT(x))^{-1} v` at :math:`x`. A series has one list of gradients for all
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["apply_to_series", "apply_to_vectors", "is_series", "turn_gradients"]
 
-# They need torch and ITK, which are not needed to find out whether an image is a series.
+# These modules import torch, ITK or SciPy, which are not needed to find out whether an image is a series.
 linalg = lazy("scipy.linalg")
 chains, files = lazy("voxelmorph_monai.maps.chains"), lazy("voxelmorph_monai.maps.files")
 
-_UNIT = 1e-3  # by which the length of a unit vector may be off
+_UNIT = 1e-3  # tolerance for the length of a unit vector
 
 
 def is_series(path: str | Path) -> bool:
@@ -46,7 +46,7 @@ def is_series(path: str | Path) -> bool:
 
 
 def _open(path: str | Path) -> nib.Nifti1Image:
-    """A NIfTI image of any shape, whose header is checked as that of a volume is."""
+    """Open a NIfTI image of any shape, with the same checks of the header as for a volume."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     with reading(Path(path)):
@@ -59,16 +59,16 @@ def _open(path: str | Path) -> nib.Nifti1Image:
 
 
 def _fitting(names: Sequence[str], moving: str | Path, image: nib.Nifti1Image, fixed: Frame) -> "Chain":
-    """Read transforms in the direction in which they fit an image of volumes and a reference."""
+    """Read transforms for a series or image of vectors; invert them if they fit only in reverse."""
     own = Frame(str(moving), ImageGrid(image.shape[:3], image.affine), image.header, 3)
     found: Chain = files.open_chain(names, own, fixed)
     return found.inverse() if fits_backwards(names, own.grid, fixed.grid, (own.name, fixed.name)) else found
 
 
 def turn_gradients(gradients: NDArray[Any], transform: Transform, moving: Affine, fixed: Affine) -> NDArray[Any]:
-    """Rotate the gradients of a diffusion series ``(3, N)`` as the series is rotated when it is resampled.
+    """Rotate the gradients of a diffusion series like the series itself; returns ``(3, N)``.
 
-    FSL states them along the axes of the voxels, and flips the first axis if the determinant of the affine is positive.
+    FSL gives gradients along the voxel axes, with the first axis flipped if the determinant of the affine is positive.
     For an affine transform the nearest rotation is used (finite strain).
 
     Args:
@@ -78,19 +78,19 @@ def turn_gradients(gradients: NDArray[Any], transform: Transform, moving: Affine
         fixed: affine of the grid that it is resampled on.
 
     Raises:
-        ValueError: the transform has no rotation that is the same everywhere.
+        ValueError: the transform rotates each voxel differently, or contains a reflection.
     """
     parts = chains.flatten(transform)
     if not all(part.IsLinear() for part in parts):
         raise ValueError(
-            "one list of gradients serves all voxels, but this transform rotates each voxel differently. Apply its "
+            "all voxels share one list of gradients, but this transform rotates each voxel differently. Apply its "
             "linear part to the series, or fit the model first and apply the whole transform to the fitted maps."
         )
     matrix = np.eye(4)
     for part in parts:
         matrix = chains.matrix_of(part) @ matrix
     if np.linalg.det(matrix[:3, :3]) < 0:
-        raise ValueError("the transform swaps left and right, which no rotation of the gradients can do.")
+        raise ValueError("the transform contains a reflection, which cannot be applied to gradients.")
     rotation = linalg.polar(matrix[:3, :3])[0]
     frames = []
     for affine in (moving, fixed):
@@ -124,7 +124,7 @@ def apply_to_series(
     bvec: str | Path | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Resample all volumes of a series on the grid of a reference, one at a time, with memory for only one.
+    """Resample a series of volumes on the grid of a reference, one volume at a time to save memory.
 
     Args:
         transforms: files in ANTs' order, see :func:`~voxelmorph_monai.maps.files.read_chain`.
@@ -133,11 +133,11 @@ def apply_to_series(
         output: ``.nii`` or ``.nii.gz``, in float32.
         interpolation: one of :data:`~voxelmorph_monai.maps.chains.INTERPOLATIONS`.
         reference_series: number of the reference's DICOM series.
-        bvec: gradients of the series, in FSL's format: those of the output are written beside it (``.bvec``).
+        bvec: gradients of the series, in FSL's format; the rotated ones are written beside the output (``.bvec``).
         overwrite: replace ``output``.
 
     Returns:
-        Residual in mm of the displacements that were inverted, 0 if there were none.
+        Largest error in mm of the displacements that were inverted numerically, 0 if there were none.
     """
     target = Path(output)
     check_image_output(target, overwrite, [moving, reference, *transforms])
@@ -204,7 +204,7 @@ def apply_to_vectors(
         raise ValueError(f"{moving} has shape {shape}, but an image of vectors has (X, Y, Z, 3) or (X, Y, Z, 1, 3).")
     said = {1006: "RAS", 1007: "LPS"}.get(int(image.header["intent_code"]))
     if said is None and coordinates not in ("RAS", "LPS"):
-        raise ValueError(f"{moving} does not say along which axes its vectors point. Pass --coordinates RAS or LPS.")
+        raise ValueError(f"{moving} does not state the axes of its vectors. Pass --coordinates RAS or LPS.")
     if said is not None and coordinates not in (None, said):
         raise ValueError(f"{moving} says that it is in {said}, which contradicts --coordinates {coordinates}.")
     found, grid = _fitting(transforms, moving, image, fixed), fixed.grid

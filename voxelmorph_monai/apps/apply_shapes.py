@@ -1,6 +1,7 @@
-"""Apply transforms to surfaces and streamlines: files with many points that state their space.
+"""Apply transforms to surfaces and streamlines.
 
-They move like points: those made from the moving image go to the fixed one against the transform.
+Their points are mapped like those of a point file: a shape made from the fixed image is mapped to the moving image by
+the transform, a shape made from the moving image to the fixed image by the inverse.
 """
 
 import logging
@@ -68,15 +69,15 @@ def apply_to_surface(
         transforms: files in ANTs' order, see :func:`~voxelmorph_monai.maps.files.read_chain`.
         surface: GIFTI, FreeSurfer, VTK, STL or PLY (:mod:`~voxelmorph_monai.maps.surfaces`).
         output: file of the same ending.
-        made_from: ``"fixed"``: the surface goes along the transform, to the moving image; ``"moving"``: it goes back,
-            like the image.
+        made_from: ``"fixed"``: the transform maps the surface to the moving image; ``"moving"``: the inverse maps it to
+            the fixed image.
         coordinates: coordinate system of a file that does not state it, ``"RAS"``, ``"LPS"`` or ``"tkr"``.
-        reference: the image in whose space the moved surface lies; FreeSurfer files describe it.
-        volume: the image that a surface in tkr RAS was made from, if its file does not describe it.
+        reference: the image that the surface is mapped to; FreeSurfer files store its geometry.
+        volume: the image that a surface in tkr RAS was made from, if its file does not store the geometry.
         overwrite: replace ``output``.
 
     Returns:
-        Residual of what was inverted numerically, in mm.
+        Largest error of the numerical inverse in mm, 0 if there was none.
     """
     mover, residual = _mover(transforms, surface, output, made_from, overwrite)
     found = read_surface(surface, coordinates, _grid(volume))
@@ -104,11 +105,11 @@ def apply_to_streamlines(
         streamlines: ``.trk``, ``.tck`` or ``.trx``.
         output: file of the same ending.
         made_from: as in :func:`apply_to_surface`.
-        reference: the image in whose space the moved streamlines lie; TRK needs it, TRX describes it.
+        reference: the image that the streamlines are mapped to; TRX stores its geometry, and TRK requires it.
         overwrite: replace ``output``.
 
     Returns:
-        Residual of what was inverted numerically, in mm.
+        Largest error of the numerical inverse in mm, 0 if there was none.
     """
     mover, residual = _mover(transforms, streamlines, output, made_from, overwrite)
     count = move_streamlines(streamlines, output, mover, _grid(reference))

@@ -67,7 +67,7 @@ def _read_names(path: Path) -> dict[int, str]:
         text = cells.get("number", "")
         if not text.isdecimal() or int(text) < 1 or int(text) in names:
             raise ValueError(
-                f"{path} lists the number '{text}', which is repeated or not a whole number from 1. List each label "
+                f"{path} lists the number '{text}', which is repeated or not a whole number above 0. List each label "
                 "once."
             )
         names[int(text)] = cells.get("name", "")
@@ -172,8 +172,8 @@ def _metadata(structures: Sequence[str], options: Mapping[str, Any], source: str
         **{name: tested[name] for name in ("monai_version", "pytorch_version", "numpy_version")},
         "required_packages_version": {"nilearn": _NILEARN, **tested["required_packages_version"]},
         "name": f"Brain T1 segmentation by {_atlases(options)} ({len(structures)} labels)",
-        "description": f"Registers {_atlases(options)} to a skull-stripped T1-weighted brain scan by VoxelMorph and "
-        "carries the labels along.",
+        "description": f"Registers {_atlases(options)} to a skull-stripped T1-weighted brain scan with VoxelMorph and "
+        "transfers the labels.",
         "data_source": source,
         "label_classes": f"0 background, 1 to {len(structures)} as in docs/labels.csv",
         "references": list(_CITATION),

@@ -38,8 +38,8 @@ _COLUMNS = (
     *("correlation_before", "correlation_affine", "correlation_after"),
     *("folding_percent", "sdlogj", "inverse_consistency_mm", "seconds", "moving", "fixed"),
 )
-_MEMORY = 6 * 2**30  # bytes for each process: measured were 3.2 GiB for brains of 1 mm and 4.4 GiB on grids of 256^3
-_MAX_ERRORS = 20  # errors in a list that are shown
+_MEMORY = 6 * 2**30  # bytes per process; measured: 3.2 GiB for brains of 1 mm, 4.4 GiB on grids of 256^3
+_MAX_ERRORS = 20  # largest number of errors in a list to show
 
 
 class Cohort(NamedTuple):
@@ -103,7 +103,7 @@ def _errors(pair: _Pair, output: Path) -> Iterator[str]:
 
 
 def _read_list(path: Path, output: Path) -> list[_Pair]:
-    """Read the pairs in a list; an error that names everything wrong with it."""
+    """Read the pairs in a list; raises one ValueError that names all errors in it."""
     columns, rows = _read_rows(path)
     pairs: list[_Pair] = []
     errors: list[str] = []
@@ -143,7 +143,7 @@ def _check_weights(weights: Path, preset: str) -> None:
 
 
 def _complete(options: Options) -> Options:
-    """Options with explicit weights and preset, checked; workers, which may run elsewhere, load the weights."""
+    """Check options and make their weights and preset explicit, for workers that may run on other machines."""
     if not isinstance(options.weights, str | Path | None):
         raise TypeError(
             f"weights is a {type(options.weights).__name__}, but the processes that register a list load weights from "
@@ -158,10 +158,10 @@ def _complete(options: Options) -> Options:
 
 
 def _as_json(options: Options, **files: bool) -> dict[str, Any]:
-    """Record of the options, and of size and time of the weights, to detect changes."""
+    """Options as JSON values, with size and modification time of the weights, to detect changes."""
     weights = options.weights
     plain = {**asdict(options), **options.record(), **files}
-    del plain["refine"], plain["command"]  # the rest says it: without refinement there is no budget, and no steps
+    del plain["refine"], plain["command"]  # redundant: without refinement, budget is 0 and steps is None
     plain["weights"] = stamp(weights) if isinstance(weights, Path) else None
     return json.loads(json.dumps(plain))
 
@@ -192,7 +192,7 @@ def _require_ours(output: Path, pairs: Sequence[_Pair], options: Mapping[str, An
             f"{output / strange[0]} is in the way: a pair has this name, but the folder was not made by a "
             "registration. Move it, or rename the pair."
         )
-    if not any((output / pair.name).exists() for pair in pairs):  # no results of other options
+    if not any((output / pair.name).exists() for pair in pairs):  # nothing that other options could have made
         return
     recorded = _read_json(mark)
     changed = [name for name in options if recorded.get(name) != options[name]]
@@ -302,7 +302,7 @@ def _pool(jobs: int | None, scheduler: str | None, num_pairs: int) -> Processes 
 
 
 def _likeness(folder: Path) -> dict[str, float]:
-    """How alike a pair is now: the Dice of its labels, if it has any."""
+    """Similarity of a registered pair: Dice if it has labels, otherwise correlation."""
     numbers = _read_json(folder / _RECORD).get("numbers", {})
     found = {"Dice": numbers.get("dice_after"), "correlation": numbers.get("correlation_after")}
     return dict([(name, value) for name, value in found.items() if value is not None][:1])
@@ -311,7 +311,7 @@ def _likeness(folder: Path) -> dict[str, float]:
 def _register_all(
     pool: Pool, title: str, pairs: Sequence[_Pair], output: Path, options: Options, options_record: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """Register the pairs; yields name and reason of each failure."""
+    """Register the pairs; yields the name of each pair that failed, and the reason."""
     calls = {pair.name: (pair, output, options, options_record) for pair in pairs}
     failed = set()
     for name, reason in failures(pool, title, "pair", _register_pair, calls, lambda name: _likeness(output / name)):
@@ -335,7 +335,7 @@ def register_cohort(
     show_face: bool = False,
     title: str = "register",
 ) -> Cohort:
-    """Register the pairs in a list into the folder ``output``: ``NAME/`` for each, and the table ``cohort.csv``.
+    """Register the pairs in a list; ``output`` gets a folder ``NAME/`` for each, and the table ``cohort.csv``.
 
     The whole list is checked before the work starts. A second call registers only pairs that are missing, failed, or
     have a changed input (size or modification time). Other options or changed weights need another folder or
@@ -350,10 +350,10 @@ def register_cohort(
         scheduler: address of a Dask scheduler whose workers do the work; they must see the same files.
         options: options of the registration.
         bids: use BIDS file names, as in :func:`~voxelmorph_monai.apps.register_files.register_files`.
-        overwrite: replace results of other options.
+        overwrite: replace results that were made with other options.
         report: write ``report.png`` and ``report.html`` for each pair.
-        show_face: show whole heads there; by default their faces are hidden.
-        title: what the progress calls the work.
+        show_face: show the faces of whole heads in the reports; by default they are hidden.
+        title: title of the progress display.
 
     Raises:
         ValueError: the list, the folder or an option cannot be used.

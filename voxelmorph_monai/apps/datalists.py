@@ -55,7 +55,7 @@ def _read_ixi(source: Path) -> Sections:
     return {section: [_scan(path, path) for path in paths] for section, paths in sections.items()}
 
 
-# The subjects from this number on are the validation of Learn2Reg 2021: 20 scans, in 19 pairs of neighbours.
+# The validation set of Learn2Reg 2021 starts with this subject: 20 scans, in 19 pairs of consecutive numbers.
 _OASIS_VALIDATION = 438
 
 
@@ -104,9 +104,9 @@ def _read_learn2reg(source: Path) -> Sections:
 def _read_lpba40(source: Path) -> Sections:
     """Read LPBA40 (Shattuck et al., NeuroImage 2008) in the form that registration papers share.
 
-    S11 to S40 are for training. S02 to S10 and the atlas S01 are the test: S01 as the fixed image of each pair, or one
-    of ten scans in all ordered pairs. There is no published validation. The last five training scans are used instead,
-    so these are pairs that the network has seen, but without their labels.
+    S11 to S40 are for training. S02 to S10 and the atlas S01 are for testing: S01 is the fixed image of each pair, or
+    one of ten scans that form all ordered pairs. As there is no published validation set, the last five training scans
+    are used for validation. The network has seen these scans, but not their labels.
     """
 
     def scan(image: Path, name: str) -> Item:
@@ -290,7 +290,7 @@ def read_pickle(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int32
             "image and its labels, as two arrays of numbers of one shape (X, Y, Z)."
         )
     if not np.isfinite(image).all():
-        raise ValueError(f"the image in {path} has voxels of NaN or infinity.")
+        raise ValueError(f"the image in {path} contains NaN or infinity.")
     if not (label == np.round(label)).all():
         raise ValueError(f"the labels in {path} are not whole numbers.")
     return image.astype(np.float32), label.astype(np.int32)
@@ -340,7 +340,7 @@ def write_datalist(
         output: folder of the datalist.
         folds: split all scans except the atlas into this many parts, whatever their section; None: the published
             sections, or 5 parts if no scan has a section.
-        fold: part to use as the test; the next one is the validation, the others are for training.
+        fold: part for testing; the next one is for validation, the others are for training.
         seed: random seed of the split.
 
     Raises:

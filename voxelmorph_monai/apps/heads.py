@@ -1,4 +1,4 @@
-"""Whole heads among the scans to register: find their brains, their contrast and their pose."""
+"""Find the brain, the contrast and the pose of whole heads."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,19 +18,19 @@ from voxelmorph_monai.space.template import check_brain, mni152
 __all__ = ["T1_WEIGHTED", "Head", "align_to_mni152", "find_brain", "find_brains", "may_be_head"]
 
 T1_WEIGHTED = (0, 1, 2)
-"""White matter is brighter than cortex, and cortex than ventricles."""
+"""Order of brightness in T1-weighted scans: white matter (0), cortex (1), ventricles (2)."""
 
-_LARGEST_BRAIN = 2.3  # litres that a skull-stripped scan shows at most, enlarged to MNI152's size; heads show 2.6 to 10
+_LARGEST_BRAIN = 2.3  # litres; skull-stripped scans, even at the size of MNI152, show less, and heads 2.6 to 10
 
 
 class Head(NamedTuple):
     """A whole head in a scan.
 
     Attributes:
-        brain: the scan with 0 outside its brain.
-        anatomy: its structures, with voxels of 4 mm.
-        labels: FreeSurfer's numbers of them, with voxels of 2 mm.
-        order: the numbers 0 (white matter), 1 (cortex) and 2 (ventricles), the brightest first.
+        brain: the scan with 0 outside the brain.
+        anatomy: probabilities of the structures, in voxels of 4 mm.
+        labels: label map of the structures with FreeSurfer's numbers, in voxels of 2 mm.
+        order: 0 (white matter), 1 (cortex) and 2 (ventricles) in the order of their brightness, the brightest first.
     """
 
     brain: Scan
@@ -72,7 +72,7 @@ def find_brain(scan: Scan, device: str | None = None) -> Head | None:
 
 
 def _order(brain: Scan, anatomy: Anatomy) -> tuple[int, ...]:
-    """Of the medians of white matter, cortex and lateral ventricles, where the network is sure of them."""
+    """Order white matter, cortex and lateral ventricles by their median intensity where they are certain."""
     medians = []
     for classes in ([0, 1], [2, 3], [4, 5]):
         share = anatomy.posteriors[classes].sum(0)
@@ -86,13 +86,13 @@ def _order(brain: Scan, anatomy: Anatomy) -> tuple[int, ...]:
 def find_brains(
     scans: Sequence[Scan], masks: Sequence[Scan | None], options: Options
 ) -> tuple[list[Head | None], Options, list[str]]:
-    """Find the brains in those of two scans that are heads without a mask; use no T1 network for other contrasts.
+    """Find the brains of whole heads that have no mask, and adapt the options if a head is not T1-weighted.
 
     Returns:
-        The heads (None for a scan that is used as it is), the options for their contrasts, and notes on these.
+        For each scan its head (None for a scan that is used as it is), the adapted options, and notes on what changed.
 
     Raises:
-        ValueError: a scan shows more than a brain, but no head.
+        ValueError: a scan shows neither a brain nor a head.
     """
     wanted = options.space == "mni152" and options.brain_extraction == "auto"
     heads = [
@@ -111,7 +111,7 @@ def find_brains(
 
 
 def align_to_mni152(scan: Scan, head: Head | None, alignment: str) -> Affine:
-    """Map from points of MNI152 to points of a scan, from the structures of a head or the image of a brain."""
+    """Align a scan to MNI152 by the structures of a head or the image of a brain: map from MNI152 to scan (mm)."""
     if head is None or alignment == "none":
         return align(scan, mni152(), alignment)
     return fit(head.anatomy, anatomy_of_mni152(), alignment)

@@ -1,8 +1,8 @@
 """Import the authors' weights: Keras files of the papers, and checkpoints of their PyTorch code.
 
 A Keras file holds one group per layer under ``model_weights``, whose attribute ``layer_names`` lists them in the order
-of the network. Numbers in names mean nothing. Layers are therefore matched by that order, the two heads by their names
-``flow`` and ``log_sigma``, and all are checked by shape. Kernels are ``(d, h, w, in, out)``.
+of the network. The numbers in layer names have no meaning, so layers are matched by this order, except for the two
+heads, which are named ``flow`` and ``log_sigma``. The shapes are checked. Kernels are ``(d, h, w, in, out)``.
 
 A checkpoint is a state dict of ``VxmDense``, either by itself or as ``model_state`` next to its ``config``. Names and
 shapes identify the network. The integration of the velocity follows from the config, or from the grids in the state

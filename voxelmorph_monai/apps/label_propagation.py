@@ -1,4 +1,4 @@
-"""Label a scan: register the most similar labelled scans to it, and let their labels vote.
+"""Label a scan by registering the most similar labelled scans to it and letting their labels vote.
 
 This is multi-atlas segmentation (Heckemann et al., NeuroImage 2006) with atlases chosen for each scan. Structures are
 matched by name, not by value: separately drawn label maps rarely use the same numbers.
@@ -28,14 +28,14 @@ from voxelmorph_monai.space.template import mni152
 __all__ = ["Study", "copy_label_app", "number_structures", "propagate", "rank", "renumbered", "structures"]
 
 _WINDOW = 5  # voxels a side, the same as in an atlas bundle
-_STEP = 4  # MNI152 is subsampled by it to 4 mm, which is enough to compare aligned brains
+_STEP = 4  # subsamples MNI152 to 4 mm, which is enough to compare aligned brains
 
 
 class Study(NamedTuple):
     """A labelled scan.
 
     Attributes:
-        name: name of the scan in errors.
+        name: name of the scan in error messages.
         image: file of the image.
         label: file of the label map, on the same grid.
         names: names of structures by their value in the label map. A value without a name is called "label 7".
@@ -119,8 +119,8 @@ def rank(
     """Order studies by their similarity to a scan after affine alignment.
 
     Args:
-        studies: any number.
-        fixed: scan to label.
+        studies: labelled scans to order.
+        fixed: scan to compare them with.
         space: ``"mni152"`` compares brains in MNI152 at 4 mm; each is aligned once, which takes a few seconds, and the
             result is kept until the process ends. ``"fixed"`` aligns each study to the scan, every time.
         alignment: alignment, as in :func:`~voxelmorph_monai.apps.register.register`.
@@ -160,7 +160,7 @@ def propagate(studies: Sequence[Study], fixed: str | Path, numbers: Mapping[str,
         FileNotFoundError: a file does not exist.
     """
     if not studies:
-        raise ValueError(f"there is no study to copy labels from to {fixed}. Give at least one.")
+        raise ValueError(f"there is no study to label {fixed} with. Give at least one.")
     image = Scan.read(fixed)
     maps, warped = [], []
     for study in studies:
@@ -176,7 +176,7 @@ def propagate(studies: Sequence[Study], fixed: str | Path, numbers: Mapping[str,
 
 
 def copy_label_app(output: str | Path) -> None:
-    """Write the MONAI Label app of this module into the folder ``output``.
+    """Copy the MONAI Label app into the new folder ``output``.
 
     Raises:
         FileExistsError: ``output`` exists.

@@ -1,10 +1,9 @@
-r"""Change of volume between visits of one person, without a reference visit.
+r"""Measure volume changes between visits of one person, without choosing one visit as the reference.
 
-The visits are moved rigidly to a space in their middle, each resampled once, and their intensities are matched. There
-they are registered to each other (two) or to their mean (more), so that the velocities from the shape in the middle to
-all visits add up to 0. With :math:`J_i` the Jacobian determinant of the map to visit :math:`i`, tissue at a point of
-that shape changed by :math:`J_i / J_1 - 1` since the first visit. A rigid motion changes no volume: all change is in
-the maps.
+The visits are aligned rigidly in a space halfway between them, resampled once, and matched in intensity. Two visits are
+then registered to each other, more than two to their mean, so that the velocities from their average shape to all
+visits add up to 0. If :math:`J_i` is the Jacobian determinant of the map from the average shape to visit :math:`i`, the
+volume at a point has changed by :math:`J_i / J_1 - 1` since the first visit. The rigid alignment changes no volume.
 """
 
 import csv
@@ -35,9 +34,9 @@ from voxelmorph_monai.space.scan import Scan
 __all__ = ["FILES", "Change", "longitudinal", "longitudinal_files"]
 
 FILES = ("visit_*.nii.gz", "change_*.nii.gz", "to_visit_*.h5", "structures.csv", "summary.json")
-"""Patterns of the files that are written."""
+"""Patterns for the names of the output files."""
 
-_BIAS = 25.0  # mm: SD of a Gaussian; smoother differences are those of coils, not of tissue
+_BIAS = 25.0  # SD of a Gaussian in mm; smoother differences come from the coils, not from tissue
 _WHOLE = "all that is shown"
 
 
@@ -45,10 +44,10 @@ class Change(NamedTuple):
     """Result of :func:`longitudinal`.
 
     Attributes:
-        visits: the visits in the middle space, as they were registered; intensities in about [0, 1].
-        maps: from points of the shape in the middle to points of each visit.
-        change: local change of volume in percent since the first visit, for each of the later ones.
-        volumes: volumes in ml, by structure and visit.
+        visits: the visits in the space halfway between them, with intensities from 0 to about 1.
+        maps: maps from points of the average shape to points of each visit.
+        change: local change of volume since the first visit in percent, one map for each later visit.
+        volumes: by structure, the volume at each visit in ml.
     """
 
     visits: list[Scan]
@@ -58,18 +57,18 @@ class Change(NamedTuple):
 
 
 def _rigid(scans: Sequence[Scan]) -> list[Affine]:
-    """Maps from points of the middle space to points of each scan; swapping scans swaps them."""
+    """Rigid maps from points of the middle space to points of each scan; the order of the scans does not matter."""
     first = scans[0]
     to_others = [np.eye(4), *(rigid_both_ways(other, first) for other in scans[1:])]
     middle = np.linalg.inv(linear_mean(to_others))
     found = [each @ middle for each in to_others]
     for each in found:
-        each[3] = [0, 0, 0, 1]  # up to rounding it is
+        each[3] = [0, 0, 0, 1]  # removes rounding errors
     return found
 
 
 def _harmonised(images: list[NDArray[np.float32]], side: float) -> list[NDArray[np.float32]]:
-    """Images ``(X, Y, Z)`` of one gain and shading, those of their mean: what else differs is tissue."""
+    """Give images ``(X, Y, Z)`` of voxel size ``side`` (mm) the brightness and shading of their mean."""
     shown = np.logical_and.reduce([image > 0.05 for image in images])
     logs = [np.log(np.maximum(image, 0.05)) for image in images]
     mean = np.mean(logs, axis=0)
@@ -79,7 +78,7 @@ def _harmonised(images: list[NDArray[np.float32]], side: float) -> list[NDArray[
 
 
 def _shares(labels: Sequence[Scan], maps: Sequence[SpatialMap], like: Scan, label: int) -> NDArray[np.float32]:
-    """Mean over the visits of the share of a label in each voxel of the middle space."""
+    """Fraction of each voxel of the middle space that has a label, averaged over the visits: ``(X, Y, Z)``."""
     shares = np.zeros(like.shape, np.float32)
     for scan, map_ in zip(labels, maps, strict=True):
         one = scan.like((scan.array == label).astype(np.float32))
@@ -102,7 +101,7 @@ def longitudinal(
     Args:
         visits: two or more volumes, brains or heads, in chronological order.
         labels: label map of each visit, on its grid, for the change of each structure.
-        excluded: mask of each visit, on its grid, above 0 where nothing is compared, for example in a lesion.
+        excluded: mask of each visit, on its grid; regions above 0, for example lesions, are not compared.
         steps: number of refinement steps at each resolution.
         similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
         spacing: voxel size of the middle space in mm (default: that of the finest visit).
@@ -112,7 +111,7 @@ def longitudinal(
         ValueError: the visits cannot be compared; the message says why.
     """
     if len(visits) < 2:
-        raise ValueError("one visit shows no change: give two or more.")
+        raise ValueError(f"a change needs at least two visits, but the number of visits is {len(visits)}.")
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity is '{similarity}'. Choose one of {', '.join(SIMILARITIES)}.")
     for what, given in (("label maps", labels), ("masks", excluded)):
@@ -122,7 +121,7 @@ def longitudinal(
             visit.check_same_grid(scan)
     for visit in visits:
         if visit.is_slice:
-            raise ValueError(f"{visit.name} is a slice, which has no volume to change.")
+            raise ValueError(f"{visit.name} is a slice, but changes can be measured only in volumes.")
     scaled = [rescale(visit) for visit in visits]
     rigid = _rigid(scaled)
     grid = grid_around(scaled, rigid, spacing)
@@ -156,7 +155,7 @@ def longitudinal(
 
 
 def _rows(change: Change) -> list[dict[str, Any]]:
-    """A line for each structure: ml at each visit, percent since the first, and that relative to all that is shown."""
+    """Rows of ``structures.csv``: ml at each visit, change in percent, and change relative to the whole scan."""
     rows, whole = [], change.volumes[_WHOLE]
     for name, volumes in change.volumes.items():
         row: dict[str, Any] = {"structure": name}
@@ -180,24 +179,24 @@ def longitudinal_files(
     device: str | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Measure the change between visits in files, and write a folder, completely or not at all.
+    """Measure the change between visits in files, and write the results into a folder, completely or not at all.
 
-    It contains ``visit_N.nii.gz`` (each visit in the middle space), ``change_N.nii.gz`` (local change of volume in
-    percent since the first visit, in the shape in the middle), ``to_visit_N.h5`` (from there to the visit),
-    ``structures.csv`` and ``summary.json``.
+    The folder contains ``visit_N.nii.gz`` (each visit in the space halfway between them), ``change_N.nii.gz`` (local
+    change of volume in percent since the first visit, in the average shape), ``to_visit_N.h5`` (the map from the
+    average shape to the visit), ``structures.csv`` and ``summary.json``.
 
     Args:
-        visits: files or DICOM folders, in the order of time.
+        visits: files or DICOM folders, in chronological order.
         output: folder to write.
         labels: label map of each visit.
         anatomy: label each visit with the network of ``vxm segment`` instead.
-        excluded: mask of what is not compared, for each visit.
+        excluded: mask of the regions to ignore, for each visit.
         overwrite: replace ``output``.
         device: device for the network of ``anatomy``.
         options: options of :func:`longitudinal`.
 
     Returns:
-        The lines of ``structures.csv``.
+        The rows of ``structures.csv``.
     """
     output = Path(output).absolute()
     require_replaceable(output, overwrite, "'vxm longitudinal'", FILES)

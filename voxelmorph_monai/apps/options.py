@@ -26,13 +26,13 @@ __all__ = [
 ]
 
 SPACES = ("mni152", "fixed")
-"""Spaces in which the network can register."""
+"""Spaces in which scans can be aligned."""
 
 ALIGNMENTS = ("affine", "rigid", "none")
 """Alignments of the scans before the deformation."""
 
 BRAIN_EXTRACTIONS = ("auto", "off")
-"""Whether the brain is found in whole heads."""
+"""Find the brain in whole heads, or use scans as they are."""
 
 SIMILARITIES = ("lncc", "mi", "mind")
 """Similarity measures of the refinement."""
@@ -71,25 +71,25 @@ class Options:
     """How to register two scans.
 
     Attributes:
-        weights: file of trained weights, a network, or ``"none"`` (default: the bundled weights, for brains in MNI152;
-            with ``space="fixed"`` no network).
+        weights: file of trained weights, a network, or ``"none"`` (default: the bundled weights; no network with
+            ``space="fixed"`` or ``same_person``).
         preset: preset of the network (default: the preset of the weights).
         device: device to compute on (default: a GPU if there is one).
-        refine: optimise the displacement on the two scans, after the network or instead of it.
-        budget: time limit of the refinement in seconds; infinite: until nothing improves.
+        refine: improve the displacement by optimising it for these two scans, after the network or instead of it.
+        budget: time limit of the refinement in seconds; infinity continues until nothing improves.
         steps: number of refinement steps at each resolution, without a time limit; every run gives the same result.
         similarity: ``"lncc"`` for two scans of one contrast, ``"mi"`` or ``"mind"`` for different ones, such as T1 and
             T2.
-        smoothness: smoothness of the refined displacement, ``"low"``, ``"default"``, ``"high"``, or a number of mm,
-            which means the same on every grid.
+        smoothness: smoothness of the refined displacement, ``"low"``, ``"default"``, ``"high"``, or a length in mm,
+            which has the same effect on every grid.
         symmetric: treat both scans alike, so that exchanging them gives the inverse map; takes twice the time.
-        same_person: two scans of one person: rigid alignment of the one to the other, no network unless you give
-            weights, and, unless you give one, a smoothness with which only what has changed moves.
-        space: ``"mni152"`` aligns both scans, brains or whole heads, to that template; ``"fixed"`` aligns
-            a moving scan of anything to the fixed scan.
+        same_person: settings for two scans of one person: rigid alignment, no network unless you give weights, and,
+            unless you give a smoothness, a very smooth displacement that shows only real changes.
+        space: ``"mni152"`` aligns both scans, brains or whole heads, to that template; ``"fixed"`` aligns the moving
+            scan, of any body part, to the fixed scan.
         alignment: ``"affine"``, ``"rigid"``, or ``"none"`` if the headers already align the scans.
-        brain_extraction: ``"auto"`` finds the brain in whole heads, with ``space="mni152"`` if there is no mask;
-            ``"off"`` takes scans as they are.
+        brain_extraction: ``"auto"`` finds the brain in whole heads, with ``space="mni152"`` and without a mask;
+            ``"off"`` uses scans as they are.
         grid: size and spacing of the grid of the displacement (default: the standard grid; with ``space="fixed"`` a
             grid that fits the fixed scan).
     """
@@ -134,7 +134,9 @@ class Options:
             _check_type("smoothness", self.smoothness, isinstance(self.smoothness, str), "a name or a number of mm")
             _check_choice("smoothness", self.smoothness, tuple(SMOOTHNESS))
         if self.symmetric and self.space != "mni152":
-            raise ValueError("symmetric needs space mni152: in space fixed the grid lies on the fixed scan.")
+            raise ValueError(
+                "symmetric cannot be combined with space fixed, whose grid favours the fixed scan. Use space mni152."
+            )
         if self.same_person and self.alignment == "none":
             raise ValueError("same_person aligns the scans rigidly. Leave out alignment none.")
         if not self.budget >= 0:
@@ -143,7 +145,7 @@ class Options:
             raise ValueError(f"steps is {self.steps}. Give 1 or more.")
 
     def __repr__(self) -> str:
-        """Only the options that differ from their defaults."""
+        """Show only the options that differ from their defaults."""
         given = {each.name: getattr(self, each.name) for each in fields(self)}
         if _is(self.weights, "Registration"):
             given["weights"] = "a Registration"
@@ -152,7 +154,7 @@ class Options:
 
     @property
     def refines(self) -> bool:
-        """Whether there is any refinement."""
+        """Whether the displacement is refined."""
         return self.refine and (self.budget > 0 or self.steps is not None)
 
     @property
@@ -163,7 +165,7 @@ class Options:
         return SMOOTHNESS[self.smoothness] if isinstance(self.smoothness, str) else float(self.smoothness)
 
     def words(self) -> list[str]:
-        """Words of ``vxm register`` for all that differs from the defaults; a file of weights is only ``WEIGHTS``."""
+        """Arguments of ``vxm register`` for the options that are not defaults; ``WEIGHTS`` stands for a file."""
         words: list[str] = []
         if self.weights is not None:
             words += ["--weights", "none" if str(self.weights) == "none" else "WEIGHTS"]

@@ -8,7 +8,7 @@ from voxelmorph_monai.io.atomic import require_replaceable
 
 __all__ = ["check_output_folder"]
 
-_LONGEST_NAME = 220  # bytes: file systems take 255, and a temporary name is longer
+_LONGEST_NAME = 220  # bytes; file systems allow 255, and temporary names are longer
 
 
 def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[str], overwrite: bool | None) -> None:
@@ -18,7 +18,7 @@ def check_output_folder(output: Path, inputs: Iterable[Path], names: Iterable[st
         output: absolute path of the folder.
         inputs: files and folders that the registration reads.
         names: names of the files to write into the folder.
-        overwrite: whether it may replace a folder with such files; None: never, as the command has no such option.
+        overwrite: whether to replace a folder with such files; None: never, and the command has no such option.
     """
     names, real = list(names), output.resolve()
     for path in inputs:

@@ -18,9 +18,9 @@ __all__ = ["Packed", "pack_bundle"]
 _NEEDED = ("LICENSE", "configs/metadata.json", "configs/inference.json", "docs/README.md", "models/model.pt")
 _PARTS = re.compile(
     r"LICENSE|configs/[^/]+|docs/.+|models/model\.(pt|json|ts|onnx)"
-)  # other files come from running it
-_EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip file can tell
-_MODE = 0o644 << 16  # -rw-r--r--, where Unix looks for it
+)  # all other files were created by running the bundle
+_EARLIEST = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip file can store
+_MODE = 0o644 << 16  # -rw-r--r--, in the bits where Unix looks for it
 
 
 class Packed(NamedTuple):

@@ -31,11 +31,11 @@ from voxelmorph_monai.synthesis import paint
 
 __all__ = ["Prepared", "prepare"]
 
-_MEMORY = 3 * 2**30  # bytes for each process: measured were 1.7 GiB for a brain of 1 mm
+_MEMORY = 3 * 2**30  # bytes per process; measured: 1.7 GiB for a brain of 1 mm
 
 
 class _Source(NamedTuple):
-    """One scan to prepare; if the image is the label map itself, its picture is painted."""
+    """One scan to prepare; if ``image`` is the label map itself, an image is painted from it."""
 
     name: str
     image: Path
@@ -75,7 +75,7 @@ def _abbreviate(names: Sequence[Any]) -> str:
 
 
 def _match(entries: Sequence[Path], pattern: str) -> dict[tuple[Path, str], Path]:
-    """Find files that match ``pattern``, by the folder where it starts and the part of the path that ``*`` matches."""
+    """Find files that match ``pattern``; the keys are the folder where it starts and the text that ``*`` matches."""
     if "*" not in pattern or "**" in pattern or Path(pattern).is_absolute():
         raise ValueError(
             f"'{pattern}' cannot be a pattern of scans. Give a relative path with '*' for the name of a scan."
@@ -172,7 +172,7 @@ def _prepare_scan(scan: _Source, grid: WorkingGrid, output: Path) -> None:
 
 
 def _numbers(output: Path, name: str) -> dict[str, float]:
-    """What the record of a scan says of it: how it correlates with the template, and by how much larger it was."""
+    """Numbers in the record of a scan: correlation with the template, and volume relative to it before alignment."""
     record = json.loads(_record(output, name).read_text(encoding="utf-8"))
     return {key: record[key] for key in ("ncc", "volume") if key in record}  # older records have no volume
 
@@ -267,7 +267,7 @@ def _write_datalist(
 
 
 def _write_table(scans: Sequence[_Source], errors: Mapping[str, str], output: Path) -> None:
-    """Write ``scans.csv``: what became of each scan."""
+    """Write ``scans.csv``: for each scan, why it failed, or its numbers."""
     with atomic(output / "scans.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["name", "reason", "ncc", "volume"], lineterminator="\n")
         writer.writeheader()
@@ -292,12 +292,12 @@ def prepare(
 ) -> Prepared:
     """Align T1 scans to MNI152 and write their brains, with labels, on one grid.
 
-    In whole heads the brain is found (:func:`~voxelmorph_monai.apps.heads.find_brain`).
+    The brain in a whole head is found first (:func:`~voxelmorph_monai.apps.heads.find_brain`).
 
     The files in ``output`` are ``images/NAME.nii.gz`` (float32 in [0, 1]), ``labels/NAME.nii.gz`` (nearest neighbour,
     in their original type), ``transforms/NAME.txt`` (ITK: from points of MNI152 to points of the scan),
-    ``datalist.json`` with the sections ``training``, ``validation`` and ``test``, ``scans.csv``: what became of each
-    scan, and ``index.html``, which shows at a glance which ones went wrong.
+    ``datalist.json`` with the sections ``training``, ``validation`` and ``test``, ``scans.csv`` (why each scan failed,
+    or its correlation with the template and its volume), and ``index.html``, a page to find scans that went wrong.
 
     All inputs are checked before the work starts. A second call prepares only scans that are missing or have a changed
     input; another grid needs another folder. The work runs in new processes, so a script must call this under
@@ -313,7 +313,7 @@ def prepare(
         grid: size and spacing (mm) of the grid.
         split: JSON file that lists the names of the scans by section (default: random sections).
         validation: fraction of the scans for validation.
-        test: fraction of the scans for the test.
+        test: fraction of the scans for testing.
         seed: random seed of the split.
         jobs: number of processes (default: one per processor, but at most one per 3 GiB of free memory).
 

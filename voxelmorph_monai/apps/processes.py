@@ -75,12 +75,12 @@ def failures(
     """Make all ``calls`` of ``function`` and show the progress; yields name and reason of each failure as it happens.
 
     Args:
-        pool: what runs them.
-        title: what is being done.
-        unit: what a call is for, in the singular.
-        function: what to call.
-        calls: arguments by name.
-        values: numbers that a call of this name gave, once it succeeded; the progress shows their means.
+        pool: pool that runs the calls.
+        title: title of the progress display.
+        unit: what one call processes, in the singular, for example ``"scan"``.
+        function: function to call.
+        calls: arguments of each call, by its name.
+        values: returns numbers for the name of a successful call; the progress display shows their means.
     """
     tasks = {pool.submit(function, *args): name for name, args in calls.items()}
     with Progress(title, len(tasks), unit) as progress:
@@ -131,7 +131,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _start_tracker() -> None:
-    """Start the resource tracker without its warnings: it cleans up after killed processes, which are normal here."""
+    """Start the resource tracker without its warnings about killed processes, which are normal here."""
     if sys.platform != "win32":
         with _environment({"PYTHONWARNINGS": "ignore"}):
             resource_tracker.ensure_running()
@@ -178,8 +178,8 @@ class Processes:
             try:
                 child.connection.send((function, args))
                 return child.connection.recv()
-            except (EOFError, OSError):  # no process at the other end
-                with self._lock:  # a start also asks how other children ended, and only one of them gets the status
+            except (EOFError, OSError):  # the process has died
+                with self._lock:  # a start in another thread would also ask for this exit code, which is given once
                     child.process.join()
                 self._own.child = None
         return (
@@ -204,7 +204,7 @@ class Processes:
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         with _environment(self._environment):
             process.start()
-        theirs.close()  # now only the child has it open, and it closes if the child dies
+        theirs.close()  # now only the child holds this end, so it closes if the child dies
         return _Child(process, ours)
 
     def __enter__(self) -> "Processes":

@@ -1,4 +1,4 @@
-"""The quick start: register two real brains that come with the package."""
+"""Register two brain scans that are included in the package: ``vxm quickstart``."""
 
 from pathlib import Path
 

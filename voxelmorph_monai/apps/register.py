@@ -1,9 +1,9 @@
-r"""Register two scans as they are: wherever they lie, whatever their grids.
+r"""Register two scans in any position and on any grids.
 
 The map from points of the fixed scan to points of the moving one is :math:`A_m \circ (id + u) \circ A_f^{-1}` in mm.
-The affine transforms :math:`A_f` and :math:`A_m` lead from the space that the network works in to the two scans, and
-:math:`u` is what the network predicts there. It is kept in these three parts; only when an image is warped are they
-evaluated, at the voxels of the fixed scan, and the moving scan is interpolated once.
+The affine maps :math:`A_f` and :math:`A_m` lead from a common space to the two scans, and :math:`u` is the displacement
+that the network and the refinement find in this space. The three parts are stored separately. Warping an image
+evaluates them at the voxels of the fixed scan, so that the moving scan is interpolated only once.
 """
 
 import math
@@ -42,11 +42,11 @@ from voxelmorph_monai.threads import num_threads, run
 __all__ = ["network_input", "padded_field", "register", "register_scans"]
 
 _TAPER = 16  # voxels around the network's grid within which its displacement tapers to 0
-_LEAST_IN_COMMON = 0.25  # fraction of one of the scans that the other must show: a slab of a body, or half a head, does
+_LEAST_IN_COMMON = 0.25  # smallest fraction of one scan that must lie in the other; a slab or half a head is enough
 
 
 class _Stages:
-    """How long each stage of a registration takes, and on the way, if wanted, which one it is at."""
+    """Durations of the stages of a registration; shows the current stage if ``progress`` is true."""
 
     def __init__(self, progress: bool) -> None:
         self.progress = progress
@@ -54,7 +54,7 @@ class _Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure the time that is spent inside."""
+        """Measure the time spent in the ``with`` block."""
         start = time.perf_counter()
         with Progress(name, shown=self.progress):
             yield
@@ -82,7 +82,7 @@ def _check_pair(moving: Scan, fixed: Scan) -> None:
     if fixed.is_slice:
         source = Plane.of(fixed)
         cosine = float(source.matrix[:3, 2] @ Plane.of(moving, source).matrix[:3, 2])
-        if cosine < 0.7:  # across a right angle, the axes of one say nothing of the other's
+        if cosine < 0.7:  # near a right angle, the axes of the two planes cannot be matched
             angle = np.degrees(np.arccos(cosine))
             raise ValueError(
                 f"the planes of {moving.name} and {fixed.name} differ by {angle:.0f} degrees; at most 45 are supported."
@@ -90,7 +90,7 @@ def _check_pair(moving: Scan, fixed: Scan) -> None:
 
 
 def _shown(scan: Scan, mask: Scan | None, space: str) -> Scan:
-    """What is registered of a scan: what lies in the mask, or all of it."""
+    """Return the part of a scan to register: what the mask covers, or all of it; raises ValueError if it is empty."""
     if mask is not None:
         scan.check_same_grid(mask)
         outside = scan.background if space == "fixed" else 0.0
@@ -109,7 +109,7 @@ def _shown(scan: Scan, mask: Scan | None, space: str) -> Scan:
 
 
 def _check_overlap(moving: Scan, fixed: Scan, mapping: Affine) -> None:
-    """Raise ValueError where two scans have hardly anything in common; ``mapping``: from fixed to moving points."""
+    """Raise ValueError if two scans hardly overlap; ``mapping`` takes fixed points to moving points (mm)."""
     of_fixed = fraction_inside(fixed, moving.grid, mapping)
     common = max(of_fixed, fraction_inside(moving, fixed.grid, np.linalg.inv(mapping)))
     if common < _LEAST_IN_COMMON:
@@ -120,10 +120,10 @@ def _check_overlap(moving: Scan, fixed: Scan, mapping: Affine) -> None:
 
 
 def _taper(ddf: Tensor) -> NDArray[np.float32]:
-    """Continue ``ddf`` ``(1, D, *spatial)`` beyond its grid, tapering to 0: ``(3, X, Y, Z)``, larger by two margins.
+    """Pad ``ddf`` ``(1, D, *spatial)`` on all sides by a margin where it tapers to 0; returns ``(3, X, Y, Z)``.
 
-    ITK takes the displacement for 0 beyond the grid. Without a margin the map would tear at the border. In 2-D it
-    becomes that of a slice, ``(3, X, Y, 1)``. In memory X is fastest, as in scans and files.
+    ITK treats the displacement outside the grid as 0, so without this margin the map would jump at the border. A 2-D
+    field becomes the field of a slice, ``(3, X, Y, 1)``. X varies fastest in memory, as in scans and files.
     """
     dims = ddf.ndim - 2
     reverse = (0, *range(dims, 0, -1))
@@ -139,15 +139,20 @@ def _taper(ddf: Tensor) -> NDArray[np.float32]:
 
 
 def padded_field(ddf: Tensor, affine: Affine) -> Displacement:
-    """Field of a map for ``ddf`` ``(1, D, *spatial)`` on a grid: continued beyond it, tapering to 0."""
+    """Convert ``ddf`` ``(1, D, *spatial)`` to the field of a map, with a margin where it tapers to 0.
+
+    Args:
+        ddf: displacement in voxels.
+        affine: affine of its grid (RAS, mm), without the margin.
+    """
     wider, dims = affine.copy(), ddf.ndim - 2
     wider[:3, 3] -= affine[:3, :dims] @ np.full(dims, _TAPER)
     return Displacement(_taper(ddf), wider)
 
 
 def _channels(arrays: Iterable[NDArray[Any]], grid: ImageGrid, dims: int) -> Tensor:
-    """Arrays ``(X, Y, Z)`` on a grid as ``(1, C, *spatial)``."""
-    images = torch.stack([torch.from_numpy(array.T) for array in arrays])[None]  # X is fastest in scans, Z for torch
+    """Stack arrays ``(X, Y, Z)`` on a grid as channels: ``(1, C, *spatial)``."""
+    images = torch.stack([torch.from_numpy(array.T) for array in arrays])[None]  # X varies fastest in scans, Z in torch
     return images.permute(0, 1, 4, 3, 2).reshape(1, -1, *grid.size[:dims]).contiguous()
 
 
@@ -161,19 +166,20 @@ def network_input(
 ) -> Tensor:
     """Sample two scans, scaled to [0, 1], on the grid of a network: ``(1, 2, *spatial)`` in ``dims`` dimensions.
 
-    ``maps`` lead from points of the grid to points of the moving and the fixed scan; ``outside`` is the value beyond
-    their outermost voxels, None for theirs.
+    ``maps`` take points of the grid to points of the moving and the fixed scan (mm); ``outside`` is the value beyond
+    the scans, None to repeat their outermost voxels.
     """
     pairs = zip(scans, maps, strict=True)
     return _channels((resample_intensities(scan, grid, to, outside).array for scan, to in pairs), grid, dims)
 
 
 class _Seen(NamedTuple):
-    """What a refinement compares of two scans, where a field of view cuts one of them off.
+    """Images and masks for the refinement, if the field of view of a scan cuts something off.
 
     Attributes:
-        images: ``(1, 2, *spatial)``, continued beyond the fields of view, so that their ends are no edges.
-        masks: where each scan knows what is there, of the same shape.
+        images: both scans, ``(1, 2, *spatial)``, continued beyond their fields of view, so that the borders of these do
+            not look like edges.
+        masks: whether a voxel lies in the field of view of each scan, ``(1, 2, *spatial)``.
     """
 
     images: Tensor
@@ -181,7 +187,7 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, scans: tuple[Scan, Scan], maps: tuple[Affine, Affine], grid: ImageGrid, dims: int) -> "_Seen | None":
-        """That of two scans, as :func:`network_input` takes them; None if nothing is cut off."""
+        """Sample two scans, with the arguments of :func:`network_input`; None if nothing is cut off."""
         lost = [cut_off(scan, grid, mapping) for scan, mapping in zip(scans, maps, strict=True)]
         if not any(each.any() for each in lost):
             return None
@@ -197,7 +203,7 @@ def _predict(
     spacing: float,
     stages: _Stages,
 ) -> tuple[Tensor, Tensor]:
-    """Displacement of ``images`` ``(1, 2, *spatial)``, and its inverse: ``(1, D, *spatial)``, neither with a fold."""
+    """Displacement that registers ``images`` ``(1, 2, *spatial)``, and its inverse, ``(1, D, *spatial)``; no folds."""
     found: dict[str, Tensor] = {}
     if network is not None:
         with stages.stage("network"), torch.inference_mode():
@@ -235,7 +241,7 @@ def _predict(
 
 
 def _towards_each_other(to_moving: Affine, to_fixed: Affine, mapping: Affine) -> tuple[Affine, Affine]:
-    """Change two maps from one space by as little, and as much, that ``mapping`` leads from the second to the first."""
+    """Change the maps from a common space to two scans equally, so that ``mapping`` takes fixed to moving points."""
     half = half_map(np.linalg.inv(to_moving) @ mapping @ to_fixed)
     return to_moving @ half, to_fixed @ np.linalg.inv(half)
 
@@ -281,7 +287,7 @@ def register_scans(
     moving_mask: Scan | None = None,
     fixed_mask: Scan | None = None,
 ) -> RegistrationResult:
-    """Register two scans, as :func:`register` does once it has read them.
+    """Register two scans in memory; :func:`register` reads its inputs and calls this function.
 
     Raises:
         ValueError: a scan or an option cannot be used; the message says which and why.
@@ -388,24 +394,24 @@ def register(
         fixed: scan to warp it to.
         moving_labels: label map on the grid of the moving scan, to be warped too.
         fixed_labels: label map on the grid of the fixed scan; with both, the measures include Dice.
-        moving_mask: label map on the grid of the moving scan. The registration treats the scan as empty where the mask
-            is 0, which strips a skull. The whole scan is warped.
+        moving_mask: mask on the grid of the moving scan. The registration treats the scan as empty where the mask is 0,
+            for example outside the brain. The whole scan is warped nevertheless.
         fixed_mask: the same for the fixed scan.
-        weights: as in :class:`~voxelmorph_monai.apps.options.Options`, like the others.
-        preset: as there.
-        device: as there.
-        refine: as there.
-        budget: as there.
-        steps: as there.
-        similarity: as there.
-        smoothness: as there.
-        symmetric: as there.
-        same_person: as there.
-        space: as there.
-        alignment: as there.
-        brain_extraction: as there.
-        grid: as there.
-        progress: show what is being done, on standard error.
+        weights: see :class:`~voxelmorph_monai.apps.options.Options`, which explains all options down to ``grid``.
+        preset: see ``Options``.
+        device: see ``Options``.
+        refine: see ``Options``.
+        budget: see ``Options``.
+        steps: see ``Options``.
+        similarity: see ``Options``.
+        smoothness: see ``Options``.
+        symmetric: see ``Options``.
+        same_person: see ``Options``.
+        space: see ``Options``.
+        alignment: see ``Options``.
+        brain_extraction: see ``Options``.
+        grid: see ``Options``.
+        progress: show the current stage on standard error.
 
     Raises:
         TypeError: an input is not a scan.

@@ -1,4 +1,4 @@
-"""Register two files into a folder: maps, warped scan, picture and summary."""
+"""Register two files and write the results into a folder, as ``vxm register`` does."""
 
 import hashlib
 import platform
@@ -52,22 +52,23 @@ def register_files(
     show_face: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Register two scans into the folder ``output``, which appears complete or not at all.
+    """Register two files and write the results into the folder ``output``, completely or not at all.
 
-    A scan is a file of NIfTI, MGZ, NRRD, MetaImage or DICOM, or a folder of DICOM files
-    (:func:`~voxelmorph_monai.io.images.open_volume` says more); a volume, a slice, or a 2-D image.
+    A scan is a volume, a slice or a 2-D image, in a NIfTI, MGZ, NRRD, MetaImage or DICOM file or a DICOM folder (see
+    :func:`~voxelmorph_monai.io.images.open_volume`).
 
-    The folder gets ``warped.nii.gz`` (with the header of the fixed scan), ``warped_labels.nii.gz`` if there are moving
-    labels, ``forward.h5`` and ``inverse.h5`` (ITK transforms; ``forward.h5`` warps the moving image, and takes points
-    of the fixed scan to the moving one), ``displacement.nii.gz`` (the same as one field on the fixed grid),
-    ``affine.txt`` (ITK, its linear part), ``jacobian.nii.gz`` (change of volume, affine part included), ``report.png``,
-    ``report.html`` and ``summary.json``: correlation and Dice where the headers put the scans (``before``), after the
-    alignment (``affine``) and at the end (``after``), over the fixed grid. 2-D images get 2-D transforms.
+    The folder contains ``warped.nii.gz`` (with the header of the fixed scan), ``warped_labels.nii.gz`` if there are
+    moving labels, ``forward.h5`` and ``inverse.h5`` (ITK transforms; ``forward.h5`` warps the moving image, and takes
+    points of the fixed scan to the moving one), ``displacement.nii.gz`` (the forward transform as one field on the
+    fixed grid), ``affine.txt`` (its linear part, in ITK's format), ``jacobian.nii.gz`` (change of volume, affine part
+    included), ``report.png``, ``report.html`` and ``summary.json``. The summary gives correlation and Dice on the fixed
+    grid: by the headers only (``before``), after the alignment (``affine``) and at the end (``after``). 2-D images get
+    2-D transforms.
 
     Args:
         moving: scan to warp.
         fixed: scan to warp it to.
-        output: folder to write; it must not exist yet.
+        output: folder to write; it must not exist, unless ``overwrite`` is true.
         moving_labels: label map on the grid of the moving scan.
         fixed_labels: label map on the grid of the fixed scan; with both, the summary includes Dice.
         moving_mask: mask on the grid of the moving scan, above 0 where it is to be registered.
@@ -75,12 +76,12 @@ def register_files(
         moving_series: number of the DICOM series if ``moving`` is a folder of several
             (:func:`~voxelmorph_monai.io.dicom.list_series`).
         fixed_series: the same for the fixed scan.
-        options: how to register them.
+        options: options of the registration.
         bids: name the files as BIDS derivatives of the moving scan.
         overwrite: replace an earlier registration in ``output``.
-        report: write ``report.png`` and ``report.html``, to look at.
-        show_face: show whole heads there; by default their faces are hidden.
-        progress: show what is being done, on standard error.
+        report: write ``report.png`` and ``report.html`` for visual inspection.
+        show_face: show the faces of whole heads in them; by default they are hidden.
+        progress: show the current stage on standard error.
 
     Returns:
         The content of ``summary.json``.
@@ -101,7 +102,7 @@ def register_files(
     }
     paths, output = {role: Path(path) for role, path in given.items() if path is not None}, Path(output).absolute()
     files = bids_names(Path(moving), Path(fixed)) if bids else FILES
-    choose_device(options.device)  # here, as scans are read before the network
+    choose_device(options.device)  # an unusable device should fail before the scans are read
     check_output_folder(output, paths.values(), files.values(), overwrite)
     series = {"moving": moving_series, "fixed": fixed_series}
     scan, other = run(lambda role: Scan.read(paths[role], series[role]), ["moving", "fixed"], num_threads())

@@ -1,4 +1,4 @@
-"""The result of a registration: the warped scan, the maps in both directions, their quality, and files of these."""
+"""The result of a registration: warped scan, maps in both directions, measures of quality, and how to save them."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ from voxelmorph_monai.threads import num_threads, run
 
 __all__ = ["FILES", "RegistrationResult", "write_result"]
 
-_NUM_POINTS = 100_000  # at which the inverse is checked
+_NUM_POINTS = 100_000  # number of points at which the inverse is checked
 
 FILES = {
     **NAMES,
@@ -61,8 +61,8 @@ class RegistrationResult:
         fixed_labels: label map of the fixed scan, if there is one.
         warped_labels: the moving labels on the grid of the fixed scan, interpolated by nearest neighbour.
         options: options of the registration, as in the summary.
-        notes: remarks on how it was registered, one sentence each.
-        anatomy: label maps of the structures found in whole heads, with voxels of 2 mm, by ``moving`` and ``fixed``.
+        notes: remarks on the registration, one sentence each.
+        anatomy: label maps of the structures found in whole heads, by role (``moving``, ``fixed``), in voxels of 2 mm.
     """
 
     moving: Scan
@@ -85,23 +85,23 @@ class RegistrationResult:
         return f"<RegistrationResult {scan_name(self.moving.name)} -> {scan_name(self.fixed.name)}, {seconds}>"
 
     def _before(self, scan: Scan) -> Scan:
-        """A moving image or label map where its header puts it, on the fixed grid."""
+        """Resample a moving image or label map on the fixed grid, aligned by the headers only."""
         outside, order = (0, 0) if scan is self.moving_labels else (scan.background, 1)  # labels have no background
         return resample(scan, self.fixed.grid, header_map(scan, self.fixed), order, outside)
 
     def _aligned(self, scan: Scan) -> Scan:
-        """A moving image or label map after the linear part of the map, on the fixed grid."""
+        """Resample a moving image or label map on the fixed grid by the linear part of the forward map."""
         outside, order = (0, 0) if scan is self.moving_labels else (scan.background, 1)
         return resample(scan, self.fixed.grid, self.forward.linear, order, outside)
 
     @cached_property
     def aligned(self) -> Scan:
-        """The moving scan after the linear part of the map, on the fixed grid."""
+        """The moving scan on the fixed grid, resampled by the linear part of the forward map."""
         return self._aligned(self.moving)
 
     @cached_property
     def outlines(self) -> dict[str, Scan]:
-        """Label maps to draw on the fixed grid, ``fixed`` and ``warped``: those given, or what was found in heads."""
+        """Label maps to outline on the fixed grid, ``fixed`` and ``warped``: the given ones, or anatomy of heads."""
         given = {"fixed": self.fixed_labels, "warped": self.warped_labels}
         found = {name: labels for name, labels in given.items() if labels is not None}
         if found:
@@ -118,12 +118,12 @@ class RegistrationResult:
         return volume_change(self.ddf, self.fixed.affine)
 
     def measures(self) -> dict[str, Any]:
-        """How good the registration is, over the fixed grid.
+        """Measure the quality of the registration on the fixed grid.
 
         Returns:
             ``dice`` (by label and ``mean``, 0 to 1; None without labels of both scans) and ``correlation_before``
-            (where the headers put the scans), ``_affine`` (after the alignment) and ``_after``, each over the voxels of
-            the fixed scan that lie in the field of view of the moving one;
+            (aligned by the headers only), ``_affine`` (after the alignment) and ``_after``, each over the voxels of the
+            fixed scan that lie in the field of view of the moving one;
             ``folding_percent``, ``sdlogj``, ``inverse_consistency_mm``, the ``seconds`` of each stage, and
             ``warnings``: what looks wrong, each with the ``check`` and a ``text``.
         """
@@ -159,7 +159,7 @@ class RegistrationResult:
 
         Args:
             path: file of the page, ``.html``.
-            show_face: show whole heads; by default their faces are hidden.
+            show_face: show the faces of whole heads; by default they are hidden.
         """
         summary = {**self.measures(), "options": dict(self.options)}
         save_page(path, self._views(show_face), self.volume_change, summary)
@@ -168,7 +168,7 @@ class RegistrationResult:
         return Views(self, load_anatomy(shipped_anatomy()) if not self.fixed.is_slice else None, show_face=show_face)
 
     def _inverse_consistency(self) -> float:
-        """Mean distance (mm) by which the inverse misses where the forward map came from, over the fixed scan."""
+        """Mean distance (mm) from points of the fixed scan to where the forward and then the inverse map take them."""
         array, affine = self.fixed.array, self.fixed.affine
         inside = np.flatnonzero(array > self.fixed.background)
         some = inside[:: max(1, len(inside) // _NUM_POINTS)]
@@ -185,10 +185,10 @@ class RegistrationResult:
             folder: folder to write.
             overwrite: replace an earlier registration in the folder.
             report: write ``report.png`` and ``report.html``.
-            show_face: show whole heads there; by default their faces are hidden.
+            show_face: show the faces of whole heads in them; by default they are hidden.
 
         Returns:
-            The summary: :meth:`measures`, and how the scans were registered.
+            The summary: :meth:`measures`, and the options of the registration.
 
         Raises:
             FileExistsError, ValueError: the folder cannot be written, or writing it would damage other files.
@@ -210,7 +210,7 @@ def write_result(
     report: bool = True,
     show_face: bool = False,
 ) -> None:
-    """Write the files of a registration into a folder that exists."""
+    """Write the files of a registration into an existing folder."""
     fixed, forward = result.fixed, result.forward
 
     def save_scans_and_maps() -> None:
@@ -224,9 +224,9 @@ def write_result(
         write_ends(folder / names["inverse"], result.moving.grid, fixed.grid)
 
     views = result._views(show_face) if report else None
-    # What lies between the fixed and the affinely aligned image, which are drawn.
+    # The displacement between the two images in the picture: the fixed and the affinely aligned one.
     bend = forward._replace(post=np.linalg.inv(forward.pre)).on_grid(fixed.grid)
-    with ThreadPoolExecutor(1) as pool:  # beside the picture, which is drawn in one thread: 1 s of wall clock
+    with ThreadPoolExecutor(1) as pool:  # saves 1 s: meanwhile the picture is drawn in one thread
         saving = pool.submit(save_scans_and_maps)
         save_results(
             folder,

@@ -1,4 +1,4 @@
-"""Segment the anatomy of heads in files."""
+"""Segment head scans in files, as ``vxm segment`` does."""
 
 import csv
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".nrrd", ".mha", ".mhd")
 _RESERVED = ("..", "volumes.csv", "index.html", "thumbnails")  # the last two are those of vxm report
 
 BRAIN = "brain.nii.gz"
-"""The file with the scan as it was, but 0 outside the brain."""
+"""Name of the file with the brain: the scan, with its background outside the brain."""
 
 
 def segment_file(
@@ -120,16 +120,16 @@ def segment_files(
     device: str | None = None,
     overwrite: bool = False,
 ) -> Segmented:
-    """Segment many scans, each into a folder of its own, and put their volumes into one table, ``volumes.csv``.
+    """Segment many scans, each into its own folder, and collect their volumes in one table, ``volumes.csv``.
 
     A second call continues: complete folders stay as they are. A scan that fails does not stop the others.
 
     Args:
         scans: files or DICOM folders, by the names of their output folders.
-        output: folder for these folders.
+        output: folder for the table and the folders of the scans.
         weights: as for :func:`segment_file`.
-        device: as there.
-        overwrite: segment all of them again.
+        device: as for :func:`segment_file`.
+        overwrite: segment all scans again.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The bundles and weights that the package includes, and loading networks on a device."""
+"""Find the bundled models, and load networks on a device."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -112,18 +112,18 @@ def _load_network_once(
 
 
 def weights_file(options: Options) -> Path | None:
-    """File of the weights in ``options``; None for no network, or for a network object."""
+    """File of the weights that ``options`` select; None without a network, or for a network object."""
     weights = options.weights
     if isinstance(weights, Registration) or str(weights) == "none":
         return None
     if weights is None:
-        known = options.space == "mni152" and not options.same_person  # they know only brains, of two people
+        known = options.space == "mni152" and not options.same_person  # trained on brains of different people
         return shipped_weights() if known else None
     return Path(weights).absolute()
 
 
 def network_of(options: Options, spatial_dims: int) -> LoadedNetwork | None:
-    """Network in ``options``, in evaluation mode; None if there is none.
+    """Load the network that ``options`` select, in evaluation mode; None without a network.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -1,9 +1,9 @@
 r"""Build the template of a group of scans: their mean shape and mean intensity.
 
-Each round registers all scans to the current template, as ``vxm register --list`` does, and makes the next one: the
-shape is corrected by the mean of the linear maps and the mean of the velocities, the scans are resampled once, from
-their own grids to the corrected shape, and their intensities are averaged without outliers and sharpened a little
-(Avants et al., NeuroImage 2010). In round 0 the scans are only aligned, with the first of them or MNI152.
+Each round registers all scans to the current template, as ``vxm register --list`` does, and computes the next template:
+its shape is corrected by the mean of the linear maps and the mean of the velocities, the scans are resampled once, from
+their own grids to the corrected shape, and their intensities are averaged without outliers and sharpened slightly
+(Avants et al., NeuroImage 2010). In round 0 the scans are only aligned, to the first of them or to MNI152.
 
 Scans are taken in the order of a hash of their voxels: neither the order of the list nor a name changes the result.
 Everything that a round needs is in its folder, complete or not at all, so a call that was killed can be continued.
@@ -46,7 +46,7 @@ from voxelmorph_monai.space.template import mni152
 __all__ = ["build_template"]
 
 _OUTSIDE = -1.0  # marks where a scan shows nothing; intensities are 0 or more
-_OUTLIER = 3.0  # standard deviations (from the median absolute one) beyond which an intensity is left out
+_OUTLIER = 3.0  # robust standard deviations from the median, beyond which an intensity is an outlier
 _SHARPEN = 0.5  # fraction of the difference between a voxel and its surroundings that is added
 _SLAB = 8  # planes that are averaged together
 
@@ -87,7 +87,7 @@ def _read_members(path: Path) -> list[_Member]:
 
 
 def _velocity(folder: Path, aligned_only: bool) -> tuple[Affine, Tensor | None]:
-    """Linear part of a registration, and the velocity on the template's grid of what comes before it."""
+    """Linear part of a registration, and velocity of its deformation on the template's grid (None if only aligned)."""
     linear = matrix_of(read_transform(folder / "affine.txt"))
     if aligned_only:
         return linear, None
@@ -98,13 +98,13 @@ def _velocity(folder: Path, aligned_only: bool) -> tuple[Affine, Tensor | None]:
 
 
 def _robust_mean(stack: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over the first axis of what is inside its scan and no outlier; 0 where no scan shows anything."""
+    """Mean over the first axis, without outliers and voxels outside a scan; 0 where no scan shows anything."""
     seen = np.where(stack > _OUTSIDE / 2, stack, np.nan)
     nothing = np.isnan(seen).all(0)
     seen[:, nothing] = 0.0
     middle = np.nanmedian(seen, axis=0)
     off = np.abs(seen - middle)
-    limit = _OUTLIER * 1.4826 * np.nanmedian(off, axis=0) + 0.02  # two scans of one value are no reason to drop a third
+    limit = _OUTLIER * 1.4826 * np.nanmedian(off, axis=0) + 0.02  # keeps a third scan where two are equal
     mean: NDArray[np.float32] = np.nanmean(np.where(off <= limit, seen, np.nan), axis=0)
     return mean.astype(np.float32)
 
@@ -132,7 +132,7 @@ def _save_labels(shares: NDArray[np.float32], labels: Sequence[int], like: Scan,
 
 @contextmanager
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
-    """An array of zeros that need not fit into memory; it is gone afterwards."""
+    """Array of zeros in a file, which may exceed the memory; the file is removed afterwards."""
     try:
         yield np.lib.format.open_memmap(path, "w+", np.float32, shape)
     finally:
@@ -148,7 +148,7 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
     correction = SpatialMap(np.linalg.inv(mean_linear), np.eye(4))
     if middle is not None:
         correction = correction._replace(field=padded_field(integrate(-middle), template.affine))
-    scans = [rescale(Scan.read(member.image)) for member in members]  # all of them: the grid is around what they show
+    scans = [rescale(Scan.read(member.image)) for member in members]  # all at once: the grid encloses what they show
     maps = [linear @ np.linalg.inv(mean_linear) for linear, _ in found]
     grid = grid_around(scans, maps, spacing)
     like = Scan(np.zeros(tuple(grid.size), np.float32), grid.affine, "template")
@@ -173,7 +173,7 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
             _save_labels(shares, labels, like, folder)
     like.like(_sharpened(mean)).save(folder / "template.nii.gz")
     bend = None if middle is None else padded_field(integrate(middle), template.affine)
-    # the whole map: a linear part and a bent one make up for each other
+    # of the whole map, as its linear part and its field can cancel each other
     mean_map = SpatialMap(np.eye(4), mean_linear, bend).on_grid(template.grid)
     off = np.linalg.norm(mean_map, axis=0)[template.array > template.array.mean()] * float(template.spacing.mean())
     write_json(
@@ -186,7 +186,7 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
 
 
 def _same_group(output: Path, told: dict[str, Any]) -> None:
-    """Raise ValueError unless ``output`` is new, empty, or of the same scans and options; leave them there."""
+    """Raise ValueError unless ``output`` is new, empty, or from the same scans and options, which it records."""
     from_before = output / "template.json"
     if from_before.exists():
         if json.loads(from_before.read_text()) != told:
@@ -213,21 +213,21 @@ def build_template(
     """Build the template of the scans of a list in the folder ``output``, or continue where an earlier call stopped.
 
     The folder contains ``template.nii.gz`` in intensities from 0 to about 1 (the 99.5th percentile of each scan is 1),
-    ``mean.nii.gz`` before it is sharpened, with labels ``template_labels.nii.gz``, and a folder for each round with its
-    registrations (``report.png`` of each), its own template, with labels their ``probabilities/``, and ``round.json``:
-    how far the shape was corrected, and how alike the scans are to their mean.
+    ``mean.nii.gz`` (the same before sharpening), ``template_labels.nii.gz`` if the scans have labels, and a folder for
+    each round. This holds the registrations of the round, its template, the ``probabilities/`` of labels, and
+    ``round.json``: the mean correction of the shape in mm, and the mean correlation of the scans with their mean.
 
     Args:
         scans: CSV file with a column ``image``, and optionally ``labels``; paths are relative to its folder.
         output: folder to write or to continue.
-        rounds: number of rounds of deformable registration, after one of alignment.
+        rounds: number of rounds of deformable registration, after a first round that only aligns.
         steps: number of refinement steps at each resolution, so that every run gives the same result.
         similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
-        start: what the scans are aligned to first: ``"scans"``, one of them; ``"mni152"``, for skull-stripped brains,
-            that template.
-        spacing: side of a voxel of the template in mm (default: that of the finest scan).
+        start: what the scans are aligned to first: ``"scans"`` (one of the scans) or ``"mni152"`` (that template, for
+            skull-stripped brains).
+        spacing: voxel size of the template in mm (default: that of the finest scan).
         jobs: as in :func:`~voxelmorph_monai.apps.cohort.register_cohort`.
-        scheduler: as there.
+        scheduler: as in :func:`~voxelmorph_monai.apps.cohort.register_cohort`.
 
     Returns:
         Path of the template.

@@ -1,9 +1,9 @@
 r"""Uncertainty of a registration by a probabilistic network: samples of its posterior, and their calibration.
 
 The network predicts a normal distribution of velocities, :math:`q(v) = N(\mu, diag(\sigma^2))`, an approximation of the
-posterior given the two scans (Dalca et al., MICCAI 2018). Each sample is integrated and applied like the mean. The
-spread is what the model leaves open, given its image noise and smoothness prior, which are choices of the training. It
-is not an error bar: it does not include a wrong affine alignment, scans unlike the training data, or other solutions.
+posterior given the two scans (Dalca et al., MICCAI 2018). Each sample is integrated and applied like the mean. Their
+spread is the uncertainty under the image noise and the smoothness prior that the training assumed. It is not an error
+bar: it does not include a wrong affine alignment, scans unlike the training data, or other solutions.
 The noise is independent between voxels of the velocity, so integration and interpolation average much of it out.
 """
 
@@ -67,7 +67,7 @@ class Uncertainty(NamedTuple):
     num_samples: int
 
     def most_probable(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Most frequent label of each voxel (the smallest of several), and its probability."""
+        """Most frequent label of each voxel (the smallest of equally frequent ones), and its probability."""
         assert self.labels is not None
         assert self.counts is not None
         confidence = self.counts.max(axis=0).astype(np.float32) / np.float32(self.num_samples)
@@ -75,7 +75,7 @@ class Uncertainty(NamedTuple):
 
 
 class RunningVariance:
-    """Running mean and variance of arrays, which are not stored (Welford, Technometrics 1962).
+    """Mean and variance of arrays that are added one by one and not stored (Welford, Technometrics 1962).
 
     >>> spread = RunningVariance()
     >>> for value in (1.0, 2.0, 6.0):
@@ -213,7 +213,7 @@ def calibration_error(table: pd.DataFrame) -> float:
 
 
 def _calibration(uncertainty: Uncertainty, fixed_labels: NDArray[Any]) -> dict[str, Any] | None:
-    """Calibration of the most probable label over voxels that any sample labels; None if there are none."""
+    """Calibration of the most probable label, over voxels with a label above 0 in any sample; None without any."""
     assert uncertainty.counts is not None
     label, confidence = uncertainty.most_probable()
     counted = uncertainty.counts[0] < uncertainty.num_samples
@@ -253,7 +253,9 @@ def uncertainty_files(
     inputs = [Path(path) for path in (moving, fixed, weights, moving_labels, fixed_labels) if path is not None]
     check_output_folder(output, inputs, (), overwrite=None)
     if fixed_labels is not None and moving_labels is None:
-        raise ValueError(f"fixed_labels {fixed_labels} have nothing to be compared with. Give moving_labels, too.")
+        raise ValueError(
+            f"fixed_labels {fixed_labels} cannot be compared without moving_labels. Give both, or neither."
+        )
     scans = Scan.read(moving), Scan.read(fixed)
     labels = [None if path is None else Scan.read_labels(path) for path in (moving_labels, fixed_labels)]
     for scan, given in zip(scans, labels, strict=True):
