@@ -170,7 +170,7 @@ MOVING: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "two places": (
         "scan.nii",
         lambda path: write(path, blob(), **FORMS),
-        "sform and a qform that put a voxel 110 mm apart",
+        "sform and a qform that differ by up to 110 mm",
     ),
     "no place": (
         "scan.nii",
@@ -216,7 +216,7 @@ MOVING: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: written_by_itk(path, sitk.GetImageFromArray(np.stack([blob()] * 2), isVector=False)),
         "is not one 3-D volume",
     ),
-    "ANALYZE": ("scan.img", analyze, "no position: an ANALYZE file"),
+    "ANALYZE": ("scan.img", analyze, "no position: ANALYZE"),
     "folder without DICOM": ("photos", lambda path: (path.mkdir(), text(path / "cat.jpg")), "without DICOM images"),
     "empty folder": ("photos", Path.mkdir, "without DICOM images"),
 }

@@ -173,7 +173,7 @@ def test_vectors_say_what_is_wrong_with_them(capsys: pytest.CaptureFixture[str])
     assert "series.nii.gz has shape (21, 17, 25, 2)" in capsys.readouterr().err
     series(3)
     assert vxm(f"{command} series.nii.gz") == 2
-    assert "series.nii.gz does not say" in capsys.readouterr().err
+    assert "series.nii.gz does not state" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")

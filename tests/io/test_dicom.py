@@ -183,7 +183,7 @@ def test_frames_without_a_position_are_refused(tmp_path: Path) -> None:
     del dataset.PerFrameFunctionalGroupsSequence
     save(dataset, tmp_path / "all" / "IM1")
     for folder in ("one", "all"):
-        with pytest.raises(ValueError, match="8 frames but does not say where each of them lies"):
+        with pytest.raises(ValueError, match="8 frames, but not the position of each frame"):
             open_volume(tmp_path / folder)
 
 

@@ -1,4 +1,4 @@
-"""Write files, folders and JSON completely or not at all, and check what may be replaced."""
+"""Write files, folders and JSON completely or not at all, and check whether an output may be written."""
 
 import json
 import math
@@ -16,7 +16,7 @@ __all__ = ["atomic", "atomic_folder", "require_new", "require_replaceable", "req
 
 
 def _mark() -> str:
-    """Unique beginning of a temporary name; the process number is not enough, as in containers it is often 1."""
+    """Unique prefix of a temporary name; the process number is not unique, as it is often 1 in containers."""
     return f".{os.getpid()}-{secrets.token_hex(4)}."
 
 
@@ -33,7 +33,7 @@ def _remove(path: Path) -> None:
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path`` to write to; at the end, the file replaces ``path``.
 
-    Half a file is never visible: after an error the temporary file is removed, and ``path`` is unchanged.
+    An incomplete file is never visible: after an error the temporary file is removed, and ``path`` is unchanged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path`` to fill; at the end, it replaces ``path`` and everything in it.
 
-    Half a folder is never visible: after an error the temporary folder is removed, and ``path`` is unchanged.
+    An incomplete folder is never visible: after an error the temporary folder is removed, and ``path`` is unchanged.
     """
     path = Path(path).resolve()  # the folder that a link leads to is replaced, not the link
     temporary = path.with_name(_mark() + path.name)
@@ -85,8 +85,8 @@ def require_new(path: str | Path, overwrite: bool | None = None) -> None:
     """Check that ``path`` can be written, before long work starts.
 
     Raises:
-        FileExistsError: it exists and must not be overwritten (None: there is no such option).
-        ValueError: its folder cannot be written to.
+        FileExistsError: ``path`` exists, and ``overwrite`` is false, or None for a command without this option.
+        ValueError: the folder of ``path`` cannot be written to.
     """
     if Path(path).exists() and not overwrite:
         choice = "" if overwrite is None else ", or --overwrite to replace it"
@@ -99,8 +99,8 @@ def require_replaceable(folder: str | Path, overwrite: bool | None, maker: str, 
 
     Args:
         folder: folder to write; it need not exist.
-        overwrite: whether it may be replaced, as in :func:`require_new`.
-        maker: command that writes such folders, to name in the error.
+        overwrite: whether the folder may be replaced, as in :func:`require_new`.
+        maker: command that writes such folders, named in the error message.
         patterns: patterns of the files that this command writes; a folder with other files is not replaced.
     """
     require_new(folder, overwrite)
@@ -115,7 +115,7 @@ def require_replaceable(folder: str | Path, overwrite: bool | None, maker: str, 
 
 
 def sweep(folder: Path) -> None:
-    """Remove leftovers of killed processes in ``folder``, in which no other process may be working now.
+    """Remove leftovers of killed processes in ``folder``; no other process may be writing to it.
 
     Leftovers are the temporary files and folders of :func:`atomic` and :func:`atomic_folder`.
     """

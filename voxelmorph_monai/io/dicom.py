@@ -1,4 +1,4 @@
-"""DICOM: series in a folder and files with many frames, ordered by the position of each slice."""
+"""Read DICOM: series in a folder, and files with many frames, whose slices are ordered by position."""
 
 import importlib
 import warnings
@@ -30,7 +30,7 @@ class Series(NamedTuple):
     """A DICOM series in a folder.
 
     Attributes:
-        number: Series Number; if numbers are missing or repeated, the place in the list, from 1.
+        number: Series Number, or the place in the list (from 1) if numbers are missing or repeated.
         description: Series Description.
         size: columns, rows and slices, ``(X, Y, Z)``.
         files: paths of the files.
@@ -57,7 +57,7 @@ class _Slices(NamedTuple):
 
 
 class _DicomVolume:
-    """:class:`Volume` of slices in one or many files, corrected by ``order`` and ``scaling``."""
+    """:class:`Volume` of slices in one or many files, put into ``order`` and scaled by ``scaling``."""
 
     def __init__(
         self, files: Sequence[str], shape: tuple[int, ...], order: NDArray[np.intp], scaling: NDArray[np.float64]
@@ -84,7 +84,7 @@ def _tag(header: Any, tag: str) -> str:
 
 
 def _scaling(header: Any, slope: object, intercept: object) -> tuple[float, float]:
-    """Factor and offset from ITK's scaled value to ``slope`` times the stored number plus ``intercept``."""
+    """Factor and offset that convert ITK's scaled value to ``slope`` times the stored number plus ``intercept``."""
     factor = float(str(slope)) / header.GetRescaleSlope()
     return factor, float(str(intercept)) - factor * header.GetRescaleIntercept()
 
@@ -181,7 +181,7 @@ def _frames_of(path: str, count: int, header: Any) -> tuple[_Slices, list[str]]:
     """Slices from a file with ``count`` frames, and the names of elements that differ between them."""
     pydicom = _pydicom(path)
     with reading(Path(path)), silent_stderr(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about values that violate DICOM in ways that do not matter here
+        warnings.simplefilter("ignore")  # about violations of DICOM that do not matter here
         dataset = pydicom.dcmread(path, stop_before_pixels=True)
         shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
         frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
@@ -202,7 +202,7 @@ def _frames_of(path: str, count: int, header: Any) -> tuple[_Slices, list[str]]:
     if parts > 1:
         raise ValueError(f"{path} holds part {part} of {parts} of a volume. Join the parts first.")
     if len(frames) != count or None in positions or None in directions or None in sides:
-        raise ValueError(f"{path} holds {count} frames but does not say where each of them lies.")
+        raise ValueError(f"{path} holds {count} frames, but not the position of each frame.")
     with reading(Path(path)):
         along = np.array(directions, np.float64).reshape(-1, 2, 3)
         between = np.array(sides, np.float64)[:, ::-1]  # first between rows, then between columns
@@ -211,13 +211,13 @@ def _frames_of(path: str, count: int, header: Any) -> tuple[_Slices, list[str]]:
 
 
 def _arrange(slices: _Slices, path: str | Path, what: str, differences: Sequence[str]) -> tuple[NDArray[Any], Affine]:
-    """Order of the slices, and the affine (LPS) of their volume.
+    """Order of the slices by position, and affine (LPS, mm) of their volume.
 
-    The positions of the slices are kept, so a tilted gantry stays tilted; ITK would straighten it.
+    The slices keep their positions, so the volume of a tilted gantry is sheared; ITK would straighten it.
     """
     origin, steps, count = slices.origin, slices.steps, len(slices.origin)
     sides = np.linalg.norm(steps, axis=1)
-    # 1e-3: a quarter of a voxel over 256 voxels; text of six digits is ten times better
+    # 1e-3 is a quarter of a voxel over 256 voxels; numbers written with six digits are ten times as precise
     if (np.abs(steps - steps[0]).max(axis=1) > 1e-3 * sides[0]).any():
         raise ValueError(f"{path} is not one volume: its {count} {what} differ in orientation or pixel size.")
     normal = np.cross(*steps[0].T) / np.prod(sides[0])
@@ -238,7 +238,7 @@ def _arrange(slices: _Slices, path: str | Path, what: str, differences: Sequence
     uneven = float(np.linalg.norm(origin[order] - even, axis=1).max())
     if uneven > 0.1 * np.linalg.norm(affine[:3, 2]):
         raise ValueError(
-            f"{path} has {count} {what} that are not evenly spaced: one lies {uneven:.3g} mm off. Is one missing?"
+            f"{path} has {count} {what} that are not evenly spaced: one lies {uneven:.3g} mm off. One may be missing."
         )
     return order, affine
 
@@ -251,7 +251,7 @@ def open_dicom(path: Path, series: int | None = None) -> tuple[Volume, Affine]:
         series: number of the series in a folder, as in :func:`list_series`; optional if there is only one.
 
     Raises:
-        ValueError: the slices do not make one volume of evenly spaced, parallel slices.
+        ValueError: the slices do not form one volume of evenly spaced, parallel slices.
     """
     files: Sequence[str] = _chosen(path, series).files if path.is_dir() else [str(path)]
     headers = [itk_header(file) for file in files]

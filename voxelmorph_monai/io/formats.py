@@ -1,7 +1,7 @@
 """Headers of scans (nibabel: NIfTI, MGZ and more; ITK: NRRD, MetaImage and DICOM), and the files of a scan.
 
-Programs treat headers that are contradictory or incomplete differently. A file is an error if two common programs would
-put it in different places, because a transform that is right for one of them is wrong for the other.
+Programs interpret contradictory or incomplete headers in different ways. A file is rejected if two common programs
+would place it differently, because a transform that is right for one of them is wrong for the other.
 """
 
 import glob
@@ -102,7 +102,7 @@ def stored_header(path: Path, kind: type[nib.Nifti1Header]) -> nib.Nifti1Header:
 
 
 def _quaternion(header: nib.Nifti1Header, path: Path) -> NDArray[np.float64]:
-    """Unit quaternion ``(4,)`` of a header, computed like ITK: one that is slightly longer than 1 is shortened."""
+    """Unit quaternion ``(4,)`` of a header; as in ITK, one that rounding made slightly longer than 1 is shortened."""
     bcd = np.array([header[f"quatern_{axis}"] for axis in "bcd"], np.float64)
     rest = 1 - bcd @ bcd
     if not rest >= -_ROUNDED:
@@ -110,7 +110,7 @@ def _quaternion(header: nib.Nifti1Header, path: Path) -> NDArray[np.float64]:
             f"{path} has a qform that is not a rotation: the squares of quatern_b, quatern_c and quatern_d add up to "
             f"{1 - rest:.7g}, more than 1. Correct them, or set qform_code to 0 if the sform is right."
         )
-    quaternion = np.array([np.sqrt(rest) if rest >= 1e-7 else 0, *bcd])  # below it ITK sees rounding
+    quaternion = np.array([np.sqrt(rest) if rest >= 1e-7 else 0, *bcd])  # ITK treats a smaller rest as rounding
     return quaternion / np.linalg.norm(quaternion)
 
 
@@ -125,29 +125,31 @@ def _qform(header: nib.Nifti1Header, path: Path, sides: NDArray[np.float64]) -> 
 def check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> None:
     """Raise ValueError unless all programs agree on the position of the voxels.
 
-    Programs use different parts of a header: nibabel the sform, ITK the directions of the sform or the qform and the
-    sizes in pixdim. All of them must agree within 0.1 mm, or a tenth of a voxel if that is less, which is far more than
-    the rounding of headers.
+    Programs use different parts of a header: nibabel uses the sform, ITK the directions of the sform or the qform and
+    the sizes in pixdim. They must agree within 0.1 mm, or a tenth of a voxel if that is less; rounding in headers is
+    far below this.
 
     Args:
         header: header of the image, preferably from :func:`stored_header`, as nibabel makes a negative pixdim positive.
-        path: path of the image, for the error.
+        path: path of the image, for error messages.
         shape: shape of the image, ``(X, Y, Z)``.
     """
     codes = {form: int(header[f"{form}_code"]) for form in ("sform", "qform")}
     if max(codes.values()) <= 0:
         raise ValueError(
-            f"{path} has no position: sform_code and qform_code are both 0. If you know that one of the two is right, "
-            "set its code to 1."
+            f"{path} has no position: sform_code and qform_code are both 0. If you know that the sform or the qform is "
+            "right, set its code to 1."
         )
     for form, code in codes.items():
         if code > 5:
-            raise ValueError(f"{path} has {form}_code {code}, which only some programs ignore. Set it to 1, or to 0.")
+            raise ValueError(
+                f"{path} has {form}_code {code}, which is not a NIfTI code (0 to 5). Set it to 1, or to 0."
+            )
     unit = int(header["xyzt_units"]) % 8
     if unit not in (0, 2):
         raise ValueError(
             f"{path} is in {_UNITS.get(unit, f'unit {unit}')} by its xyzt_units, which only some programs convert. "
-            "Restate its affine and pixdim in mm and set xyzt_units to 2."
+            "Convert its affine and pixdim to mm and set xyzt_units to 2."
         )
     sides = header["pixdim"][1:4].astype(np.float64)
     sides[~np.isfinite(sides) | (sides == 0)] = 1  # like ITK and nibabel
@@ -171,16 +173,16 @@ def check_nifti(header: nib.Nifti1Header, path: Path, shape: Sequence[int]) -> N
         apart = corner_distance(sform, _qform(header, path, sides), shape)
         if not apart <= allowed:  # also true for NaN
             raise ValueError(
-                f"{path} has an sform and a qform that put a voxel {apart:.3g} mm apart, and programs differ in which "
-                "of them they use. Set the code of the wrong one to 0."
+                f"{path} has an sform and a qform that differ by up to {apart:.3g} mm in the position of a voxel, and "
+                "programs differ in which one they use. Set the code of the wrong one to 0."
             )
     scaled = sform.copy()
     scaled[:3, :3] *= sides / spacing(sform)
     apart = corner_distance(sform, scaled, shape)
     if apart > allowed:
         raise ValueError(
-            f"{path} has voxels of {_times(sides)} mm by pixdim but of {_times(spacing(sform))} mm by its sform, and "
-            "programs differ in which of them they use. Correct the wrong one."
+            f"{path} has voxels of {_times(sides)} mm in pixdim but of {_times(spacing(sform))} mm in its sform, and "
+            "programs differ in which one they use. Correct the wrong one."
         )
 
 
@@ -189,7 +191,7 @@ def _times(sizes: Any) -> str:
 
 
 def load_nibabel(path: str | Path) -> Any:
-    """``nibabel.load``, also for a NIfTI file whose quaternion is slightly longer than 1 from rounding."""
+    """Call ``nibabel.load``, but accept a NIfTI quaternion that rounding made slightly longer than 1."""
     path = Path(path)
     try:
         image = nib.load(path)
@@ -217,7 +219,7 @@ def _shorten(header: nib.Nifti1Header, path: Path) -> None:
 
 
 def itk_header(file: str) -> Any:
-    """ITK's reader of a scalar image, after reading the header but not the voxels."""
+    """Read the header of a scalar image, but not its voxels; returns ITK's reader."""
     with reading(Path(file)), silent_stderr():
         header = itk.ImageIOFactory.CreateImageIO(file, itk.CommonEnums.IOFileMode_ReadMode)
         if header is None:
@@ -246,7 +248,7 @@ def itk_shape(header: Any) -> tuple[int, ...]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by the four letters at its 129th byte or by its name."""
+    """Whether a file is DICOM, judged by its extension or by the letters DICM at byte 128."""
     if path.suffix.lower() in (".dcm", ".ima"):
         return path.is_file()
     if not path.is_file():
@@ -256,7 +258,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def scan_name(path: str | Path) -> str:
-    """Name of a scan: its file without folders and extension, or its folder.
+    """Name of a scan: the name of its file without extension, or of its folder.
 
     >>> scan_name("/data/sub-01.v2.nii.gz"), scan_name("atlas.mgz")
     ('sub-01.v2', 'atlas')
@@ -277,7 +279,7 @@ def _by_nibabel(path: Path) -> bool:
 
 
 def spatial_dims_of(path: Path) -> int:
-    """2 for a file of a 2-D image, otherwise 3, also for a single slice."""
+    """Number of dimensions of a scan: 2 for a file with a 2-D image, otherwise 3, even for a single slice."""
     if path.name.lower().endswith(BY_ITK):
         return min(3, len(itk_shape(itk_header(str(path)))))
     return min(3, len(load_nibabel(path).shape)) if _by_nibabel(path) else 3
@@ -287,10 +289,10 @@ _DETACHED = re.compile(r"^(?:ElementDataFile *=|data ?file:)(?! *LOCAL)(.*)", re
 
 
 def scan_files(path: Path) -> list[Path]:
-    """Files that a scan consists of, ordered by name.
+    """All files of a scan, ordered by name.
 
-    For a folder these are its files; for a header (``.hdr``, ``.mhd``, ``.nhdr``) also the files with the voxels;
-    otherwise only the file itself.
+    These are the files in a folder, a header (``.hdr``, ``.mhd``, ``.nhdr``) with the files of its voxels, or just the
+    file itself.
 
     >>> [file.name for file in scan_files(Path("scan.nii.gz"))]
     ['scan.nii.gz']

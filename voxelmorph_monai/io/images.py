@@ -33,26 +33,26 @@ __all__ = [
 ]
 
 _LOGGER = logging.getLogger(__name__)
-_ROUNDED = 1e-3  # by which a label may be off a whole number
+_ROUNDED = 1e-3  # largest distance of a label from a whole number
 
 
 def open_volume(path: str | Path, *, planar: bool = False, series: int | None = None) -> tuple[Volume, Affine]:
     """Open a scan and check its header, leaving the voxels ``(X, Y, Z)`` on disk.
 
     A scan is a file (NIfTI, MGZ, NRRD, MetaImage, DICOM, or another format that nibabel reads) or a folder of DICOM
-    files. In a NIfTI header the sform counts if its code is above 0, otherwise the qform. Files that programs put in
-    different places are errors: those whose sform, qform and pixdim disagree by more than 0.1 mm or a tenth of a voxel,
+    files. In a NIfTI header the sform is used if its code is above 0, otherwise the qform. Files that programs place
+    differently are rejected: those whose sform, qform and pixdim disagree by more than 0.1 mm or a tenth of a voxel,
     those without a position (NIfTI with codes of 0, NRRD without a space, ANALYZE without an SPM ``.mat`` file), and
-    those whose unit is not mm. DICOM slices are put in order by their positions.
+    those whose unit is not mm. DICOM slices are ordered by their positions.
 
     Args:
         path: file or folder.
-        planar: also accept a single slice; a 2-D image becomes one in the plane of z = 0, ``(X, Y, 1)``.
-        series: number of the series in a folder of several, see :func:`~voxelmorph_monai.io.dicom.list_series`.
+        planar: also accept a single slice, or a 2-D image, which becomes a slice ``(X, Y, 1)`` in the plane z = 0.
+        series: number of the series if the folder holds several (:func:`~voxelmorph_monai.io.dicom.list_series`).
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not one 3-D volume with one real number per voxel and an affine that has an inverse.
+        ValueError: the file is not one 3-D volume with one real number per voxel and an invertible affine.
     """
     path = Path(path)
     if not path.exists():
@@ -67,7 +67,7 @@ def open_volume(path: str | Path, *, planar: bool = False, series: int | None = 
 
 
 def _read(path: str | Path, planar: bool, series: int | None) -> tuple[NDArray[Any], Affine]:
-    """Voxels ``(X, Y, Z)`` in the type they are stored in, and the affine."""
+    """Read the voxels ``(X, Y, Z)`` in their stored type, and the affine."""
     volume, affine = open_volume(path, planar=planar, series=series)
     with reading(Path(path)):
         array = np.asanyarray(volume)
@@ -82,11 +82,11 @@ def read_image(
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, is not one 3-D scan, holds numbers that are not finite or all equal, or has an
+        ValueError: the file is damaged, is not one 3-D scan, has voxels that are NaN, infinite or all equal, or has an
             affine without an inverse.
     """
     array, affine = _read(path, planar, series)
-    with np.errstate(over="ignore"):  # float64 past the range of float32 becomes Inf, and is found below
+    with np.errstate(over="ignore"):  # numbers beyond the range of float32 become Inf, which is reported below
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
@@ -99,21 +99,21 @@ def read_image(
 def read_labels(path: str | Path, *, planar: bool = False, series: int | None = None) -> tuple[NDArray[Any], Affine]:
     """Read a label map in any format of :func:`open_volume`: integers ``(X, Y, Z)`` and the affine (RAS, mm).
 
-    For their type and rounding see :func:`as_labels`.
+    :func:`as_labels` explains their type and rounding.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, is not one 3-D map of whole numbers from 0, holds no label, or has an affine
-            without an inverse.
+        ValueError: the file is damaged, is not one 3-D map of whole numbers of at least 0, has no label above 0, or has
+            an affine without an inverse.
     """
     array, affine = _read(path, planar, series)
     return as_labels(array, str(path)), affine
 
 
 def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Convert labels to whole numbers, in their own type or, from floating point, in the smallest unsigned one.
+    """Convert labels to whole numbers; integers keep their type, floats become the smallest unsigned type that fits.
 
-    A value that differs from a whole number by at most 0.001, or by a 50,000th of a label above 50, counts as a
+    A value that differs from a whole number by at most 0.001, or by a 50,000th of a label above 50, is treated as a
     rounding error (a scaling of 65536/65535 turns label 1 into 1.0000153): it is rounded, and a warning is logged.
 
     Raises:
@@ -122,8 +122,8 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
     least, most = array.min(), array.max()
     if not (least >= -_ROUNDED and 0.5 < most < np.inf):  # NaN fails too
         raise ValueError(
-            f"{name} is not a label map: labels are numbers >= 0, at least one of them > 0, and its values run from "
-            f"{least} to {most}."
+            f"{name} is not a label map: its values run from {least} to {most}, but labels are 0 or more, and at least "
+            "one is above 0."
         )
     if most > 2**53:  # SciPy resamples in double precision
         raise ValueError(f"{name} has labels above 2^53 (the largest is {most}). Renumber them.")
@@ -138,7 +138,7 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
             )
         if off.any():
             count, most_off = np.count_nonzero(off), off.max()
-            _LOGGER.warning("%s: %d labels, off whole numbers by up to %.2g, were rounded.", name, count, most_off)
+            _LOGGER.warning("%s: %d voxels, up to %.2g from a whole number, were rounded.", name, count, most_off)
         array = np.abs(whole).astype(np.min_scalar_type(int(whole.max())))  # -0 becomes 0
     return array
 
@@ -150,12 +150,11 @@ def check_image_name(path: str | Path) -> None:
 
 
 def save_nifti(path: str | Path, image: nib.Nifti1Image) -> None:
-    """Write an image with its affine as sform and qform; completely or not at all."""
+    """Write an image with its affine as both sform and qform, completely or not at all."""
     check_image_name(path)
     affine = image.affine
-    # Code 2, "aligned to another image": what this package writes lies on a grid that was chosen, not scanned. Readers
-    # differ in which of the two forms they prefer, so both say the same; the qform cannot hold shear and is then left
-    # unset (0) rather than wrong.
+    # Code 2 means "aligned to another image": the grid was chosen by this package, not by a scanner. Readers differ in
+    # which form they prefer, so both hold the same affine. A qform cannot hold shear; it is then marked as unset (0).
     image.set_sform(affine, 2)
     image.set_qform(None if is_sheared(affine) else affine, 0 if is_sheared(affine) else 2)
     image.header.set_xyzt_units("mm")
@@ -172,9 +171,9 @@ def _save(path: str | Path, image: nib.Nifti1Image) -> None:
 
 
 def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_dims: int = 3) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI; completely or not at all.
+    """Write ``array`` ``(X, Y, Z)`` in its own type with its affine (RAS, mm) as NIfTI, completely or not at all.
 
-    With ``spatial_dims`` 2 a slice ``(X, Y, 1)`` is written as a 2-D image.
+    If ``spatial_dims`` is 2, a slice ``(X, Y, 1)`` is written as a 2-D image.
     """
     if array.ndim != 3:
         raise ValueError(f"the array for {path} is not 3-D: its shape is {array.shape}.")
@@ -183,10 +182,10 @@ def save_image(path: str | Path, array: NDArray[Any], affine: Affine, spatial_di
 
 
 def save_image_as(path: str | Path, array: NDArray[Any], affine: Affine, header: nib.Nifti1Header) -> None:
-    """Write ``array`` ``(X, Y, Z)`` in its own type with a NIfTI header, whose shape and type are adapted.
+    """Write ``array`` ``(X, Y, Z)`` in its own type with a NIfTI header, completely or not at all.
 
-    Position, codes of both forms, units and description are those of the header; where its sform, qform and pixdim
-    differ by rounding, all are set to the sform. It is written completely or not at all.
+    The header gives the position, the codes of sform and qform, the units and the description. If sform, qform and
+    pixdim differ by rounding, all are set to the sform.
     """
     check_image_name(path)
     shape = header.get_data_shape()
@@ -196,5 +195,5 @@ def save_image_as(path: str | Path, array: NDArray[Any], affine: Affine, header:
         image.header["pixdim"][1:4] = spacing(affine)
         if image.header["qform_code"] > 0:
             image.set_qform(affine, int(image.header["qform_code"]))
-    image.header["cal_min"] = image.header["cal_max"] = 0  # the range to show was that of other intensities
+    image.header["cal_min"] = image.header["cal_max"] = 0  # display range, which applied to other intensities
     _save(path, image)

@@ -1,4 +1,4 @@
-"""Tables in CSV files."""
+"""Read tables from CSV files."""
 
 import csv
 from pathlib import Path

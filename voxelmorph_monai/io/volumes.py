@@ -1,4 +1,4 @@
-"""Open a scan: its position, and its voxels, which stay on disk until they are needed.
+"""Open a scan: read its position, and leave its voxels on disk until they are needed.
 
 nibabel reads NIfTI, MGZ and more; ITK reads NRRD and MetaImage. For DICOM see :mod:`~voxelmorph_monai.io.dicom`.
 """
@@ -37,7 +37,7 @@ _DEFLATE = 1040  # no format read here compresses by a larger factor (gzip: 1032
 
 
 class _NibabelVolume:
-    """:class:`Volume` of a nibabel image with another number of axes: fewer, or more of length 1."""
+    """:class:`Volume` of a nibabel image that has fewer than three axes, or further axes of length 1."""
 
     def __init__(self, stored: Any, shape: tuple[int, ...]) -> None:
         self.stored = stored
@@ -65,7 +65,7 @@ def _open_nibabel(path: Path) -> tuple[Volume, Affine]:
     with reading(path), silent_stderr():
         image = load_nibabel(path)
         if not isinstance(image, SpatialImage):
-            raise TypeError(f"{type(image).__name__} has no position in space.")
+            raise TypeError(f"a {type(image).__name__} has no position in space.")
         dtype, shape = image.get_data_dtype(), tuple(image.shape)
     if dtype.kind not in "iuf":
         raise ValueError(f"{path} is not a scalar image: its voxels are {dtype}.")
@@ -76,11 +76,13 @@ def _open_nibabel(path: Path) -> tuple[Volume, Affine]:
         raise ValueError(f"{path} is not one 3-D volume: its shape is {image.shape}.")
     bytes_claimed, bytes_held = int(np.prod(shape, dtype=object)) * dtype.itemsize, _size(image)
     if bytes_claimed > _DEFLATE * bytes_held:
-        raise ValueError(f"{path} is cut short: shape {image.shape} does not fit into its {bytes_held} bytes.")
+        raise ValueError(f"{path} is cut short: a file of {bytes_held} bytes cannot hold the shape {image.shape}.")
     if isinstance(image, nib.Nifti1Pair):
         check_nifti(stored_header(path, type(image.header)), path, shape[:3])
     elif isinstance(image, nib.AnalyzeImage) and not path.with_suffix(".mat").is_file():
-        raise ValueError(f"{path} has no position: an ANALYZE file has one only in an SPM .mat file beside it.")
+        raise ValueError(
+            f"{path} has no position: ANALYZE stores it in an SPM .mat file, which is missing. Convert it to NIfTI."
+        )
     if len(image.shape) == 2 and (np.abs(image.affine[2, :2]) > 1e-3 * np.abs(image.affine[:2, :2]).max()).any():
         raise ValueError(
             f"{path} is a 2-D image that does not lie in a plane of constant z: its affine is {image.affine.tolist()}. "
@@ -108,12 +110,12 @@ def _field(header: str, name: str) -> str | None:
     return match[1] if match else None
 
 
-# Names of spaces that ITK converts; it takes all others for LPS.
+# Names of spaces that ITK converts; it treats all others as LPS.
 _SPACES = re.compile(r"(left-posterior|right-anterior|left-anterior)-superior(-time)?|(LPS|RAS|LAS)T?", re.IGNORECASE)
 
 
 def _check_text_header(path: Path, spatial_dims: int) -> None:
-    """Raise ValueError if an NRRD or MetaImage file has no position or is not in mm, which ITK does not check."""
+    """Raise ValueError if an NRRD or MetaImage file has no position or is not in mm; ITK does not check this."""
     header = _text_header(path)
     if path.name.lower().endswith((".nrrd", ".nhdr")):
         space = _field(header, "space")
@@ -144,7 +146,7 @@ def _open_itk(path: Path) -> tuple[Volume, Affine]:
     return _ItkVolume(str(path), (*shape, 1)[:3], pixel_type), ras_to_lps(3) @ itk_affine(header, num_axes)
 
 
-# Files that are mistaken for scans, by their first bytes.
+# First bytes of other files that users may give instead of a scan.
 _OTHERS = (
     (rb"\s*(//[^\n]*\s*)*\(\w+ ", "a parameter file of elastix"),
     (rb"#Insight Transform File", "a transform of ITK"),
@@ -181,7 +183,7 @@ def _check_kind(path: Path) -> None:
 def open_file(path: Path) -> tuple[Volume, Affine]:
     """Open a file that is not DICOM: its voxels ``(X, Y, Z)`` and its affine (RAS, mm).
 
-    An image with fewer axes gets axes of length 1. Sizes and affine are not checked further.
+    An image with fewer than three axes gets further axes of length 1. The caller checks sizes and affine.
 
     Raises:
         ValueError: the file is not a scan, or programs disagree on its position.

@@ -2,19 +2,19 @@ r"""Rigid and affine registration by mutual information, from any pose, in 2-D a
 
 The transform maps points of the fixed image to points of the moving one. It is found in three steps:
 
-1. Many poses are scored on coarse copies: rotations about the centres of what the images show and, where a field of
-   view cuts one of them off, shifts along all axes.
-2. On the same copies the information is maximised over few parameters, from the best poses and from the pose in the
-   headers.
-3. On two finer copies it is maximised over all parameters, from the best pose so far.
+1. Many poses are scored on coarse copies of the images: rotations about the centres of their content and, if a field of
+   view cuts off some of the content, shifts along all axes.
+2. On the same copies, mutual information is maximised over few parameters, starting from the best poses and from the
+   pose in the headers.
+3. On two finer copies it is maximised over all parameters, starting from the best pose so far.
 
-Images that are already the same where the headers put them stay there. Resolutions are relative to the side of a cube
-as large as what the images show, so that a mouse is registered like a man: for a brain, whose side is about 125 mm, the
-copies have voxels of 8, 4 and 2 mm.
+Images that are already aligned by their headers are left as they are. Voxel sizes are relative to the side of a cube
+with the volume of the content, so that the brains of a mouse and of a man are treated alike: for a human brain, with a
+side of about 125 mm, the copies have voxels of 8, 4 and 2 mm.
 
-What a field of view cuts off is unknown, not background, and does not count
-(:mod:`~voxelmorph_monai.space.mutual_information`). There are no random numbers, and sums are taken in one order, so
-the same images give the same transform whatever the number of threads.
+What a field of view cuts off is unknown. It is not treated as background but left out
+(:mod:`~voxelmorph_monai.space.mutual_information`). There are no random numbers, and sums are taken in a fixed order,
+so the same images give the same transform for any number of threads.
 """
 
 from collections.abc import Iterator
@@ -33,19 +33,19 @@ __all__ = ["align", "header_map", "register_affine"]
 
 ndimage = lazy("scipy.ndimage")
 
-# Voxels of the copies, in sides of the content: a brain is about 20 voxels wide at first.
+# Voxel sizes of the copies as fractions of the side of the content: a brain is first about 20 voxels wide.
 _SIZES = {2: (0.032, 0.016, 0.008), 3: (0.064, 0.032, 0.016)}
-_REACH = 0.14  # margin around the content of the fixed image that is compared, in sides of the content
+_REACH = 0.14  # margin to compare around the content of the fixed image, as a fraction of its side
 _NUM_ROTATIONS = 500  # neighbours are about 30 degrees apart, half of what the maximisation can correct
 _SHIFT = 3  # coarse voxels between neighbouring shifts, about half of what the maximisation can correct
 _NUM_STARTS = 8
 _TOLERANCE = 0.01  # shortest step of the maximisation, in voxels
 _SAME = 0.9999  # correlation of images that differ only by rounding
-_NUM_POINTS = 20_000  # points at which images are checked for being the same
+_NUM_POINTS = 20_000  # number of points at which to check whether images are the same
 
 
 def _side(array: NDArray[Any], affine: Affine) -> float:
-    """Side in mm of a cube, or square, as large as all that an image shows."""
+    """Side in mm of a cube (or square in 2-D) with the volume (area) of the content of an image."""
     return float(np.count_nonzero(is_shown(array)) * np.prod(spacing(affine))) ** (1 / array.ndim)
 
 
@@ -58,15 +58,16 @@ def _rotations(number: int, spatial_dims: int) -> NDArray[Any]:
 
 
 def _ends(copy: Copy) -> NDArray[Any]:
-    """Corners ``(2, D)`` of the straight box (mm) around a copy."""
+    """Lowest and highest coordinates ``(2, D)`` of a copy in mm."""
     places = corners(copy.affine, np.zeros(copy.array.ndim), np.array(copy.array.shape) - 1)
     return np.stack([places.min(axis=1), places.max(axis=1)])
 
 
 def _poses(moving: Copy, fixed: Copy, scale: float) -> Iterator[Affine]:
-    """Maps to try: rotations about the centres, with a scale, and shifts if one of the images is cut off.
+    """Maps to try: rotations about the centres with a scale and, if an image is cut off, shifts.
 
-    How large a part of something is says nothing of its scale: then there are rotations without one, too.
+    The scale is the ratio of the sizes of the contents. It is unreliable if an image is cut off, so rotations without a
+    scale are then tried as well.
     """
     cut = moving.known is not None or fixed.known is not None
     dims, centre, target = fixed.array.ndim, fixed.centre, moving.centre
@@ -83,14 +84,14 @@ def _poses(moving: Copy, fixed: Copy, scale: float) -> Iterator[Affine]:
     if cut:
         (low, high), (other_low, other_high) = _ends(moving), _ends(fixed)
         middle = (low + high) / 2 + centre - (other_low + other_high) / 2
-        farthest = np.maximum(high - low, other_high - other_low) / 2  # half of the smaller one is in common then
+        farthest = np.maximum(high - low, other_high - other_low) / 2  # half of the smaller image overlaps then
         step = _SHIFT * float(spacing(fixed.affine).max())
         for index in product(*[np.arange(-(r // step), r // step + 1) for r in farthest]):
             yield pose(np.eye(dims), middle + step * np.array(index))
 
 
 def _same(moving: tuple[NDArray[Any], Affine], fixed: tuple[NDArray[Any], Affine]) -> bool:
-    """Whether the images are the same where the headers put them: then there is nothing to optimise, and to spoil."""
+    """Whether the images are the same if aligned by their headers, so that an optimisation could only do harm."""
     shown = np.flatnonzero(is_shown(fixed[0]))
     some = np.stack(np.unravel_index(shown[:: max(1, len(shown) // _NUM_POINTS)], fixed[0].shape))
     to_voxels = np.linalg.inv(moving[1]) @ fixed[1]
@@ -114,10 +115,10 @@ def register_affine(
 
     Args:
         moving: image ``(X, Y, Z)`` with a 4 x 4 affine, or ``(X, Y)`` with a 3 x 3 affine, in any pose. Its background
-            is about 0. A few very bright voxels spoil the histogram: clip them.
-        fixed: the same.
+            must be about 0. Clip very bright voxels, which distort the histogram.
+        fixed: like ``moving``.
         kind: ``"rigid"`` (6 parameters, 3 in 2-D) or ``"affine"`` (12 and 6).
-        names: names of the images in messages.
+        names: names of the images in error messages.
 
     Returns:
         Matrix, 4 x 4 or 3 x 3, that takes points of ``fixed`` to points of ``moving`` (RAS, mm).
@@ -131,7 +132,7 @@ def register_affine(
         if array.ndim not in (2, 3) or affine.shape != (array.ndim + 1,) * 2 or not (array > 0).any():
             raise ValueError(
                 f"{name} has shape {array.shape}, {np.count_nonzero(array > 0)} voxels above 0, and an affine of shape "
-                f"{affine.shape}. Give (X, Y, Z) with 4 x 4, or (X, Y) with 3 x 3, and not 0 everywhere."
+                f"{affine.shape}. Give (X, Y, Z) with 4 x 4, or (X, Y) with 3 x 3, and some voxels above 0."
             )
         require_right_angles(affine, name)
     if moving[0].ndim != fixed[0].ndim:
@@ -148,9 +149,7 @@ def register_affine(
     coarse = copies[0]
     for name, copy in zip(names, coarse, strict=True):
         if not np.ptp(copy.array) > 0:
-            raise ValueError(
-                f"{name} has the same intensity everywhere, {copy.array.flat[0]:g}, so nothing can be aligned."
-            )
+            raise ValueError(f"{name} cannot be aligned: it has the same intensity everywhere, {copy.array.flat[0]:g}.")
     poses = [*_poses(*coarse, 1.0 if kind == "rigid" else sides[0] / sides[1])]
     information = MutualInformation(*coarse, reach)
     starts = [poses[k] for k in np.argsort(information.glance(poses), kind="stable")[::-1][:_NUM_STARTS]]
@@ -164,7 +163,7 @@ def register_affine(
 
 
 def header_map(moving: Scan, fixed: Scan) -> Affine:
-    """Map from points of ``fixed`` to those of ``moving`` according to the headers; for slices, from plane to plane."""
+    """Map from points of ``fixed`` to points of ``moving`` (mm) by the headers: identity, or from plane to plane."""
     if not fixed.is_slice:
         return np.eye(4)
     source = Plane.of(fixed)
@@ -172,12 +171,12 @@ def header_map(moving: Scan, fixed: Scan) -> Affine:
 
 
 def align(moving: Scan, fixed: Scan, alignment: str = "affine") -> Affine:
-    """Linear map, 4 x 4, from points of ``fixed`` to points of ``moving`` (RAS, mm).
+    """Align two scans: linear map, 4 x 4, from points of ``fixed`` to points of ``moving`` (RAS, mm).
 
     Args:
-        moving: scan whose background is 0, in any pose; slices are aligned within their planes.
-        fixed: the same.
-        alignment: ``"affine"``, ``"rigid"``, or ``"none"``, which leaves the scans where their headers put them.
+        moving: scan with a background of 0, in any pose; slices are aligned within their planes.
+        fixed: like ``moving``.
+        alignment: ``"affine"``, ``"rigid"``, or ``"none"`` to rely on the headers.
 
     Raises:
         ValueError: the scans cannot be aligned, or ``alignment`` is none of these.

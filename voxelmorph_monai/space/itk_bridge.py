@@ -1,6 +1,6 @@
 """Convert images and linear transforms to ITK and back.
 
-Arrays are ``(X, Y, Z)`` as nibabel gives them; ITK's index ``(i, j, k)`` is the array's.
+Arrays are ``(X, Y, Z)``, as in nibabel; ITK's index ``(i, j, k)`` is the index of the array.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ __all__ = [
 itk = lazy("itk")
 
 Image = Any
-"""An image of ITK, which has no types."""
+"""An ITK image; ITK has no type annotations."""
 
 Transform = Any
-"""A transform of ITK."""
+"""An ITK transform."""
 
 
 def to_itk(array: NDArray[Any], affine: Affine) -> Image:
@@ -50,7 +50,7 @@ def to_itk(array: NDArray[Any], affine: Affine) -> Image:
 
 
 def set_grid(image: Image, affine: Affine) -> None:
-    """Put an ITK image where the affine (RAS) says."""
+    """Set the spacing, origin and direction of an ITK image from an affine (RAS, mm)."""
     lps = ras_to_lps(len(affine) - 1) @ affine
     image.SetSpacing(spacing(affine).tolist())
     image.SetOrigin(lps[:-1, -1].tolist())
@@ -58,7 +58,7 @@ def set_grid(image: Image, affine: Affine) -> None:
 
 
 def from_itk(image: Image) -> tuple[NDArray[Any], Affine]:
-    """Copy an ITK image (LPS) to an array ``(X, Y, Z)`` and its affine (RAS), or ``(X, Y)`` and one of 3 x 3."""
+    """Copy an ITK image (LPS) to an array ``(X, Y, Z)`` and its affine (RAS), 3 x 3 for a 2-D image ``(X, Y)``."""
     spatial_dims = image.GetImageDimension()
     lps = np.eye(spatial_dims + 1)
     lps[:-1, :-1] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
@@ -67,7 +67,7 @@ def from_itk(image: Image) -> tuple[NDArray[Any], Affine]:
 
 
 def transform_affine(transform: Transform) -> Affine:
-    """4 x 4 matrix of a linear ITK transform (LPS) between points in RAS, mm; 3 x 3 for a 2-D transform."""
+    """Convert a linear ITK transform (LPS) to the matrix that maps points in RAS, mm: 4 x 4, or 3 x 3 in 2-D."""
     lps = np.eye(transform.GetInputSpaceDimension() + 1)
     lps[:-1, :-1] = itk.array_from_matrix(transform.GetMatrix())
     lps[:-1, -1] = transform.GetOffset()
@@ -75,11 +75,11 @@ def transform_affine(transform: Transform) -> Affine:
 
 
 def linear_transform(matrix: NDArray[np.floating[Any]], double: bool = True) -> Transform:
-    """ITK transform (LPS) of a map of points in RAS, mm; the inverse of :func:`transform_affine`.
+    """Convert a map of points in RAS, mm, to an ITK transform (LPS); reverses :func:`transform_affine`.
 
     Args:
         matrix: the map, 4 x 4, or 3 x 3 in 2-D.
-        double: whether its parameters have double precision, or single.
+        double: whether the parameters have double precision (otherwise single).
     """
     transform = itk.AffineTransform[itk.D if double else itk.F, len(matrix) - 1].New()
     lps = to_lps(matrix).astype(np.float64 if double else np.float32)
@@ -89,10 +89,10 @@ def linear_transform(matrix: NDArray[np.floating[Any]], double: bool = True) -> 
 
 
 def write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Have ITK write ``path``, completely or not at all; raise an OSError if it cannot."""
+    """Let ITK write ``path``, completely or not at all; raises OSError if ITK cannot."""
     with atomic(path) as temporary:
         reason = None
-        with silent_stderr():  # on which HDF5 prints a page, and another when the writer is gone
+        with silent_stderr():  # HDF5 prints long messages there, even when the writer is deleted
             try:
                 write(temporary)
             except RuntimeError as error:
@@ -102,11 +102,11 @@ def write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def save_transform(path: str | Path, transform: Transform) -> None:
-    """Write an ITK transform in the format of the ending, ``.txt``, ``.mat`` or ``.h5``; completely or not at all."""
+    """Write an ITK transform as ``.txt``, ``.mat`` or ``.h5``, by the extension; completely or not at all."""
 
     def write(temporary: Path) -> None:
         itk.transformwrite([transform], str(temporary), compression=True)
-        if temporary.suffix not in (".h5", ".hdf5"):  # on a full disk ITK leaves an empty file, and says nothing
+        if temporary.suffix not in (".h5", ".hdf5"):  # on a full disk, ITK writes an empty file without an error
             try:
                 (again,) = itk.transformread(str(temporary))
                 whole = np.allclose(again.GetParameters(), transform.GetParameters(), rtol=1e-6, atol=1e-6)

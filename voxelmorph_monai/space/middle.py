@@ -1,4 +1,4 @@
-"""The middle of several scans: the mean of linear maps, and a grid around everything that the scans show."""
+"""Compute a space in the middle of several scans: the mean of linear maps, and a grid that encloses the scans."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _Matrix = NDArray[np.floating[Any]]
 
 
 def linear_mean(maps: Sequence[_Matrix]) -> NDArray[np.float64]:
-    """Mean of linear maps, 4 x 4, by their logarithms: the mean of a map and its inverse is the identity.
+    """Mean of linear maps, 4 x 4, taken over their logarithms: the mean of a map and its inverse is the identity.
 
     >>> shift = np.eye(4); shift[0, 3] = 6.0
     >>> linear_mean([shift, np.eye(4)])[0].round(6).tolist()
@@ -26,7 +26,7 @@ def linear_mean(maps: Sequence[_Matrix]) -> NDArray[np.float64]:
     """
     logarithms = [linalg.logm(np.asarray(each, dtype=np.float64)).real for each in maps]
     found: NDArray[np.float64] = linalg.expm(np.mean(logarithms, axis=0))
-    found[3] = [0, 0, 0, 1]  # up to rounding it is
+    found[3] = [0, 0, 0, 1]  # removes rounding errors
     return found
 
 
@@ -38,12 +38,12 @@ def rigid_both_ways(moving: Scan, fixed: Scan) -> Affine:
 
 
 def grid_around(scans: Sequence[Scan], maps: Sequence[_Matrix], spacing: float | None = None) -> ImageGrid:
-    """A grid along RAS around what any scan shows above its background.
+    """Grid with axes along RAS that encloses everything above the background of the scans.
 
     Args:
-        scans: the scans.
+        scans: scans to enclose.
         maps: 4 x 4, from points of the grid to points of each scan (RAS, mm).
-        spacing: side of a voxel in mm (default: that of the finest scan, on average over its axes).
+        spacing: voxel size in mm (default: that of the finest scan, the geometric mean over its axes).
     """
     side = spacing or min(float(np.prod(scan.spacing)) ** (1 / 3) for scan in scans)
     ends = []

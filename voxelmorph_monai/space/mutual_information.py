@@ -1,10 +1,10 @@
 r"""Mutual information of two images as a function of the linear map between them, and how to maximise it.
 
-Two scans are compared only where the content of both is known. It is known within the field of view. Beyond that,
-background is taken to continue where a scan ends in background; where a scan cuts something off, nothing is known, and
-the points there do not count.
+Two scans are compared only where the content of both is known. It is known within the field of view. Outside the field
+of view, background is assumed to continue from a border that shows background. Beyond a border that cuts something off,
+the content is unknown, and points there are left out.
 
-The mutual information is that of Mattes et al. (IEEE TMI 2003): intensities of the moving image are spread over the
+Mutual information is computed as by Mattes et al. (IEEE TMI 2003): intensities of the moving image are spread over the
 bins of a histogram by a cubic B-spline, those of the fixed image are counted. With :math:`p` the fraction of the points
 in each cell, :math:`m` the moving and :math:`f` the fixed intensity,
 
@@ -12,8 +12,9 @@ in each cell, :math:`m` the moving and :math:`f` the fixed intensity,
           \frac{dI}{d\theta} = \Big\langle s(f, m) \, \frac{dm}{d\theta} \Big\rangle, \quad
           s = \frac{\partial}{\partial m} \log \frac{p(f, m)}{p(m)},
 
-a mean over the points. The mean of :math:`s^2 \, (dm / d\theta)(dm / d\theta)^T`, Fisher's information, contains the
-scales and correlations of the parameters; in the coordinates that make it the identity, BFGS needs about ten steps.
+where the brackets are a mean over the points. Fisher's information, the mean of
+:math:`s^2 \, (dm / d\theta)(dm / d\theta)^T`, contains the scales and correlations of the parameters; in coordinates
+that make it the identity, BFGS needs about ten steps.
 """
 
 from collections.abc import Sequence
@@ -31,12 +32,12 @@ __all__ = ["Copy", "MutualInformation", "coarsen", "generators", "is_shown", "ma
 linalg, ndimage = lazy("scipy.linalg"), lazy("scipy.ndimage")
 
 _SHOWN = 0.1  # fraction of the 99th percentile below which a voxel is background or noise
-_THIN = 4  # least number of voxels of a copy along each axis, if the image has them
+_THIN = 4  # smallest number of voxels of a copy along each axis, unless the image itself has fewer
 _LEVELS = 16  # levels of intensity within a bin; more of them change the result by less than 1e-3 mm
 _MAX_BINS = 32
-_BLOCK = 8192  # points that are processed together: their intermediate results stay in the cache (3 times faster)
-_MAPS = 64  # maps that are looked at together
-_LEAST = 0.25  # least fraction of the comparable points that has to be compared
+_BLOCK = 8192  # points to process together, so that intermediate results stay in the cache (3 times as fast)
+_MAPS = 64  # maps to score together
+_LEAST = 0.25  # smallest fraction of the comparable points that must be compared
 _MAX_STEPS = 40
 _FARTHEST = 0.5  # longest step, in units of the points' root mean square distance from their centre
 
@@ -48,9 +49,9 @@ class Copy(NamedTuple):
 
     Attributes:
         array: intensities ``(X, Y, Z)``, or ``(X, Y)``.
-        affine: takes voxels to mm (RAS), 4 x 4 or 3 x 3.
-        shown: which voxels lie above the background.
-        known: 1 where the content is known, otherwise 0; None if it is known everywhere.
+        affine: from voxels to mm (RAS), 4 x 4 or 3 x 3.
+        shown: True where a voxel lies above the background; same shape as ``array``.
+        known: 1 where the content is known, otherwise 0, same shape; None if it is known everywhere.
     """
 
     array: _Array
@@ -65,14 +66,14 @@ class Copy(NamedTuple):
 
 
 def is_shown(array: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which voxels of an image whose background is about 0 lie above it."""
+    """Find the voxels above the background, which must be about 0: booleans in the shape of the image."""
     some = array[tuple(slice(None, None, max(1, n // 50)) for n in array.shape)]
     some = some if (some > 0).any() else array
     return np.asarray(array > (_SHOWN * np.percentile(some[some > 0], 99) if (some > 0).any() else 0))
 
 
 def _mean_of_blocks(array: NDArray[Any], factor: Sequence[int]) -> NDArray[np.float32]:
-    """Mean of each block of so many voxels; what is left over at the ends of the axes is cut off."""
+    """Mean of each block of ``factor`` voxels along the axes; incomplete blocks at the ends are dropped."""
     for axis, n in enumerate(factor):
         lines = np.moveaxis(array, axis, 0)[: array.shape[axis] // n * n].astype(np.float32, copy=False)
         summed = lines[::n].copy() if n > 1 else lines
@@ -83,10 +84,11 @@ def _mean_of_blocks(array: NDArray[Any], factor: Sequence[int]) -> NDArray[np.fl
 
 
 def _smooth(array: NDArray[np.float32], averaged: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Mean of each voxel and its neighbours along each axis; beyond the border lies what is there.
+    """Smooth an image along each axis by a weighted mean of neighbouring voxels; the border is repeated.
 
-    Interpolation smooths an image between its voxels and not at them, so that noise would decide on the map. The
-    weights are 1 6 1 along an axis whose voxels have been ``averaged``, which takes most of the noise, and 1 2 1 else.
+    Interpolation smooths an image between voxels but not at voxels, so with noise the map would prefer one or the
+    other. The weights are 1 6 1 along an axis whose voxels have been ``averaged``, which removes most of the noise, and
+    otherwise 1 2 1.
     """
     for axis, own in enumerate(np.where(averaged, np.float32(6), np.float32(2))):
         lines = np.moveaxis(array, axis, 0)
@@ -96,7 +98,7 @@ def _smooth(array: NDArray[np.float32], averaged: NDArray[np.bool_]) -> NDArray[
 
 
 def _extent(array: NDArray[Any], margin: Sequence[int]) -> tuple[slice, ...]:
-    """The voxels that are not 0, and a margin as far as the array goes."""
+    """Slices around the voxels that are not 0, with a margin in voxels, cut off at the ends of the array."""
     part = []
     for axis, (n, width) in enumerate(zip(array.shape, margin, strict=True)):
         found = np.flatnonzero(array.any(axis=tuple(k for k in range(array.ndim) if k != axis)))
@@ -110,10 +112,8 @@ def coarsen(array: NDArray[Any], affine: Affine, sizes: Sequence[float], margin:
     Args:
         array: image ``(X, Y, Z)`` or ``(X, Y)`` whose background is about 0.
         affine: affine of the image.
-        sizes: sides of the voxels, the largest first. Along an axis whose voxels are as long already, or which has few
-            of them, they stay as they are.
-        margin: mm around the field of view that each copy has at least, and one voxel. Its intensities are those of the
-            border.
+        sizes: voxel sizes in mm, the largest first. An axis with voxels of this size, or with few voxels, is kept.
+        margin: width in mm of a margin around the field of view, at least one voxel, filled with the border.
     """
     sides = spacing(affine)
     part = _extent(array != 0, np.maximum(np.ceil(2 * sizes[0] / sides).astype(int), 1))
@@ -132,7 +132,7 @@ def coarsen(array: NDArray[Any], affine: Affine, sizes: Sequence[float], margin:
         wider[:-1, -1] -= affine[:-1, :-1] @ width
         padded = np.pad(_smooth(array, spacing(affine) > 1.5 * sides), around, mode="edge").astype(np.float64)
         shown = is_shown(array)
-        goes_on = np.pad(shown, around, mode="edge")  # what the border shows, beyond the field of view
+        goes_on = np.pad(shown, around, mode="edge")  # repeats the border beyond the field of view
         beyond = np.pad(np.zeros(array.shape, bool), around, constant_values=True)
         known = None if not (goes_on & beyond).any() else 1.0 - (goes_on & beyond)
         copies.append(Copy(padded, wider, goes_on & ~beyond, known))
@@ -140,7 +140,7 @@ def coarsen(array: NDArray[Any], affine: Affine, sizes: Sequence[float], margin:
 
 
 def generators(kind: str, dims: int) -> _Array:
-    """Directions ``(P, D (D + 1))`` in which a linear map can change: D x (D + 1) matrices, in rows.
+    """Directions in which a linear map can change: P flattened matrices of D x (D + 1), ``(P, D (D + 1))``.
 
     ``kind`` is ``"rigid"``, ``"similarity"`` or ``"affine"``.
     """
@@ -155,7 +155,7 @@ def generators(kind: str, dims: int) -> _Array:
 
 
 def _spline(bins: int) -> tuple[_Array, _Array]:
-    """Weights of the bins ``(levels, bins + 3)`` for an intensity at each level, and their slopes per level."""
+    """Weights of the B-spline in each bin for each level of intensity, and their slopes: ``(levels, bins + 3)``."""
     x = np.arange(bins * _LEVELS + 1)[:, None] / _LEVELS - (np.arange(bins + 3) - 1)
     far = np.abs(x)
     weights = np.where(far < 1, 2 / 3 - far**2 + far**3 / 2, np.clip(2 - far, 0, None) ** 3 / 6)
@@ -164,12 +164,12 @@ def _spline(bins: int) -> tuple[_Array, _Array]:
 
 
 def _interpolate(values: _Array, shape: tuple[int, ...], at: _Array) -> tuple[_Array, list[_Array]]:
-    """Values of an image between its voxels, linear, and their slopes along each axis; beyond its border, those there.
+    """Interpolate an image linearly: values ``(N,)`` and slopes along each axis; the border is repeated outside.
 
     Args:
-        values: of the image, flat.
-        shape: of the image, at least 2 along each axis.
-        at: positions in voxels ``(D, N)``; they are overwritten.
+        values: voxels of the image, flattened.
+        shape: shape of the image, at least 2 along each axis.
+        at: positions in voxels, ``(D, N)``, which are overwritten.
     """
     steps = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
     first = np.zeros(at.shape[1], np.intp)
@@ -190,7 +190,7 @@ def _interpolate(values: _Array, shape: tuple[int, ...], at: _Array) -> tuple[_A
 
 
 class _Sums:
-    """The sums over points of ``scan_loops``, by NumPy and in 2-D, too."""
+    """The functions of ``scan_loops`` in NumPy, for 2-D images and where the compiled module is missing."""
 
     @staticmethod
     def glance(
@@ -232,7 +232,7 @@ class _Sums:
 
 
 class _Slope(NamedTuple):
-    """Mutual information at a map, its gradient ``(D (D + 1),)`` and Fisher's information, a square of that."""
+    """Mutual information at a map, its gradient ``(N,)`` and Fisher's information ``(N, N)``; N is D (D + 1)."""
 
     value: float
     gradient: _Array
@@ -240,17 +240,17 @@ class _Slope(NamedTuple):
 
 
 class MutualInformation:
-    """Mutual information, in nats, of two images under a linear map from points of the fixed to points of the moving.
+    """Mutual information (nats) of two images under a linear map from points of the fixed to points of the moving one.
 
-    A change is applied before the map, in coordinates about the centre of the points that are compared, with the root
-    mean square of their distances from it as the unit.
+    Changes of the map are applied before it, in coordinates relative to the centre of the compared points. Their unit
+    is the root mean square distance of the points from this centre.
 
     Args:
-        moving: coarse copy of one image.
-        fixed: coarse copy of the other; its voxels that show something, and those up to ``reach`` mm beside them, are
+        moving: coarse copy of the moving image.
+        fixed: coarse copy of the fixed image; its voxels above the background, and those within ``reach`` of them, are
             compared.
         reach: distance in mm.
-        thinned: take a quarter of the voxels, a body-centred lattice (half of them in 2-D).
+        thinned: compare only a quarter of the voxels, a body-centred lattice (half of the voxels in 2-D).
     """
 
     def __init__(self, moving: Copy, fixed: Copy, reach: float, thinned: bool = False) -> None:
@@ -288,16 +288,16 @@ class MutualInformation:
         return (array[part] - low) * (number / (high - low))
 
     def __call__(self, matrix: Affine) -> float:
-        """Mutual information times the fraction of the points that the moving image knows; 0 if these are too few.
+        """Mutual information times the fraction of points with known content in the moving image; 0 if too few.
 
-        What is not known explains nothing: so maps that have more or less in common can be compared.
+        The factor makes maps with different overlap comparable: points without known content add no information.
         """
         return float(self._score(self._match(self._to_voxels @ matrix @ self.to_mm)[0], self.points.shape[1]))
 
     def glance(self, matrices: Sequence[Affine]) -> _Array:
         """Approximate :meth:`__call__` for K maps in less time: ``(K,)``.
 
-        Only half of the points are taken, and of the moving image the voxels that are nearest to them.
+        Only half of the points are used, and the moving image is sampled at the nearest voxel.
         """
         maps = (self._to_voxels @ np.stack(matrices) @ self.to_mm)[:, :-1]
         rows, points, scores = self._rows[::2].copy(), np.ascontiguousarray(self.points[:, ::2]), []
@@ -308,16 +308,16 @@ class MutualInformation:
         return np.concatenate(scores)
 
     def _score(self, histograms: _Array, number: int) -> _Array:
-        """What :meth:`__call__` gives, for histograms ``(..., cells)`` of so many points."""
+        """Score of :meth:`__call__` for histograms ``(..., cells)`` of ``number`` points."""
         fraction = histograms.sum(axis=-1) / number
         return np.where(fraction >= self.least, fraction * self._information(histograms)[0], 0.0)
 
     def _match(self, to_voxels: Affine) -> Any:
-        """How often each level of the moving image meets each bin of the fixed one, and what slopes are made of."""
+        """Joint histogram of moving levels and fixed bins, and the cell, weight and slope of each point."""
         return self._sums.match(*self._moving, self._rows, to_voxels[:-1], self.points, self._cells)
 
     def _information(self, histograms: _Array) -> tuple[_Array, _Array]:
-        """Mutual information ``(...)`` of histograms ``(..., cells)``, and the log of ``p(f, m) / p(m)`` in bins."""
+        """Mutual information ``(...)`` of histograms ``(..., cells)``, and ``log(p(f, m) / p(m))`` in each bin."""
         joint = histograms.reshape(*histograms.shape[:-1], self.bins, -1) @ self._weights
         joint /= np.maximum(joint.sum(axis=(-2, -1), keepdims=True), 1e-9)
         of_moving, of_fixed = joint.sum(axis=-2, keepdims=True), joint.sum(axis=-1, keepdims=True)
@@ -326,7 +326,7 @@ class MutualInformation:
         return (joint * (given - np.log(np.maximum(of_fixed, 1e-12)))).sum(axis=(-2, -1)), given
 
     def slope(self, matrix: Affine, with_fisher: bool = False) -> _Slope:
-        """Value, gradient and, if wanted, Fisher's information, for the generators of an affine map."""
+        """Value, gradient and, if ``with_fisher``, Fisher's information, for the parameters of an affine map."""
         to_voxels = self._to_voxels @ matrix @ self.to_mm
         histogram, cells, weights, slopes = self._match(to_voxels)
         size = len(self.points) * (len(self.points) - 1)
@@ -341,7 +341,7 @@ class MutualInformation:
         return _Slope(float(value), gradient, mixed.T @ fisher @ mixed / total if with_fisher else None)
 
     def change(self, matrix: Affine, direction: _Array) -> tuple[Affine, float]:
-        """Map after a change in a direction ``(D (D + 1),)``, and about how far (mm) that moves the points."""
+        """Change a map in a direction ``(D (D + 1),)``; returns it and roughly how far the points move, in mm."""
         step = np.zeros_like(matrix)
         step[:-1] = direction.reshape(-1, len(self.points))
         return matrix @ self.to_mm @ linalg.expm(step) @ np.linalg.inv(self.to_mm), self.radius * float(
@@ -350,7 +350,10 @@ class MutualInformation:
 
 
 def maximise(information: MutualInformation, matrix: Affine, kind: str, tolerance: float) -> Affine:
-    """Maximise from a map until steps are shorter than ``tolerance`` mm, changing it by the generators of a kind."""
+    """Maximise mutual information from a starting map until steps are shorter than ``tolerance`` mm.
+
+    ``kind`` limits the changes to the parameters of :func:`generators`.
+    """
     basis = generators(kind, len(matrix) - 1)
     here = information.slope(matrix, with_fisher=True)
     assert here.fisher is not None
@@ -358,8 +361,8 @@ def maximise(information: MutualInformation, matrix: Affine, kind: str, toleranc
     if not np.trace(fisher) > 0:  # nothing in common
         return matrix
     fisher += 1e-9 * np.trace(fisher) * np.eye(len(fisher))
-    basis = np.linalg.solve(np.linalg.cholesky(fisher), basis)  # in these directions Fisher's information is 1
-    inverse = 2 * np.eye(len(basis))  # of the curvature, which is less: images of two people match only in part
+    basis = np.linalg.solve(np.linalg.cholesky(fisher), basis)  # makes Fisher's information the identity
+    inverse = 2 * np.eye(len(basis))  # of the curvature, which is below 1, as images of two people match only in part
     for number in range(_MAX_STEPS):
         step = inverse @ (basis @ here.gradient)
         step *= min(1.0, _FARTHEST / max(float(np.linalg.norm(step @ basis)), 1e-9))
@@ -371,7 +374,7 @@ def maximise(information: MutualInformation, matrix: Affine, kind: str, toleranc
             if there.value > here.value:
                 break
             rise = float(step @ (basis @ here.gradient))
-            step = step * np.clip(rise / (2 * (rise + here.value - there.value)), 0.1, 0.5)  # the top of a parabola
+            step = step * np.clip(rise / (2 * (rise + here.value - there.value)), 0.1, 0.5)  # maximum of a parabola
         bend = basis @ (here.gradient - there.gradient)
         curvature = float(step @ bend)
         if curvature > 0:

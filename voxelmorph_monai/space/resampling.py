@@ -26,14 +26,14 @@ __all__ = [
 
 ndimage = lazy("scipy.ndimage")
 
-_ROUNDED = 1e-3  # voxels beyond the outermost ones that are rounding
-_NUM_BINS, _BIN_SIGMA = 256, 3.0  # histogram from 0 to the 99.9th percentile, and the Gaussian that smooths it
-_LARGE_PEAK = 0.3  # of the highest peak: grey matter may be more frequent than white; vessels and noise are far below
-_NUM_POINTS = 100_000  # points at which the part of a scan within a grid is measured, to 0.5 %
+_ROUNDED = 1e-3  # distance in voxels beyond the outermost ones that may be rounding
+_NUM_BINS, _BIN_SIGMA = 256, 3.0  # bins of a histogram up to the 99.9th percentile, and SD in bins of its smoothing
+_LARGE_PEAK = 0.3  # fraction of the highest peak; grey matter can form a higher peak, vessels and noise far lower ones
+_NUM_POINTS = 100_000  # number of points to measure how much of a scan lies in a grid, within 0.5 %
 
 
 def loops_for(scan: Scan, order: int) -> Any:
-    """Compiled loops that can interpolate a scan, in a tenth of SciPy's processor time; None if SciPy has to do it."""
+    """Compiled loops to interpolate a scan in a tenth of SciPy's processor time; None if only SciPy can do it."""
     kind = scan.array.dtype
     fits = kind.isnative and (order == 0 or (order == 1 and kind in (np.float32, np.float64)))
     return compiled_module("scan_loops") if fits else None
@@ -46,13 +46,13 @@ def resample(
 
     Args:
         scan: scan to sample; the result has its type.
-        grid: the other grid.
-        mapping: 4 x 4, from points of the other grid to points of the scan (RAS, mm).
-        order: 1, linear; or 0, nearest neighbour, which invents no labels.
-        outside: the value beyond the outermost voxels of the scan; None: theirs.
+        grid: grid to sample on.
+        mapping: 4 x 4, from points of the grid to points of the scan (RAS, mm).
+        order: 1 for linear, 0 for nearest-neighbour interpolation, which suits labels.
+        outside: value beyond the outermost voxels of the scan; None repeats these voxels.
     """
     to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
-    to_voxels[:3][np.array(scan.shape) == 1] = 0  # across a slice there is no outside
+    to_voxels[:3][np.array(scan.shape) == 1] = 0  # a slice extends without limit across its plane
     loops = loops_for(scan, order)
     if loops is not None:
         value, reach = (0.0, np.inf) if outside is None else (outside, 0.0)
@@ -65,9 +65,9 @@ def resample(
 def resample_intensities(
     scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], outside: float | None = 0.0
 ) -> Scan:
-    """Sample a scan as :func:`resample` does, smoothed along each axis that the other grid samples more coarsely.
+    """Sample a scan like :func:`resample`, after smoothing it along each axis on which the grid is coarser.
 
-    A voxel of that grid then stands for all that lies within it.
+    Each voxel of the grid then averages over its own extent.
     """
     width = np.sqrt(np.maximum(spacing(grid.affine).max() ** 2 - scan.spacing**2, 0)) / scan.spacing  # at half height
     smooth = scan.like(ndimage.gaussian_filter(scan.array, width / 2.355)) if width.any() else scan
@@ -77,7 +77,7 @@ def resample_intensities(
 def _positions(
     scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], ddf: NDArray[np.float32] | None = None
 ) -> Iterator[tuple[int, NDArray[np.floating[Any]]]]:
-    """Where the voxels of a grid lie along each axis of a scan, in its voxels; across a slice there is no outside."""
+    """Yield each axis of a scan of length above 1, and the positions of a grid's voxels along it, in scan voxels."""
     to_voxels = np.linalg.inv(scan.affine) @ mapping @ grid.affine
     index = np.ogrid[tuple(map(slice, grid.size))]
     for axis in range(3):
@@ -91,13 +91,13 @@ def _positions(
 def viewed(
     scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]], ddf: NDArray[np.float32] | None = None
 ) -> NDArray[np.bool_]:
-    """Which voxels of a grid, ``(X, Y, Z)``, lie in the field of view of a scan, between its outermost voxels.
+    """Find the voxels of a grid in the field of view of a scan: booleans ``(X, Y, Z)``.
 
     Args:
-        scan: what may show less than the grid.
+        scan: scan that may cover only part of the grid.
         grid: size and affine.
-        mapping: 4 x 4, from points of the grid, once they are displaced, to points of the scan (RAS, mm).
-        ddf: ``(3, X, Y, Z)`` in voxels of the grid; None for no displacement.
+        mapping: 4 x 4, from displaced points of the grid to points of the scan (RAS, mm).
+        ddf: displacement ``(3, X, Y, Z)`` in voxels of the grid (default: none).
     """
     found = np.ones(tuple(grid.size), bool)
     for axis, at in _positions(scan, grid, mapping, ddf):
@@ -106,12 +106,12 @@ def viewed(
 
 
 def cut_off(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """Which voxels of a grid, ``(X, Y, Z)``, a scan says nothing of: they lie beyond a side of it that cuts something.
+    """Find the voxels of a grid beyond a border of a scan that cuts something off: booleans ``(X, Y, Z)``.
 
-    Beyond its other sides background goes on.
+    Beyond its other borders, which show background, background is assumed to continue.
 
     Args:
-        scan: whose background is 0.
+        scan: scan with a background of 0.
         grid: size and affine.
         mapping: 4 x 4, from points of the grid to points of the scan (RAS, mm).
     """
@@ -125,13 +125,13 @@ def cut_off(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> 
 
 
 def rescale(scan: Scan) -> Scan:
-    """Intensities above the background, divided by their 99.5th percentile and clipped: float32 in [0, 1]."""
+    """Scale intensities above the background by their 99.5th percentile and clip them: float32 in [0, 1]."""
     shown = scan.array - scan.background
     return scan.like(np.clip(shown / np.percentile(shown[shown > 0], 99.5), 0, 1).astype(np.float32, copy=False))
 
 
 def _white_matter_mode(scan: Scan) -> float:
-    """Most frequent intensity of white matter in a skull-stripped T1 scan: the brightest large peak there is."""
+    """Most frequent intensity of white matter in a skull-stripped T1 scan: the brightest large peak."""
     shown = scan.array[scan.array > 0]
     edges = np.linspace(0, np.percentile(shown, 99.9), _NUM_BINS + 1)
     counts = ndimage.gaussian_filter1d(np.histogram(shown, edges)[0].astype(float), _BIN_SIGMA, mode="constant")
@@ -142,15 +142,15 @@ def _white_matter_mode(scan: Scan) -> float:
 
 
 def scale_white_matter(scan: Scan) -> Scan:
-    """Intensities of a skull-stripped T1 scan with the mode of its white matter at 110/255, clipped to [0, 1].
+    """Scale a skull-stripped T1 scan so that the mode of white matter is 110/255, and clip it to [0, 1].
 
-    FreeSurfer's ``norm.mgz``, divided by 255, is scaled like this, and the authors of VoxelMorph trained on it.
+    This is the scale of FreeSurfer's ``norm.mgz`` divided by 255, on which the authors of VoxelMorph trained.
     """
     return scan.like(np.clip(scan.array * (110 / 255 / _white_matter_mode(scan)), 0, 1).astype(np.float32, copy=False))
 
 
 SCALINGS = {"percentile": rescale, "white_matter": scale_white_matter}
-"""How images are scaled for a network, by the name that its card has for it."""
+"""Functions that scale images for a network, by the name in its model card."""
 
 
 def fraction_inside(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[Any]]) -> float:
@@ -165,5 +165,5 @@ def fraction_inside(scan: Scan, grid: ImageGrid, mapping: NDArray[np.floating[An
     some = np.unravel_index(shown[:: max(1, len(shown) // _NUM_POINTS)], scan.shape)
     to_voxels = np.linalg.inv(grid.affine) @ mapping @ scan.affine
     index = to_voxels[:3, :3] @ np.stack(some) + to_voxels[:3, 3:]
-    index[np.array(grid.size) == 1] = 0  # across a slice there is no outside
+    index[np.array(grid.size) == 1] = 0  # a slice extends without limit across its plane
     return float(inside(index, grid.size).mean()) if len(shown) else 0.0

@@ -1,6 +1,6 @@
 """Scans: images and label maps in physical space.
 
-All functions between the command line and the files use :class:`Scan`. It is checked once, when it is created.
+The whole package passes scans as :class:`Scan` objects, which are checked once, when they are created.
 """
 
 from collections.abc import Sequence
@@ -29,20 +29,20 @@ _UNNAMED = "scan"
 
 
 class Scan:
-    """An image or a label map in space. Its voxels and its position never change.
+    """An image or a label map in physical space; treat its voxels and its position as constant.
 
     A slice is a volume with one axis of length 1. A 2-D image is a slice ``(X, Y, 1)`` in the plane z = 0.
 
     Args:
         array: real, finite numbers ``(X, Y, Z)``, or ``(X, Y)`` for a 2-D image.
-        affine: 4 x 4, maps voxel indices to RAS in mm; its axes are at right angles.
+        affine: 4 x 4, from voxel indices to RAS in mm, with axes at right angles.
         name: name of the scan in messages, for example its path.
-        header: NIfTI header to save the scan with; it must have the position of ``affine``.
+        header: NIfTI header to save the scan with; its position must be that of ``affine``.
         spatial_dims: 2 to save the scan as a 2-D image.
 
     Raises:
         TypeError: ``array`` does not hold real numbers.
-        ValueError: the shape, the numbers or the affine are not possible for a scan.
+        ValueError: the shape, the numbers or the affine are not those of a scan.
 
     >>> scan = Scan(np.eye(3, dtype=np.float32), np.diag([2.0, 2.0, 1.0, 1.0]), "example")
     >>> scan
@@ -62,7 +62,7 @@ class Scan:
     ) -> None:
         voxels, place = np.asarray(array), np.array(affine, dtype=np.float64)
         if voxels.dtype.kind not in "biuf":
-            raise TypeError(f"{name} holds {voxels.dtype} numbers, but a scan holds real ones.")
+            raise TypeError(f"{name} has voxels of type {voxels.dtype}, but a scan has real numbers.")
         if voxels.ndim not in (2, 3) or sorted(voxels.shape)[voxels.ndim - 2] < 2 or 0 in voxels.shape:
             raise ValueError(f"{name} has shape {voxels.shape}, but a scan is one volume (X, Y, Z) or one slice.")
         check_affine(place, name)
@@ -79,11 +79,11 @@ class Scan:
 
     @classmethod
     def read(cls, path: str | Path, series: int | None = None) -> "Scan":
-        """Read an image as float32: NIfTI, MGZ, NRRD, MetaImage, what else nibabel reads, or a folder of DICOM.
+        """Read an image as float32: NIfTI, MGZ, NRRD, MetaImage, DICOM, or another format that nibabel reads.
 
         Args:
-            path: file or folder.
-            series: number of a series in a folder with several, see :func:`~voxelmorph_monai.io.dicom.list_series`.
+            path: file or DICOM folder.
+            series: number of the series if a folder holds several (:func:`~voxelmorph_monai.io.dicom.list_series`).
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -96,7 +96,7 @@ class Scan:
         """Read a label map as integers, from the same formats as :meth:`read`.
 
         Args:
-            path: file or folder.
+            path: file or DICOM folder.
             series: as in :meth:`read`.
 
         Raises:
@@ -110,12 +110,12 @@ class Scan:
         """Convert a path, a Scan, a nibabel image, a ``MetaTensor`` or an ITK image to a scan.
 
         Args:
-            value: one of these.
-            name: name in messages, unless the value has one.
-            labels: whether it is a label map. Intensities of an image become float32, like those of a file.
+            value: object to convert.
+            name: name in messages, unless the value has its own.
+            labels: whether it is a label map; otherwise its intensities become float32, as in :meth:`read`.
 
         Raises:
-            TypeError: the value is something else; an array needs an affine, ``Scan(array, affine)``.
+            TypeError: the value is of another type; convert an array by ``Scan(array, affine)``.
             ValueError, FileNotFoundError: like :meth:`read` and :meth:`read_labels`.
         """
         if isinstance(value, cls):
@@ -152,12 +152,12 @@ class Scan:
         return cls(np.asanyarray(image.dataobj).reshape(shape), image.affine, name, header=header)
 
     def like(self, array: NDArray[Any], name: str | None = None) -> "Scan":
-        """New scan with other voxels ``(X, Y, Z)`` but the same position and header."""
+        """Create a scan with other voxels ``(X, Y, Z)`` but the same position and header."""
         return Scan(array, self.affine, name or self.name, header=self.header, spatial_dims=self.spatial_dims)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Voxels along each axis, ``(X, Y, Z)``."""
+        """Number of voxels along each axis, ``(X, Y, Z)``."""
         return self.array.shape
 
     @property
@@ -208,7 +208,7 @@ class Scan:
         Frame(self.name, self.grid, self.header, self.spatial_dims).save(path, self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """The voxels, for NumPy."""
+        """Let NumPy functions take a scan as an array of its voxels."""
         return np.array(self.array, dtype=dtype) if copy else np.asarray(self.array, dtype=dtype)
 
     def __repr__(self) -> str:
@@ -219,7 +219,7 @@ class Scan:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Header and dimensions of a file, to save other scans like it."""
+    """NIfTI header and number of dimensions of a file, with which its scan is saved."""
     header = load_nibabel(path).header if is_nifti(path) else None
     return {"header": header, "spatial_dims": spatial_dims_of(path)}
 
@@ -267,12 +267,12 @@ class Frame(NamedTuple):
 class Plane(NamedTuple):
     """Plane of a slice, with an origin and axes that do not depend on the axes of the slice's array.
 
-    There is no interpolation across a slice; its values hold for its whole thickness. Within the plane, a slice is an
-    array ``(X, Y)`` with a 3 x 3 affine, which ITK handles as in 3-D.
+    Values are never interpolated across a slice, which is treated as infinitely thick. In coordinates of the plane, a
+    slice is a 2-D image: an array ``(X, Y)`` with a 3 x 3 affine.
 
     Attributes:
-        matrix: 4 x 4, rigid, from coordinates ``(along, along, across)`` the plane, in mm, to RAS. It is the identity
-            for the plane z = 0.
+        matrix: 4 x 4, rigid, from coordinates of the plane in mm (two within the plane, one across it) to RAS; the
+            identity for the plane z = 0.
     """
 
     matrix: Affine
@@ -299,18 +299,18 @@ class Plane(NamedTuple):
         return cls(matrix)
 
     def flatten(self, scan: Scan) -> tuple[NDArray[Any], Affine]:
-        """Slice in coordinates of the plane: ``(X, Y)`` and a 3 x 3 affine."""
+        """Convert a slice to coordinates of the plane: an array ``(X, Y)`` and its 3 x 3 affine."""
         across, within = _across(scan.shape), np.linalg.inv(self.matrix) @ scan.affine
         return scan.array.squeeze(across), np.delete(np.delete(within, across, axis=1), 2, axis=0)
 
     def place(self, matrix: Affine) -> Affine:
-        """Extend a map into coordinates of the plane, 3 x 3, to RAS: 4 x 4, with its third axis across the plane."""
+        """Convert a 3 x 3 affine into coordinates of the plane to a 4 x 4 affine into RAS, third axis across it."""
         placed = np.eye(4)
         placed[np.ix_([0, 1, 3], [0, 1, 3])] = matrix
         return self.matrix @ placed
 
     def map_to(self, target: "Plane", matrix: Affine) -> Affine:
-        """Map of RAS points, 4 x 4, from this plane to another by ``matrix``, 3 x 3, in coordinates of the planes."""
+        """Convert ``matrix``, 3 x 3, from coordinates of this plane to those of ``target``, to a 4 x 4 map in RAS."""
         return target.place(matrix) @ np.linalg.inv(self.matrix)
 
 

@@ -1,7 +1,7 @@
 """The mean brain MNI152, and the grids on which networks work.
 
-The axes of such a grid run left, inferior, anterior (LIA, like FreeSurfer's), and its middle is the middle of the
-template's brain. With 160 x 192 x 224 voxels of 1 mm it is the grid of the literature.
+The axes of such a grid run left, inferior, anterior (LIA, as in FreeSurfer), and its centre is the centre of the
+template's brain. The standard grid has 160 x 192 x 224 voxels of 1 mm, as in most publications.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,9 @@ __all__ = [
 datasets = lazy("nilearn.datasets")
 
 _MARGIN = 8  # voxels around the image in a grid that fits it
-_LEAST_IN_GRID = 0.75  # fraction of a brain that must lie in a grid around MNI152; aligned brains do completely
+_LEAST_IN_GRID = (
+    0.75  # smallest fraction of a brain that must lie in a grid around MNI152; aligned brains lie in it entirely
+)
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,17 @@ class WorkingGrid:
 
     Attributes:
         size: number of voxels along left, inferior, anterior, or along the two axes of a plane.
-        spacing: side of a voxel, in mm.
+        spacing: voxel size in mm.
 
     Raises:
-        ValueError: there are not two or three sizes, or one of the numbers is not above 0.
+        ValueError: the number of sizes is not 2 or 3, or a size or the spacing is not above 0.
     """
 
     size: tuple[int, ...] = (160, 192, 224)
     spacing: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a grid that no network can work on."""
+        """Raise ValueError if the size or the spacing is impossible."""
         if len(self.size) not in (2, 3) or min(self.size) < 1 or not 0 < self.spacing < np.inf:
             raise ValueError(
                 f"a grid of size {self.size} and spacing {self.spacing} is not possible. Give 2 or 3 sizes above 0 and "
@@ -62,7 +64,7 @@ class WorkingGrid:
     def fitting(cls, scan: Scan) -> "WorkingGrid":
         """Grid that fits the part of a scan above its background, with a margin.
 
-        It is as fine as the finest axis of the scan, unless it would have more voxels than the standard grid.
+        Its voxel size is the smallest of the scan, or larger, so that it has no more voxels than the standard grid.
         """
         plane, axes, low, high = _extent(scan)
         sides = scan.spacing
@@ -74,13 +76,13 @@ class WorkingGrid:
             side *= 1.02
 
     def around(self, scan: Scan | None = None) -> ImageGrid:
-        """Place the grid around the content of a scan (default: MNI152's brain); for a slice in its plane.
+        """Place the grid around the content of a scan (default: the brain of MNI152), or in the plane of a slice.
 
         Returns:
-            The grid, for a slice of size ``(X, Y, 1)``.
+            Size and affine (RAS, mm); the size is ``(X, Y, 1)`` for a slice.
 
         Raises:
-            ValueError: the grid is one of a volume and not of a slice, or the reverse, or too small for the content.
+            ValueError: the grid has the wrong number of dimensions, or is too small for the content.
         """
         plane, axes, low, high = _extent(scan)
         what = "the template's brain" if scan is None else scan.name
@@ -99,7 +101,7 @@ class WorkingGrid:
 
 
 STANDARD_GRID = WorkingGrid()
-"""The grid of the literature."""
+"""The grid of most publications: 160 x 192 x 224 voxels of 1 mm."""
 
 TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
 """Names of the labels of :func:`mni152_tissue`."""
@@ -109,7 +111,7 @@ TISSUES = {1: "cerebrospinal fluid", 2: "grey matter", 3: "white matter"}
 def mni152() -> Scan:
     """Mean adult brain MNI152 without skull, 1 mm: intensities in [0, 1], 0 outside the brain.
 
-    It is read once and shared, so its arrays are read-only.
+    The scan is read once and shared, so its arrays are read-only.
     """
     image = load_nibabel(sample_scan("mni152"))
     scan = Scan(np.asarray(image.dataobj, np.float32) / np.float32(255), image.affine, "MNI152")
@@ -119,9 +121,9 @@ def mni152() -> Scan:
 
 
 def mni152_tissue() -> Scan:
-    """Most probable tissue in each voxel of MNI152, uint8: 0 outside the brain, 1 CSF, 2 grey, 3 white matter.
+    """Most probable tissue in each voxel of MNI152: 0 outside the brain, 1 CSF, 2 grey, 3 white matter (uint8).
 
-    Within the brain, the probability of CSF is 1 minus the probabilities of grey and white matter.
+    In the brain, the probability of CSF is 1 minus the probabilities of grey and white matter.
     """
     grey = datasets.load_mni152_gm_template(resolution=1).get_fdata()
     white = datasets.load_mni152_wm_template(resolution=1).get_fdata()
@@ -167,15 +169,15 @@ def _extent(scan: Scan | None) -> tuple[Plane | None, NDArray[Any], NDArray[Any]
 
 
 def check_brain(scan: Scan) -> None:
-    """Raise ValueError unless a scan can be a skull-stripped brain: a volume with 0.3 to about 2.5 litres above 0."""
+    """Raise ValueError unless a scan may show a skull-stripped brain: a volume of 0.3 to about 2.5 litres above 0."""
     if scan.is_slice:
         raise ValueError(f"{scan.name} has shape {scan.shape}, a slice, but a brain is a volume.")
     if scan.background < 0:
         raise ValueError(
-            f"{scan.name} has a background of {scan.background:.3g}, but around a skull-stripped brain it is 0."
+            f"{scan.name} has a background of {scan.background:.3g}, but the background of a skull-stripped brain is 0."
         )
     litres = np.count_nonzero(scan.array > 0) * np.prod(scan.spacing) * 1e-6
-    # Interpolation adds up to two voxels slightly above 0 around the 0.1 square metres of a brain's surface.
+    # Interpolation adds up to two voxels slightly above 0 all around a brain, whose surface has 0.1 square metres.
     most = 2.5 + 0.2 * scan.spacing.mean()
     if not 0.3 < litres < most:
         raise ValueError(
@@ -195,7 +197,6 @@ def check_in_grid(scan: Scan, mapping: NDArray[np.floating[Any]], grid: ImageGri
     fraction = fraction_inside(scan, grid, np.linalg.inv(mapping))
     if fraction < _LEAST_IN_GRID:
         raise ValueError(
-            f"only {fraction:.0%} of {scan.name} lies in the network's grid around MNI152, less than "
-            f"{_LEAST_IN_GRID:.0%}: its header places it elsewhere. Let it be aligned (alignment 'affine'), or use "
-            "space 'fixed'."
+            f"only {fraction:.0%} of {scan.name} lies in the network's grid around MNI152, but at least "
+            f"{_LEAST_IN_GRID:.0%} is needed. Align it (alignment 'affine'), or use space 'fixed'."
         )
