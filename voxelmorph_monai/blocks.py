@@ -177,7 +177,7 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     r"""Pull ``image`` ``(B, C, *spatial)`` back along ``ddf`` ``(B, D, *spatial)``: :math:`I \circ \phi`.
 
     Args:
-        image: any dtype, which the result keeps. Integers only with ``mode="nearest"``, which is exact.
+        image: any dtype, which the result keeps, like the shape. Integers only with ``mode="nearest"``, which is exact.
         ddf: displacement in voxels.
         mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"`` (halves go to the even voxel).
         padding_mode: ``"border"`` repeats the outermost voxel, ``"zeros"`` surrounds the image with 0 (but not along
@@ -223,8 +223,12 @@ def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: 
 def compose(outer: Tensor, inner: Tensor, padding_mode: str = "border") -> Tensor:
     r"""Displacement of :math:`\phi_{outer} \circ \phi_{inner}`, that is ``inner(x) + outer(x + inner(x))``.
 
-    Warping an image by the composition equals warping it by ``outer``, then by ``inner``. ``padding_mode`` sets the
-    values of ``outer`` beyond its grid, as in :func:`warp`.
+    Warping an image by the composition equals warping it by ``outer``, then by ``inner``.
+
+    Args:
+        outer: displacement in voxels, ``(B, D, *spatial)``.
+        inner: displacement in voxels of the same grid; the result has the same shape and unit.
+        padding_mode: values of ``outer`` beyond its grid, as in :func:`warp`.
     """
     return _widen(inner) + warp(_widen(outer), inner, padding_mode=padding_mode)
 
@@ -263,9 +267,13 @@ def integrate(dvf: Tensor, num_steps: int = 7, padding_mode: str = "border") -> 
     r"""Displacement at time 1 of the flow of the stationary velocity ``dvf`` (voxels per unit time): :math:`\exp(v)`.
 
     Scaling and squaring, :math:`\exp(v) = \exp(v / 2^n)^{2^n}`, starting from :math:`\exp(v / 2^n) \approx v / 2^n`
-    (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map. With
-    ``padding_mode="zeros"`` the velocity drops to 0 beyond its grid, so that the map is torn where it crosses the
-    border.
+    (Arsigny et al., MICCAI 2006). The error halves with each step; ``-dvf`` gives the inverse map.
+
+    Args:
+        dvf: velocity ``(B, D, *spatial)``; the result has the same shape, in voxels.
+        num_steps: number of squarings n, from 0 to 30.
+        padding_mode: velocity beyond its grid, as in :func:`warp`. With ``"zeros"`` it drops to 0 there, so that
+            the map is torn where it crosses the border.
 
     >>> shift = integrate(torch.ones(1, 2, 5, 4))
     >>> bool((shift == 1).all())  # a constant velocity moves everything by itself
@@ -320,24 +328,24 @@ def invert(ddf: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, step
     return inverse, _length(error).flatten(1).amax(dim=1)
 
 
-def half(ddf: Tensor, max_iterations: int = 30, tolerance: float = 1e-3) -> Tensor:
-    r"""Square root of a map: displacement of the map :math:`\psi` with :math:`\psi \circ \psi = id + u`.
+def half(ddf: Tensor, max_iterations: int = 30) -> Tensor:
+    r"""Square root of a map: the displacement of the :math:`\psi` with :math:`\psi \circ \psi = \phi`.
+
+    Fixed point :math:`\psi \leftarrow \psi + \frac{1}{2} (\phi - \psi \circ \psi)`, until
+    :math:`\psi \circ \psi` is within 0.001 voxels of :math:`\phi` along each axis. It has half the velocity of
+    :math:`\phi` (Arsigny et al., MICCAI 2006).
 
     Args:
-        ddf: displacement :math:`u` in voxels, ``(B, D, *spatial)``. If it rotates by less than 90 degrees everywhere,
-            each iteration at least halves the error.
+        ddf: displacement of :math:`\phi` in voxels, ``(B, D, *spatial)``; the result has the same shape and unit. If it
+            rotates by less than 90 degrees everywhere, each iteration at least halves the error.
         max_iterations: largest number of iterations.
-        tolerance: stop when :math:`\psi \circ \psi` differs from the map by at most this many voxels along each axis.
-
-    Returns:
-        The displacement of :math:`\psi` in voxels, of the same shape.
     """
     check_field("ddf", ddf)
     ddf = _widen(ddf)
     found = ddf / 2
     for _ in range(max_iterations):
         missed = ddf - compose(found, found)
-        if not bool((missed.detach().abs() > tolerance).any()):
+        if not bool((missed.detach().abs() > 1e-3).any()):
             break
         found = found + missed / 2
     return found
@@ -378,7 +386,7 @@ def smooth(field: Tensor, sigma: float) -> Tensor:
 
 
 def smooth_axes(field: Tensor, sigmas: list[float]) -> Tensor:
-    """Smooth ``field`` as :func:`smooth` does, with a ``sigma`` in voxels for each spatial axis."""
+    """Smooth ``field`` ``(B, C, *spatial)`` as :func:`smooth` does, with a ``sigma`` in voxels for each of D axes."""
     field = _widen(field)
     for d, sigma in enumerate(sigmas):
         if not 0 <= sigma < math.inf:
