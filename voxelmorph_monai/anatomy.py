@@ -2,11 +2,13 @@ r"""Anatomy of the head in any scan: the structure of each voxel, and the brain 
 
 Two networks look at the scan. The coarse look, at the whole field of view with voxels of 4 mm, finds the brain and the
 pose of the head (:mod:`~voxelmorph_monai.pose`). The fine look, at the upright brain with voxels of 2 mm, gives the
-posteriors (the probability of each class in each voxel), which are then interpolated at the voxels of the scan. Both
-networks are trained on images generated from label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`), so they
-work for any contrast.
+posteriors, which are then interpolated at the voxels of the scan. Both networks are trained on images generated from
+label maps (:class:`~voxelmorph_monai.synthesis.HeadSynthesis`; SynthSeg, Billot et al., Medical Image Analysis 2023),
+so they work for any contrast.
 
-A view is the grid (:class:`~voxelmorph_monai.affines.ImageGrid`) on which a network sees the scan.
+A view is the grid (:class:`~voxelmorph_monai.affines.ImageGrid`) on which a network sees the scan. Posteriors are the
+probabilities ``(K, *view.size)`` of the K classes there: class 0 is the background, class k the k-th of
+:data:`STRUCTURES`, counted from 1.
 """
 
 from collections.abc import Sequence
@@ -163,6 +165,9 @@ class _Block(nn.Module):
 class BlockUNet(nn.Module):
     """U-Net that turns each block of 2 x 2 x 2 voxels into channels, so that even its finest level is fast.
 
+    The network of Ronneberger et al. (MICCAI 2015) with one group normalisation per level (Wu and He, ECCV 2018). It
+    reads and writes blocks as in sub-pixel convolution (Shi et al., CVPR 2016).
+
     Args:
         num_classes: number of classes K, including the background.
         widths: channels of each level, finest first, multiples of 4.
@@ -278,7 +283,8 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
     """Grids of 2 mm around the brain in a scan, with the pose of the head; one for each possible pose, likeliest first.
 
     The coarse look finds the brain in any pose, but more exactly in an upright head. It is therefore repeated in the
-    likeliest poses, until a pose explains the intensities of the brain well enough.
+    likeliest poses (:func:`~voxelmorph_monai.pose.find_poses`), until a pose explains the intensities of the brain well
+    enough.
 
     Raises:
         ValueError: the scan shows no head.
@@ -329,7 +335,8 @@ def locate(scan: Scan, network: AnatomyNet) -> list[tuple[ImageGrid, Pose]]:
 def is_stripped(scan: Scan, network: AnatomyNet) -> bool:
     """Whether a scan shows almost nothing but a brain, by one coarse look that is upright according to the header.
 
-    If the header is wrong by a large rotation, the coarse look may miss a part of the brain; the answer is then no.
+    If it is, at most 0.8 % of the voxels that show something are more than 12 mm away from the brain. If the header is
+    wrong by a large rotation, the coarse look may miss a part of the brain; the answer is then no.
     """
     view = _whole(scan.grid)
     image, _ = _framed(see(scan, view), view)
@@ -342,6 +349,9 @@ def is_stripped(scan: Scan, network: AnatomyNet) -> bool:
 @torch.no_grad()
 def look(scan: Scan, network: AnatomyNet) -> tuple[Tensor, ImageGrid]:
     """Posteriors ``(K, *size)`` of the brain in a scan, and their grid with voxels of 2 mm.
+
+    They are those of the first pose whose structures are like MNI152's, once both are aligned
+    (:func:`~voxelmorph_monai.pose.likeness`).
 
     Raises:
         ValueError: the scan shows no head.
@@ -405,7 +415,8 @@ def _posteriors(network: BlockUNet, image: Tensor) -> Tensor:
 def see(scan: Scan, view: ImageGrid) -> Tensor:
     """Resample a scan on the grid ``view``: ``(1, 1, *size)``, float32, about 1 in bright tissue, 0 outside the scan.
 
-    Smaller voxels of the scan are averaged first.
+    Smaller voxels of the scan are averaged first. The background becomes 0, and the 99.5th percentile of the voxels
+    that are brighter than a twentieth of the brightest ones becomes 1.
     """
     image = torch.from_numpy(np.ascontiguousarray(scan.array - np.float32(scan.background), np.float32))[None, None]
     side = float(spacing(view.affine)[0])
@@ -426,9 +437,19 @@ def see(scan: Scan, view: ImageGrid) -> Tensor:
 
 
 def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArray[np.uint8], dict[str, float]]:
-    """Class of each voxel of ``grid``, and volume of each structure, from posteriors on the grid ``view``.
+    r"""Class of each voxel of ``grid``, and volume of each structure, from posteriors on the grid ``view``.
 
-    A voxel that is more likely brain than background gets the likeliest structure.
+    A voxel that is more likely brain than background gets the likeliest structure:
+
+    .. math:: c(x) = \begin{cases} \arg\max_{k > 0} p_k(x) & \sum_{k > 0} p_k(x) > p_0(x) \\ 0 & \text{else} \end{cases}
+
+    The volume of structure :math:`k` is :math:`v \sum_x p_k(x)`, summed over the voxels of ``view`` that lie in the
+    scan, each of :math:`v` mm3.
+
+    Args:
+        posteriors: ``(K, *view.size)``.
+        view: grid of the fine look.
+        grid: grid of the scan.
 
     Returns:
         Classes ``grid.size``, uint8, and volumes in mm3 by name.
@@ -440,24 +461,32 @@ def restore(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> tuple[NDArr
 
 
 def seen_anatomy(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> Anatomy:
-    """Posteriors on the grid ``view`` as an :class:`Anatomy`, which marks the voxels that a scan on ``grid`` shows."""
+    """Posteriors ``(K, *view.size)`` as an :class:`Anatomy`, which marks the voxels that a scan on ``grid`` shows."""
     return Anatomy(posteriors[1:].cpu(), np.asarray(view.affine), _within(view, grid))
 
 
 def brain_mask(posteriors: Tensor, view: ImageGrid, grid: ImageGrid) -> NDArray[np.bool_]:
-    """Brain mask on ``grid``: the voxels to which :func:`restore` gives a structure."""
+    """Brain mask ``grid.size`` by posteriors ``(K, *view.size)``: where :func:`restore` gives a structure."""
     known = posteriors[:1] * _within(view, grid).to(posteriors)
     shown = _within(view, grid).to(posteriors)
     return _classes(torch.stack([known[0], shown - known[0]]), view, grid) > 0
 
 
 def to_freesurfer(classes: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """Convert classes, numbered as in ``STRUCTURES``, to FreeSurfer's numbers."""
+    """Convert classes, numbered as in ``STRUCTURES``, to FreeSurfer's numbers, in an array of any shape.
+
+    >>> to_freesurfer(np.array([0, 1, 2], np.uint8)).tolist()
+    [0, 2, 41]
+    """
     return np.array([0, *(structure.number for structure in STRUCTURES)], np.int16)[classes]
 
 
 def clean(posteriors: Tensor) -> Tensor:
-    """Clean the posteriors ``(K, *size)`` of a brain: keep its largest connected part, and fill the holes in it."""
+    """Clean the posteriors ``(K, *size)`` of a brain: keep its largest connected part, and fill the holes in it.
+
+    Brain is where the background is less likely than 1/2. What is more than a voxel away from the largest part becomes
+    background. In the holes, the probability of the background is added to the last class, the rest of the brain mask.
+    """
     brain = _largest((posteriors[0] < 0.5).cpu().numpy())
     near = torch.from_numpy(ndimage.binary_dilation(brain)).to(posteriors.device)
     hole = torch.from_numpy(brain).to(posteriors.device) & (posteriors[0] >= 0.5)

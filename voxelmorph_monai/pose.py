@@ -37,7 +37,6 @@ __all__ = [
     "fit_centres",
     "likeness",
     "rotation_of",
-    "save_anatomy_of_mni152",
 ]
 
 linalg, spatial = lazy("scipy.linalg"), lazy("scipy.spatial.transform")
@@ -95,7 +94,7 @@ class Anatomy(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """A map from points of MNI152 to points of a scan, and how well it explains what the scan shows: 0 to 1."""
+    """A map from points of MNI152 to points of a scan, 4 x 4, and how well it explains what the scan shows: 0 to 1."""
 
     mapping: Affine
     explained: float
@@ -103,19 +102,17 @@ class Pose(NamedTuple):
 
 @cache
 def anatomy_of_mni152() -> Anatomy:
-    """Structures of the mean adult brain MNI152, with voxels of 4 mm."""
+    """Structures ``(30, 40, 44, 50)`` of the mean adult brain MNI152, with voxels of 4 mm."""
     with np.load(_FILE) as file:
         return Anatomy(torch.from_numpy(file["posteriors"]).float() / 255, file["affine"])
 
 
-def save_anatomy_of_mni152(anatomy: Anatomy, path: Path = _FILE) -> None:
-    """Write the file that :func:`anatomy_of_mni152` reads."""
-    rounded = (anatomy.posteriors * 255).round().to(torch.uint8).numpy()
-    np.savez_compressed(path, posteriors=rounded, affine=anatomy.affine)
-
-
 def rotation_of(mapping: Affine) -> Affine:
-    """The rotation, 3 x 3, that is nearest to the linear part of a map."""
+    r"""The rotation, 3 x 3, that is nearest to the linear part :math:`A` of a map, 4 x 4.
+
+    With :math:`A = U \Sigma V^T` it is :math:`U \operatorname{diag}(1, 1, \det U V^T) V^T` (Kabsch, Acta
+    Crystallographica A 1976).
+    """
     u, _, vt = np.linalg.svd(mapping[:3, :3])
     turn: Affine = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
     return turn
@@ -219,7 +216,15 @@ def _tissues() -> _Tissues:
 
 
 def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
-    """Possible poses of MNI152 in a scan of any contrast whose brain was found, the likeliest first.
+    r"""Possible poses of MNI152 in a scan of any contrast whose brain was found, the likeliest first.
+
+    A pose is a similarity. It is scored by how much of the intensities :math:`I` a linear combination of the template's
+    tissues :math:`t_k` and 1 explains at the points of the template :math:`x`,
+
+    .. math:: R^2 = 1 - \min_c \frac{\sum_x (I(\phi(x)) - c_0 - \sum_k c_k t_k(x))^2}{\sum_x (I(\phi(x)) - \bar I)^2}
+
+    which is the correlation ratio (Roche et al., MICCAI 1998) if each point is of one tissue. The score is the mean of
+    those of the intensities within the brain and of the probability of brain.
 
     Args:
         image: the scan, with voxels of about 4 mm, ``(X, Y, Z)``.
@@ -281,13 +286,19 @@ def _improve(mapping: Affine, shown: Tensor, affine: Affine) -> Pose:
 
 
 def fit_centres(anatomy: Anatomy, template: Anatomy) -> tuple[Affine, float]:
-    """Affine map from points of ``template`` to those of ``anatomy`` by the centres of their structures.
+    r"""Affine map from points of ``template`` to those of ``anatomy`` by the centres of their structures.
 
-    Weighted least squares, reweighted: structures of a large volume are found more exactly, and those that lie far from
-    where the others put them count less (Cauchy's weights).
+    Least squares, reweighted ten times (Holland and Welsch, Communications in Statistics 1977),
+
+    .. math:: \min_\phi \sum_k w_k \, |c_k - \phi(t_k)|^2, \quad w_k = \frac{\min(V_k, T_k)}{\max(V_k, T_k)}
+        \cdot \frac{1}{1 + (|c_k - \phi(t_k)| / 4 \text{ mm})^2}
+
+    with the centres :math:`c_k` and volumes :math:`V_k` of the structures, and those of the template, :math:`t_k` and
+    :math:`T_k`. Structures whose volumes differ count less, and those that lie far from where the others put them.
 
     Returns:
-        The map, and its root mean square error at the centres in mm.
+        The map, 4 x 4, and its root mean square error at the centres in mm. If fewer than 6 structures are known, these
+        are the identity and infinity.
     """
     (there, volumes), (places, sizes) = anatomy.centres(), template.centres()
     weight = np.minimum(volumes / sizes.clip(1), sizes / volumes.clip(1)) * (np.minimum(volumes, sizes) > _LEAST)
@@ -309,7 +320,15 @@ def fit_centres(anatomy: Anatomy, template: Anatomy) -> tuple[Affine, float]:
 
 
 def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine | None = None) -> Affine:
-    """Map from points of ``template`` to points of ``anatomy`` by their structures.
+    r"""Map from points of ``template`` to points of ``anatomy`` by their structures: 4 x 4.
+
+    Gauss-Newton on the squared differences of the probabilities of all structures,
+
+    .. math:: \min_\phi \sum_x m(\phi(x)) \, |p(\phi(x)) - t(x)|^2, \quad \phi \leftarrow \phi \circ \exp(-\delta)
+
+    over the points :math:`x` in and near the template's brain, where :math:`m` is 1 in the scan and 0 beyond. The step
+    :math:`\delta`, a matrix of the kind's Lie algebra, warps the template, not the scan: inverse composition (Baker and
+    Matthews, IJCV 2004).
 
     Args:
         anatomy: voxels of about 4 mm or finer.
@@ -348,7 +367,17 @@ def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine
 
 
 def likeness(anatomy: Anatomy, template: Anatomy, mapping: Affine) -> float:
-    """Mean Dice of the structures of two brains, by their probabilities, once ``mapping`` has aligned them: 0 to 1."""
+    r"""Mean Dice of the structures of two brains, by their probabilities, once ``mapping`` has aligned them: 0 to 1.
+
+    .. math:: \frac{1}{K} \sum_k \frac{2 \sum_x \min(p_k(\phi(x)), t_k(x))}{\sum_x p_k(\phi(x)) + t_k(x)}
+
+    over the voxels :math:`x` of the template that are brain with a probability above 0.3.
+
+    Args:
+        anatomy: one brain, with probabilities :math:`p`.
+        template: the other one, with probabilities :math:`t`.
+        mapping: map :math:`\phi` from points of ``template`` to points of ``anatomy``, 4 x 4.
+    """
     near = template.posteriors.sum(0) > 0.3
     there = template.posteriors[:, near]
     points = apply_affine(mapping, apply_affine(template.affine, near.nonzero().T.numpy().astype(np.float64)))
