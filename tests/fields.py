@@ -1,10 +1,11 @@
 """Displacements, maps and images on two oblique grids, for tests of transforms."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai.affines import Affine
@@ -65,3 +66,9 @@ def inner(num: int = 200, seed: int = 3) -> NDArray[np.float64]:
 
 def image(size: Any = MOVING, seed: int = 5) -> NDArray[np.float32]:
     return (100 * gaussian_filter(np.random.default_rng(seed).random(size), 1)).astype(np.float32)
+
+
+def read_submission(path: Path) -> NDArray[np.float32]:
+    """Displacement ``(3, *spatial)`` in voxels, enlarged from a submitted file as in Learn2Reg's evaluation."""
+    half = np.load(path)["arr_0"].astype(np.float32)
+    return np.stack([zoom(component, 2, order=2) for component in half])

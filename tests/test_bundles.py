@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fields import read_submission
 from ignite.engine import Engine, Events
 from layouts import SIZE, images_and_labels, ixi, learn2reg, lpba40, oasis
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -28,7 +29,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from voxelmorph_monai.apps.datalists import write_datalist
 from voxelmorph_monai.evaluation import load_evaluation
-from voxelmorph_monai.handlers import load_submission
 from voxelmorph_monai.io.images import save_image
 from voxelmorph_monai.networks import PRESETS, VoxelMorph
 
@@ -480,7 +480,7 @@ def test_every_data_set_trains_and_is_evaluated(
         fields = sorted((tmp_path / "out" / "submission" / "task_03").iterdir())
         first = 438 if layout == "oasis" else 395
         assert [path.name for path in fields] == [f"disp_{n:04d}_{n + 1:04d}.npz" for n in (first, first + 1)]
-        assert load_submission(fields[0]).shape == (3, *SIZE)
+        assert read_submission(fields[0]).shape == (3, *SIZE)
 
 
 def test_amortised_network_registers_with_any_smoothness(bundle: Path, prepared: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from math import isnan, nan
 import numpy as np
 import pytest
 import torch
+from fields import read_submission
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from monai.data import MetaTensor
@@ -27,7 +28,6 @@ from voxelmorph_monai.handlers import (
     SaveEvaluation,
     SaveSubmission,
     ValidationSeed,
-    load_submission,
 )
 from voxelmorph_monai.losses import GradientLoss, RegistrationLoss
 from voxelmorph_monai.model_card import ModelCard, read_card
@@ -418,7 +418,7 @@ def test_submitted_fields_come_back(tmp_path):
     half = np.load(path)["arr_0"]
     assert (half.shape, half.dtype) == ((3, 16, 12, 20), np.float16)
     np.testing.assert_allclose(half[:, 0, 0, 0], ddf[:, 0, 0, 0], rtol=1e-3)  # corners coincide; units are not halved
-    back = load_submission(path)
+    back = read_submission(path)
     assert back.shape == ddf.shape
     # quadratic splines on every other voxel of a field that changes over 6 voxels; float16 of up to 4 voxels
     assert np.abs(back - ddf).max() < 0.03

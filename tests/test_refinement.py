@@ -402,7 +402,8 @@ def test_several_channels_and_other_levels():
 def test_refined_registration_takes_the_place_of_a_registration():
     moving, fixed, truth = example((32, 48))
     torch.manual_seed(0)
-    network = RefinedRegistration(Registration(VoxelMorph(spatial_dims=2)).eval(), budget=math.inf)
+    registration = Registration(VoxelMorph(spatial_dims=2)).eval()
+    network = RefinedRegistration(registration, budget=math.inf)
     pair = torch.cat([torch.cat([moving, fixed], 1), torch.cat([fixed, moving], 1)])
     with torch.inference_mode():
         found = network(pair)
@@ -410,6 +411,8 @@ def test_refined_registration_takes_the_place_of_a_registration():
     assert all(value.shape[0] == 2 for value in found.values())
     assert error(found["ddf"][:1], truth) < 0.8 * error(torch.zeros_like(truth), truth)
     assert float(LNCCLoss()(found["warped"], pair[:, 1:])) < float(LNCCLoss()(pair[:, :1], pair[:, 1:]))
+    with pytest.raises(TypeError, match="budgett"):
+        RefinedRegistration(registration, budgett=8.0)
 
 
 IMAGE = torch.rand(1, 1, 20, 22)

@@ -199,20 +199,18 @@ def inside(index: Iterable[NDArray[np.floating[Any]]], shape: Sequence[int]) -> 
     return reduce(np.logical_and, ((at >= -0.5) & (at < n - 0.5) for at, n in zip(index, shape, strict=True)))
 
 
-def check_same_grid(
-    first: ImageGrid, second: ImageGrid, names: tuple[str, str], tolerance: float | None = None
-) -> None:
+def check_same_grid(first: ImageGrid, second: ImageGrid, names: tuple[str, str]) -> None:
     """Raise ValueError unless two grids have the same size and place each voxel at the same point.
+
+    The two positions of a voxel may differ by 0.1 mm and by a tenth of the shortest side of a voxel, whichever is less.
+    This is far above the rounding of headers and far below a voxel.
 
     Args:
         first: first grid.
         second: second grid.
         names: names of the two images, for the message.
-        tolerance: largest distance in mm between the two positions of a voxel (default: the smaller of 0.1 mm and a
-            tenth of the shortest side of a voxel, which is far above header rounding and far below a voxel).
     """
-    if tolerance is None:
-        tolerance = min(0.1, 0.1 * float(spacing(first.affine).min()))
+    tolerance = min(0.1, 0.1 * float(spacing(first.affine).min()))
     shape, other = tuple(first.size), tuple(second.size)
     if shape != other:
         raise ValueError(f"{names[0]} has shape {shape} and {names[1]} has {other}. Resample them to one grid.")

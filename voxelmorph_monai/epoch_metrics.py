@@ -137,6 +137,14 @@ class TargetRegistrationError(_PairMetric):
 
     ``points`` is ``(B, 2, N, D)`` in voxels: moving points, then fixed points. Different calls may have different
     numbers of points.
+
+    >>> import torch
+    >>> metric = TargetRegistrationError(spacing=2.0)
+    >>> fixed = torch.tensor([[[1.0, 1.5], [2.0, 0.0]]])
+    >>> metric(torch.zeros(1, 2, 4, 5), torch.stack([fixed + torch.tensor([3.0, 4.0]), fixed], dim=1))
+    tensor([10.], dtype=torch.float64)
+    >>> metric.aggregate()
+    tensor(10., dtype=torch.float64)
     """
 
     def __init__(self, spacing: Spacing) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
-from numpy.typing import NDArray
 from scipy import ndimage
 from torch import nn
 
@@ -31,7 +30,6 @@ __all__ = [
     "SaveEvaluation",
     "SaveSubmission",
     "ValidationSeed",
-    "load_submission",
 ]
 
 _SAME_DICE = 0.01  # largest plausible difference of mean Dice to a publication, also for half of its scans
@@ -326,8 +324,8 @@ class SaveSubmission:
     """Handler that writes the displacements of an evaluation in the format of Learn2Reg: half resolution, float16.
 
     Each pair gets a file ``disp_FIXED_MOVING.npz`` with the array ``arr_0`` ``(3, *spatial / 2)``: displacements in
-    voxels of the full grid, resampled with splines of order 2 (Hering et al., IEEE TMI 2023). The challenge resamples
-    them to the full grid as :func:`load_submission` does.
+    voxels of the full grid, resampled with splines of order 2 (Hering et al., IEEE TMI 2023). The challenge
+    resamples them to the full grid in the same way.
 
     Args:
         output_dir: folder to write to.
@@ -365,9 +363,3 @@ class SaveSubmission:
             half = np.stack([ndimage.zoom(component, 0.5, order=2, mode="nearest") for component in ddf])
             with atomic(self.output_dir / f"disp_{fixed:04d}_{moving:04d}.npz") as temporary:
                 np.savez_compressed(temporary, half.astype(np.float16))
-
-
-def load_submission(path: str | Path) -> NDArray[np.float32]:
-    """Displacement ``(3, *spatial)`` in voxels from a submitted file, resampled as in Learn2Reg's evaluation."""
-    half = np.load(path)["arr_0"].astype(np.float32)
-    return np.stack([ndimage.zoom(component, 2, order=2) for component in half])

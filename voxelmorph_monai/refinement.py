@@ -22,7 +22,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -477,30 +478,21 @@ class RefinedRegistration(nn.Module):
 
     Args:
         registration: the trained network.
-        budget: seconds for each pair, as in :func:`refine`.
-        similarity: as in :func:`refine`.
-        bidirectional: as in :func:`refine`.
+        options: options of :func:`refine`, for example ``budget``.
     """
 
-    def __init__(
-        self,
-        registration: Registration,
-        budget: float = 8.0,
-        similarity: Similarity | None = None,
-        bidirectional: bool = False,
-    ) -> None:
+    def __init__(self, registration: Registration, **options: Any) -> None:
         super().__init__()
+        signature(refine).bind(None, None, **options)  # a misspelt option is an error here, not after the first batch
         self.registration = registration
-        self.budget = budget
-        self.similarity = similarity
-        self.bidirectional = bidirectional
+        self.options = options
 
     def forward(self, pair: Tensor) -> dict[str, Tensor]:
         """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""
         start = self.registration(pair)["ddf"]
         moving, fixed = pair.chunk(2, dim=1)
         found = [
-            refine(*images, ddf=first, similarity=self.similarity, bidirectional=self.bidirectional, budget=self.budget)
+            refine(*images, ddf=first, **self.options)
             for *images, first in zip(moving.split(1), fixed.split(1), start.split(1), strict=True)
         ]
         ddf, inverse = torch.cat([x.ddf for x in found]), torch.cat([x.inverse_ddf for x in found])

@@ -90,15 +90,18 @@ def _table(groups: Iterable[Sequence[int]], top: int) -> Tensor:
     return table
 
 
-def paint(labels: Tensor, tissues: Mapping[str, Tissue] = FREESURFER) -> Tensor:
-    """Paint a label map of any shape as a skull-stripped T1-like picture: float32, 0 outside the brain.
+def paint(labels: Tensor) -> Tensor:
+    """Paint a label map of any shape, in FreeSurfer's numbers, as a skull-stripped T1-like picture of the same shape.
+
+    The intensities, float32, are those of :data:`FREESURFER`, and 0 outside the brain.
 
     >>> paint(torch.tensor([0, 2, 3, 511]))
     tensor([0.0000, 0.8600, 0.5700, 0.0000])
     """
-    intensities = torch.tensor([0.0, *(tissue.intensity * tissue.brain for tissue in tissues.values())])
+    tissues = FREESURFER.values()
+    intensities = torch.tensor([0.0, *(tissue.intensity * tissue.brain for tissue in tissues)])
     labels = labels.long()
-    return intensities[_table((tissue.labels for tissue in tissues.values()), int(labels.max()))[labels]]
+    return intensities[_table((tissue.labels for tissue in tissues), int(labels.max()))[labels]]
 
 
 def partial_volumes(labels: Tensor, groups: Sequence[Sequence[int]], factor: int = 1) -> Tensor:

@@ -24,7 +24,6 @@ __all__ = [
     "set_grid",
     "to_itk",
     "transform_affine",
-    "write_by_itk",
 ]
 
 itk = lazy("itk")
@@ -67,7 +66,13 @@ def from_itk(image: Image) -> tuple[NDArray[Any], Affine]:
 
 
 def transform_affine(transform: Transform) -> Affine:
-    """Convert a linear ITK transform (LPS) to the matrix that maps points in RAS, mm: 4 x 4, or 3 x 3 in 2-D."""
+    """Convert a linear ITK transform (LPS) to the matrix that maps points in RAS, mm: 4 x 4, or 3 x 3 in 2-D.
+
+    >>> to_the_left = itk.Euler3DTransform[itk.D].New()  # for example, as registered by ITK
+    >>> to_the_left.SetTranslation([5.0, 0.0, 0.0])
+    >>> transform_affine(to_the_left)[:3, 3].tolist()
+    [-5.0, 0.0, 0.0]
+    """
     lps = np.eye(transform.GetInputSpaceDimension() + 1)
     lps[:-1, :-1] = itk.array_from_matrix(transform.GetMatrix())
     lps[:-1, -1] = transform.GetOffset()
@@ -88,7 +93,7 @@ def linear_transform(matrix: NDArray[np.floating[Any]], double: bool = True) -> 
     return transform
 
 
-def write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
+def _write_by_itk(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let ITK write ``path``, completely or not at all; raises OSError if ITK cannot."""
     with atomic(path) as temporary:
         reason = None
@@ -115,4 +120,4 @@ def save_transform(path: str | Path, transform: Transform) -> None:
             if not whole:
                 raise RuntimeError
 
-    write_by_itk(path, write)
+    _write_by_itk(path, write)
