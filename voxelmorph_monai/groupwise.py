@@ -26,7 +26,9 @@ _HALVINGS = 4  # number of square roots after which a displacement is close enou
 def logarithm(ddf: Tensor) -> Tensor:
     r"""Velocity ``(B, D, *spatial)`` of a map that does not fold: :math:`\exp(v) = id + u`.
 
-    The map is replaced by its square root repeatedly, until its displacement is close to its velocity.
+    Inverse scaling and squaring (Arsigny et al., MICCAI 2006): the map is replaced by its square root
+    :math:`\phi^{2^{-n}} = id + w` until its displacement is close to its velocity,
+    :math:`v = 2^n \log \phi^{2^{-n}} \approx 2^n (w - \frac{1}{2} (w \circ (id + w) - w))`.
 
     Args:
         ddf: displacement :math:`u` in voxels, ``(B, D, *spatial)``.

@@ -192,7 +192,10 @@ class VoxelMorph(nn.Module):
         return pair
 
     def features(self, pair: Tensor, smoothness_weight: Tensor | None = None) -> Tensor:
-        """Features of a :meth:`coarse` ``pair``; ``smoothness_weight``, a scalar, replaces the network's own one."""
+        """Features of a :meth:`coarse` ``pair``: ``(B, channels, *padded / 2**(input_level + feature_level))``.
+
+        A ``smoothness_weight``, a scalar, replaces the network's own one.
+        """
         if self.amortised:
             weight = torch.full_like(pair[:, :1], self.smoothness_weight)
             if smoothness_weight is not None:
@@ -323,11 +326,12 @@ def load_weights(network: nn.Module, path: str) -> None:
 class Registration(nn.Module):
     """Network with everything that training and evaluation need, from one ``forward`` (so that DDP can wrap it).
 
-    The result is a dict. ``warped`` is the moving image on the fixed grid, and ``ddf`` the displacement. Velocity
-    networks add ``dvf``, the mean velocity, on the grid of its integration and in its voxels. Probabilistic networks
-    add ``log_variance``; in training, their displacement comes from a sample of the velocity instead of its mean
-    (Dalca et al., MICCAI 2018). ``bidirectional`` adds ``inverse_ddf`` and ``warped_fixed``, the fixed image on the
-    moving grid.
+    The result is a dict. ``warped`` ``(B, C, *spatial)`` is the moving image on the fixed grid, and ``ddf``
+    ``(B, D, *spatial)`` the displacement in voxels. Velocity networks add ``dvf`` ``(B, D, *coarse)``, the mean
+    velocity, on the grid of its integration and in its voxels. Probabilistic networks add ``log_variance`` of the same
+    shape; in training, their displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI
+    2018). ``bidirectional`` adds ``inverse_ddf`` and ``warped_fixed``, the fixed image on the moving grid, with the
+    shapes of ``ddf`` and ``warped``.
 
     A network with several cascades returns the velocity of the last one. Each training step runs a random number of
     cascades and trains the last of them. A network that takes the weight of smoothness as an input gets a random one in

@@ -23,7 +23,10 @@ SIMILARITIES: dict[str, Similarity] = {
 
 
 def cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Voxels ``start`` to ``start + size`` of ``image``, which continues with its border value."""
+    """Voxels ``start`` to ``start + size``, exclusive, of ``image`` ``(B, C, *spatial)``: ``(B, C, *size)``.
+
+    Beyond its grid the image continues with its border value; ``start`` may be negative.
+    """
     for d, (first, n) in enumerate(zip(start, size, strict=True)):
         index = torch.arange(first, first + n, device=image.device).clamp(0, image.shape[d + 2] - 1)
         image = image.index_select(d + 2, index)
@@ -31,7 +34,11 @@ def cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
 
 
 def halve(image: Tensor) -> Tensor:
-    """Every other voxel of ``image`` (``2 n - 1`` to ``n`` along each axis) after smoothing with [1, 2, 1] / 4."""
+    """Every other voxel of ``image`` ``(B, C, *spatial)`` after smoothing with [1, 2, 1] / 4.
+
+    ``2 n - 1`` voxels along an axis become ``n``, and the corner voxels coincide. Values stay the same, so that a
+    displacement must be divided by 2 to be in voxels of the new grid.
+    """
     for axis in range(2, image.ndim):
         n = image.shape[axis] // 2
         index = torch.arange(image.shape[axis], device=image.device)
@@ -46,7 +53,7 @@ def halve(image: Tensor) -> Tensor:
 
 
 def double(ddf: Tensor) -> Tensor:
-    """``blocks.resize`` from ``n`` to ``2 n - 1`` along each axis, by sums of neighbours."""
+    """``blocks.resize`` of ``ddf`` ``(B, D, *spatial)`` in voxels from ``n`` to ``2 n - 1`` along each axis."""
     ddf = ddf * 2
     for axis in range(2, ddf.ndim):
         n = ddf.shape[axis]
@@ -86,7 +93,16 @@ def image_force(image: Tensor, slope: Tensor) -> Tensor:
 
 
 class Pair(NamedTuple):
-    """What is aligned, all on one grid, whose voxels are ``scale`` of the images' own; points in the images' voxels."""
+    """What is aligned, all on one grid; of masks, labels and points the first belongs to ``moving``.
+
+    Attributes:
+        moving: image ``(1, C, *spatial)``.
+        fixed: image of the same shape.
+        masks: 1 where an image counts and 0 elsewhere, ``(1, 1, *spatial)``; None: everything counts.
+        labels: integer label maps ``(1, 1, *spatial)``.
+        points: landmarks ``(1, N, D)`` in voxels of the images at full resolution.
+        scale: voxels at full resolution per voxel of the grid, along each axis.
+    """
 
     moving: Tensor
     fixed: Tensor
@@ -126,7 +142,14 @@ class Pair(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The loss that is minimised, and how steps change it."""
+    """The loss that is minimised, and how steps change it.
+
+    Attributes:
+        similarity: loss of two images, called with ``(warped, fixed)``.
+        bidirectional: compare ``moving`` with the warped ``fixed`` too, and average the two losses.
+        label_weight: factor of minus the soft Dice of the labels.
+        points_weight: factor of the mean squared distance of the points, in 1 / voxels^2 at full resolution.
+    """
 
     similarity: Similarity
     bidirectional: bool
@@ -170,7 +193,17 @@ class Objective(NamedTuple):
         return total
 
     def force(self, pair: Pair, ddf: Tensor, inverse: Tensor | None, doublings: int) -> tuple[float, Tensor]:
-        """Loss at ``ddf`` and its gradient for a step, on the grid of ``ddf``, ``doublings`` coarser than the pair."""
+        r"""Loss of :math:`\phi` and its gradient for a step :math:`\delta` in :math:`\phi \circ (id + \delta)`.
+
+        Args:
+            pair: what is aligned.
+            ddf: displacement of :math:`\phi` in voxels of its grid, ``(1, D, *coarse)``.
+            inverse: displacement of the inverse map on the same grid, if the loss is bidirectional.
+            doublings: how many times the grid of ``ddf`` must be doubled to be that of ``pair``.
+
+        Returns:
+            The loss, and its gradient ``(1, D, *coarse)`` per voxel of the grid of ``ddf``.
+        """
         finer = [None if field is None else times(double, doublings, field) for field in (ddf, inverse)]
         assert finer[0] is not None
         loss, force = self._images(pair, finer[0], finer[1])

@@ -71,8 +71,8 @@ class Refinement(NamedTuple):
     """Result of :func:`refine`.
 
     Attributes:
-        ddf: displacement ``(1, D, *spatial)`` in voxels of the fixed grid, which warps ``moving``.
-        inverse_ddf: displacement of the inverse map, which warps ``fixed``.
+        ddf: displacement ``(1, D, *spatial)`` in voxels, which warps ``moving``.
+        inverse_ddf: displacement of the inverse map, of the same shape and unit, which warps ``fixed``.
         curve: the steps taken.
     """
 
@@ -361,14 +361,17 @@ def _compile(spatial_dims: int) -> None:
 
 
 def mean_map(ddf: Tensor, opposite_ddf: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Average a map with the inverse of a map found in the opposite direction; returns the mean and its inverse.
+    r"""Average a map with the inverse of a map found in the opposite direction.
 
     The mean of :math:`\phi` and :math:`\psi^{-1}` is :math:`\sqrt\phi \circ (\sqrt\psi)^{-1}`. Exchanging
     :math:`\phi` and :math:`\psi` gives its inverse. Neither of the results folds.
 
     Args:
         ddf: displacement of :math:`\phi`, ``(1, D, *spatial)`` in voxels.
-        opposite_ddf: displacement of :math:`\psi`, roughly the inverse of :math:`\phi`.
+        opposite_ddf: displacement of :math:`\psi`, roughly the inverse of :math:`\phi`, of the same shape and unit.
+
+    Returns:
+        The displacements of the mean map and of its inverse, of the same shape and unit.
     """
     there, back = half(ddf), half(opposite_ddf)
     there, back = compose(there, _inverse(back)), compose(back, _inverse(there))
@@ -474,7 +477,8 @@ def refine(
 class RefinedRegistration(nn.Module):
     """A network followed by :func:`refine`, which can replace ``networks.Registration`` in an evaluation.
 
-    The result is a dict of ``ddf``, ``inverse_ddf``, ``warped`` and ``warped_fixed``.
+    The result is a dict of ``ddf``, ``inverse_ddf``, ``warped`` and ``warped_fixed``, which ``networks.Registration``
+    describes.
 
     Args:
         registration: the trained network.

@@ -283,7 +283,19 @@ class Synthesis:
         non_blocking: bool = False,
         **kwargs: object,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Generate images of ``batch``: ``moving``, ``fixed`` (partial volumes), ``moving_label``, ``fixed_label``."""
+        """Generate the images and the target of a batch.
+
+        Args:
+            batch: ``moving`` and ``fixed``, partial volumes ``(B, K, *spatial)``, uint8, and ``moving_label`` and
+                ``fixed_label`` ``(B, 1, *spatial)``.
+            device: device to generate on.
+            non_blocking: as in ``torch.Tensor.to``.
+            kwargs: ignored.
+
+        Returns:
+            Both images ``(B, 2, *spatial)`` in [0, 1], moving image first, and the target: clean pictures and labels,
+            ``(B, 1, *spatial)``.
+        """
         flip = bool(torch.rand(()) < self.flip_probability)
         t1 = bool(torch.rand(()) < self.t1_probability)
         if bool(torch.rand(()) < self.same_probability):
@@ -417,7 +429,17 @@ class HeadSynthesis(Synthesis):
         non_blocking: bool = False,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Generate images and labels from ``batch``, which has ``image`` (partial volumes) and ``label``."""
+        """Generate the images and labels of a batch.
+
+        Args:
+            batch: ``image``, partial volumes ``(B, K, *spatial)``, uint8, and ``label`` ``(B, 1, *spatial)``.
+            device: device to generate on.
+            non_blocking: as in ``torch.Tensor.to``.
+            kwargs: ignored.
+
+        Returns:
+            Images in [0, 1] and labels, ``(B, 1, *size)``.
+        """
         parts, label = _moved(batch, ("image", "label"), device, non_blocking)
         off_centre = self._off_centre(label)
         points = self._points(parts, self.size) + off_centre

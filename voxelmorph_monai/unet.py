@@ -119,7 +119,16 @@ def _with_neighbours(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def convolve_exactly(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve ``features`` of any type in the type of ``weight``, which the result has."""
+    """Convolve ``features`` of any type in the type of ``weight``, which the result has; beyond the border they are 0.
+
+    Args:
+        features: ``(B, C, *spatial)``.
+        weight: kernel of 3 voxels a side, ``(O, C, 3, 3)`` or ``(O, C, 3, 3, 3)``.
+        bias: ``(O,)``, or None for none.
+
+    Returns:
+        ``(B, O, *spatial)``.
+    """
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips only a branch with this single condition
         if features.dtype != weight.dtype and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             return _ExactConvolution.apply(features, weight, bias)
@@ -148,7 +157,8 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Map ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial / stride)``.
 
-        With ``skip`` ``(B, C, *spatial * 2)``, ``x`` is repeated to that resolution and concatenated with ``skip``.
+        With ``skip`` ``(B, C, *spatial * 2)``, ``x`` is repeated to that resolution and concatenated with ``skip``; the
+        result is ``(B, out_channels, *spatial * 2)``.
         """
         if skip is not None:
             x = _convolve_upsampled(x, skip, self.conv.weight, self.conv.bias)
@@ -163,7 +173,10 @@ class Block(nn.Sequential):
     """Convolutions at one resolution; the first also takes features from the resolution below."""
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Apply all convolutions to ``x``; if ``skip`` is given, ``x`` has half of its resolution."""
+        """Map ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``.
+
+        With ``skip`` ``(B, C, *spatial * 2)``, the result is ``(B, out_channels, *spatial * 2)``.
+        """
         for convolution in self:
             x = convolution(x, skip)
             skip = None
