@@ -1,9 +1,8 @@
-r"""What training minimises: similarity of images, smoothness of fields, overlap of labels, the probabilistic prior.
+r"""Losses for training: similarity of images, smoothness of fields, overlap of labels, and the probabilistic prior.
 
 Images are ``(B, C, *spatial)``, fields ``(B, D, *spatial)`` in voxels of their own grid (see ``blocks``), in 2-D or
-3-D. Every loss is a module, so that a configuration can construct it, and returns one scalar; smaller is better. All
-compute in float32 or wider, also under autocast, and return plain tensors for subclasses such as MONAI's
-``MetaTensor``.
+3-D. Each loss is a module, which a config can create, and returns a scalar; smaller is better. All losses compute in
+float32 or float64, also under autocast, and return plain tensors, also for subclasses such as MONAI's ``MetaTensor``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +46,7 @@ def _images(names: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
             "(B, C, *spatial) in 2-D or 3-D."
         )
     if not first.numel():
-        raise ValueError(f"{names} of shape {list(first.shape)} have no voxels to compare.")
+        raise ValueError(f"{names} of shape {list(first.shape)} have no voxels. Give images with at least one voxel.")
     first, second = _plain(first), _plain(second)
     dtype = torch.promote_types(first.dtype, second.dtype)
     return first.to(dtype), second.to(dtype)
@@ -60,18 +59,18 @@ def _field(name: str, field: Tensor) -> Tensor:
 
 
 def _mean_or_zero(values: Tensor) -> Tensor:
-    """Mean, or 0 of an empty tensor: an axis of one voxel has no differences."""
+    """Mean, or 0 for an empty tensor, such as the differences along an axis of one voxel."""
     return values.mean() if values.numel() else values.sum()
 
 
 class _Loss(nn.Module):
-    """Base of all losses: a module whose ``repr`` includes its numbers and options.
+    """Base class of the losses: its ``repr`` includes all options.
 
     A resumed training compares this text to check that its loss has not changed.
     """
 
     def extra_repr(self) -> str:
-        """Name and value of each option."""
+        """Names and values of the options, as text."""
         options = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and k != "training"}
         return ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.12g}" for k, v in options.items())
 
@@ -93,7 +92,7 @@ class MSELoss(_Loss):
         self.image_sigma = image_sigma
 
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
-        """Compare two images ``(B, C, *spatial)``."""
+        """Loss of two images ``(B, C, *spatial)``, a scalar."""
         if not self.image_sigma > 0:
             raise ValueError(f"image_sigma is {self.image_sigma}. Give a standard deviation above 0.")
         warped, fixed = _images("warped and fixed", warped, fixed)
@@ -101,10 +100,18 @@ class MSELoss(_Loss):
 
 
 def box_sum(image: Tensor, window: int) -> Tensor:
-    """Sum ``(B, C, *spatial)`` over windows of ``window`` voxels a side that lie fully inside.
+    """Sum an image over each window of ``window`` voxels a side that lies inside it.
 
-    Sums of 1, 2, 4, ... voxels are added up along each axis in turn. On a CPU this takes a tenth of the time of average
-    pooling if the image fits the cache, and two thirds if not. It keeps one more digit of float32 than cumulative sums.
+    Along each axis in turn, sums of 1, 2, 4, ... voxels are added up. On a CPU this takes a tenth of the time of
+    average pooling if the image fits into the cache, and two thirds if not. In float32, it is one digit more accurate
+    than cumulative sums.
+
+    Args:
+        image: image ``(B, C, *spatial)``.
+        window: side of the window in voxels, odd.
+
+    Returns:
+        The sums, with ``window - 1`` voxels fewer along each axis.
 
     Raises:
         ValueError: ``window`` is not an odd number, or larger than the shortest side of the image.
@@ -117,7 +124,7 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     for axis in range(2, image.ndim):
         num_windows = image.shape[axis] - window + 1
         run, length = image, 1  # run: sums over length voxels
-        total, covered = image.narrow(axis, 0, num_windows), 1  # total: sums over the first covered voxels of a window
+        total, covered = image.narrow(axis, 0, num_windows), 1  # total: sums over the first ``covered`` voxels
         while covered < window:
             rest = run.shape[axis] - length
             run = run.narrow(axis, 0, rest) + run.narrow(axis, length, rest)
@@ -129,32 +136,32 @@ def box_sum(image: Tensor, window: int) -> Tensor:
     return image
 
 
-# LNCC at 160 x 192 x 224 in a fifth less CPU time than in one piece, and 0.4 GiB instead of 0.9
+# Voxels in a slab of LNCC. At 160 x 192 x 224, slabs save a fifth of the CPU time, and need 0.4 instead of 0.9 GiB.
 _SLAB_VOXELS = 1 << 21
 
 
 class _LocalMoments(NamedTuple):
     total: Tensor  # sum over each window
     variance: Tensor  # n times the variance of each window, at least the floor
-    free: Tensor  # where the variance is above the floor
+    free: Tensor  # mask of the windows whose variance is above the floor
 
 
 def _local_moments(image: Tensor, window: int) -> _LocalMoments:
     total, squares = box_sum(image, window), box_sum(image * image, window)
     variance = torch.addcmul(squares, total, total, value=-1 / window ** (image.ndim - 2))
-    # The variance of a flat window is only rounding error: at most 4.2 eps, measured over windows of 3 to 15 voxels a
-    # side and many offsets.
+    # In a window without contrast, the variance is only rounding error: at most 4.2 eps of the squares, measured with
+    # windows of 3 to 15 voxels a side and many offsets.
     floor = squares.mul_(32 * torch.finfo(image.dtype).eps).clamp_min_(1e-5)
     free = variance > floor
     return _LocalMoments(total, torch.maximum(variance, floor, out=variance), free)
 
 
 def _centre(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Offset and factor for each channel that bring its intensities to a size of at most 1.
+    """Offset to subtract from each channel, and factor that then scales its intensities to [-1, 1].
 
-    The offset is the mean, or 0 if the intensities lie around 0: a background of 0 stays 0, where no rounding error
-    looks like contrast. The factor makes the largest size 1, so that the smallest contrast that counts does not depend
-    on the unit.
+    The offset is the mean, or 0 if the intensities include 0: a background of 0 then stays exactly 0, without rounding
+    errors that look like contrast. Because of the factor, the smallest contrast that counts does not depend on the unit
+    of the intensities.
     """
     axes = tuple(range(2, image.ndim))
     low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
@@ -164,20 +171,21 @@ def _centre(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _MeanLNCC(torch.autograd.Function):
-    r"""Mean squared local correlation. The forward pass also computes the gradient, one saved map for each input.
+    r"""Mean squared local correlation. The forward pass also computes the gradient, and saves a map for each image.
 
     With sums :math:`S` over the :math:`n` voxels of a window, :math:`c = S_{ab} - S_a S_b / n` and
-    :math:`v_a = S_{aa} - S_a^2 / n`, a window counts :math:`c^2 / (v_a v_b)`. Let :math:`2 p` and :math:`-q` be its
-    derivatives by :math:`c` and :math:`v_a`: :math:`p = c / (v_a v_b)` and :math:`q = p c / v_a`. The derivative by a
-    voxel of :math:`a` is then :math:`2 [b \sum p - a \sum q - \frac{1}{n} \sum (p S_b - q S_a)]`, summed over the
-    windows around the voxel.
+    :math:`v_a = S_{aa} - S_a^2 / n`, the value of a window is :math:`c^2 / (v_a v_b)`. Its derivative with respect to
+    :math:`c` is :math:`2 p`, with :math:`p = c / (v_a v_b)`; with respect to :math:`v_a` it is :math:`-q`, with
+    :math:`q = p c / v_a`. The derivative with respect to a voxel of :math:`a` is then
+    :math:`2 [b \sum p - a \sum q - \frac{1}{n} \sum (p S_b - q S_a)]`, summed over the windows around the voxel.
     """
 
     @staticmethod
     def forward(ctx: Any, warped: Tensor, fixed: Tensor, window: int) -> Tensor:
         n, margin, reach = window ** (warped.ndim - 2), window // 2, window - 1
-        # Subtracting a constant keeps the variance, but squares of small numbers lose fewer digits. Pad first, so that
-        # the zeros around the images are shifted, too. No gradient goes through the offset, as it changes nothing.
+        # Subtracting a constant does not change the variance, but the squares of small numbers lose fewer digits. Pad
+        # first, so that the zeros around the images are shifted, too. The offset needs no gradient, because it does not
+        # change the value.
         padding = [margin] * (2 * (warped.ndim - 2))
         scales = [_centre(x) for x in (warped, fixed)]
         compiled = loops(warped, fixed)
@@ -190,7 +198,7 @@ class _MeanLNCC(torch.autograd.Function):
             for x, (centre, scale) in zip((warped, fixed), scales, strict=True)
         ]
         needed = [i for i in range(2) if ctx.needs_input_grad[i]]
-        # For each window, padded with zeros: p; for each image that needs a gradient q, and p S_b - q S_a.
+        # Maps of p, and for each image with a gradient q and p S_b - q S_a, for all windows; padded with zeros.
         maps = [torch.zeros_like(images[0]) for _ in range(1 + 2 * len(needed))]
         core: tuple[Any, ...] = (..., *[slice(margin, -margin)] * (warped.ndim - 2))
         sums = []
@@ -205,7 +213,7 @@ class _MeanLNCC(torch.autograd.Function):
             for i, q, of_means in zip(needed, others[::2], others[1::2], strict=True):
                 torch.div(cc, moments[i].variance, out=q).mul_(moments[i].free)
                 torch.mul(p, moments[1 - i].total, out=of_means).addcmul_(q, moments[i].total, value=-1)
-            sums.append(cc.clamp_max_(1).sum())  # only rounding exceeds 1
+            sums.append(cc.clamp_max_(1).sum())  # rounding errors can exceed 1
         gradients: list[Tensor | None] = [None, None]
         for k, i in enumerate(needed):
             gradients[i] = gradient = torch.empty_like(warped)
@@ -225,16 +233,16 @@ class _MeanLNCC(torch.autograd.Function):
 
 
 class LNCCLoss(_Loss):
-    r"""Negative mean squared local normalised cross-correlation of ``warped`` and ``fixed``: -1 is best, 0 worst.
+    r"""Negative mean squared local normalised cross-correlation of ``warped`` and ``fixed``: -1 (best) to 0 (worst).
 
     .. math:: \frac{(\sum w f - \sum w \sum f / n)^2}{(\sum w^2 - (\sum w)^2 / n) (\sum f^2 - (\sum f)^2 / n)}
 
-    over the :math:`n` voxels of the window around each voxel (Avants et al., Medical Image Analysis 2008; Balakrishnan
-    et al., IEEE TMI 2019). Windows extend beyond the border, where images are 0. Channels are independent. A window
-    with less contrast than the rounding error counts as nearly 0 instead of noise.
+    where the sums are over the :math:`n` voxels of the window around each voxel (Avants et al., Medical Image Analysis
+    2008; Balakrishnan et al., IEEE TMI 2019). Windows extend beyond the border, where images are taken to be 0.
+    Channels are independent. The value of a window whose contrast is below the rounding error is nearly 0.
 
     MONAI's ``LocalNormalizedCrossCorrelationLoss`` has the same value in float64. In float32 its differences cancel,
-    and flat regions count up to 1e12. It is also several times slower.
+    and flat windows get values up to 1e12. It is also several times slower.
 
     Args:
         window: side of the window in voxels, odd.
@@ -249,24 +257,24 @@ class LNCCLoss(_Loss):
         self.window = window
 
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
-        """Compare two images ``(B, C, *spatial)``."""
+        """Loss of two images ``(B, C, *spatial)``, a scalar."""
         if self.window < 3 or self.window % 2 == 0:
-            raise ValueError(f"window is {self.window} voxels. It needs a voxel in the middle: give 3, 5, 7, ...")
+            raise ValueError(f"window is {self.window} voxels. Give an odd number, 3 or more.")
         warped, fixed = _images("warped and fixed", warped, fixed)
         return -_MeanLNCC.apply(warped, fixed, self.window)
 
 
 def _scaled(image: Tensor, num_bins: int) -> Tensor:
-    """Shift and scale each row of ``(N, voxels)`` to [1, num_bins - 2]; constant rows to 1."""
+    """Shift and scale each row of ``image`` ``(N, voxels)`` to [1, num_bins - 2]; a constant row becomes 1."""
     image_min, image_max = image.detach().aminmax(dim=1, keepdim=True)
     span = (image_max - image_min).where(image_max > image_min, torch.inf)
     return 1 + (num_bins - 3) * (image - image_min) / span
 
 
 def _parzen(position: Tensor, num_bins: int) -> Tensor:
-    """Weights ``(voxels, num_bins)`` of the cubic B-splines around the whole numbers at ``position`` ``(voxels,)``.
+    """Weight of each bin at ``position`` ``(voxels,)``, from cubic B-splines around the bins: ``(voxels, num_bins)``.
 
-    Four of them differ from 0, and they sum to 1.
+    Four weights of each voxel differ from 0; they sum to 1.
     """
     low = position.detach().long().clamp(1, num_bins - 3)
     t = position - low
@@ -288,25 +296,26 @@ class MutualInformationLoss(_Loss):
 
     .. math:: I = H(w) + H(f) - H(w, f)
 
-    of the joint histogram with cubic B-spline Parzen windows (Mattes et al., IEEE TMI 2003; here for both images).
-    Each channel of each batch item is scaled to its own range first; no gradient goes through the range. A constant
-    image has no information: 0. The histogram is summed over chunks of voxels that the backward pass computes again,
-    so that memory does not grow with ``voxels * num_bins``.
+    with the entropies of the joint histogram and its margins. The histogram uses cubic B-splines as Parzen windows for
+    both images (Mattes et al., IEEE TMI 2003, use them for one). Each channel of each batch item is first scaled to its
+    own range, which is treated as a constant in the gradient. For a constant image the loss is 0. The histogram is
+    summed over chunks of voxels, which the backward pass computes again, so that memory does not grow with
+    ``voxels * num_bins``.
 
     Args:
-        num_bins: bins along each intensity, at least 4.
+        num_bins: number of bins for each image, at least 4.
     """
 
-    chunk = 1 << 17  # voxels; two tables of chunk * num_bins weights are alive at a time
+    chunk = 1 << 17  # voxels in a chunk; two tables of chunk * num_bins weights are in memory at a time
 
     def __init__(self, num_bins: int = 32) -> None:
         super().__init__()
         self.num_bins = num_bins
 
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
-        """Compare two images ``(B, C, *spatial)``."""
+        """Loss of two images ``(B, C, *spatial)``, a scalar."""
         if self.num_bins < 4:
-            raise ValueError(f"num_bins is {self.num_bins}. A cubic B-spline covers 4 bins: give 4 or more.")
+            raise ValueError(f"num_bins is {self.num_bins}. Give 4 or more, because a cubic B-spline covers 4 bins.")
         warped, fixed = _images("warped and fixed", warped, fixed)
         with torch.autocast(warped.device.type, enabled=False):
             pairs = zip(
@@ -327,7 +336,7 @@ class MutualInformationLoss(_Loss):
 
 
 def _shift(image: Tensor, offset: Sequence[int]) -> Tensor:
-    """``image`` at ``x + offset``, its border value beyond it."""
+    """Values of ``image`` at ``x + offset`` for each voxel ``x``; the border value continues beyond the border."""
     for axis, step in enumerate(offset, start=2):
         if step:
             index = torch.arange(image.shape[axis], device=image.device) + step
@@ -336,17 +345,18 @@ def _shift(image: Tensor, offset: Sequence[int]) -> Tensor:
 
 
 class MINDLoss(_Loss):
-    r"""Mean squared difference of the self-similarity of ``warped`` and ``fixed``, for images of different contrast.
+    r"""Mean squared difference of the self-similarities of ``warped`` and ``fixed``, for images of different contrast.
 
-    At each voxel, the patches around its neighbours along the axes are compared with each other. Pairs of neighbours
-    on one axis are left out:
+    The self-similarity of a voxel (MIND-SSC, Heinrich et al., MICCAI 2013) compares the patches around its neighbours
+    :math:`x + a` and :math:`x + b`, for all pairs of neighbours that lie on different axes:
 
-    .. math:: \exp\left( -(D - \min D) / \overline{D} \right), \quad D(x) = \overline{(I(x + a) - I(x + b))^2}
+    .. math:: \exp\left( -(D - \min D) / \overline{D - \min D} \right), \quad D = \overline{(I(x + a) - I(x + b))^2}
 
-    (MIND-SSC, Heinrich et al., MICCAI 2013): 12 numbers in 3-D and 4 in 2-D, which do not depend on the contrast.
+    :math:`D` is the mean over the patch; the minimum and the mean of :math:`D - \min D` are over the pairs. These are
+    12 numbers in 3-D and 4 in 2-D, which hardly depend on the contrast.
 
     Args:
-        distance: distance of the neighbours, in voxels.
+        distance: distance of the neighbours from the voxel, in voxels.
         radius: radius of the patches, which are ``2 * radius + 1`` voxels a side.
 
     >>> image = torch.rand(1, 1, 20, 24)
@@ -360,7 +370,7 @@ class MINDLoss(_Loss):
         self.radius = radius
 
     def forward(self, warped: Tensor, fixed: Tensor) -> Tensor:
-        """Compare two images ``(B, C, *spatial)``."""
+        """Loss of two images ``(B, C, *spatial)``, a scalar."""
         if self.distance < 1 or self.radius < 0:
             raise ValueError(
                 f"distance is {self.distance} and radius is {self.radius}. Give a distance of at least 1 voxel and a "
@@ -383,23 +393,23 @@ class MINDLoss(_Loss):
         stacked = torch.stack(distances)
         stacked = stacked - stacked.amin(0)
         scale = stacked.mean(0)
-        # Limits keep a single outlier, or a flat image, from deciding alone; below 1e-6 differences are rounding error.
+        # The limits bound the effect of outliers and flat regions; differences below 1e-6 are rounding errors.
         typical = scale.mean(tuple(range(2, image.ndim)), keepdim=True).detach()
         scale = scale.clamp(1e-3 * typical, 1e3 * typical).clamp_min(1e-12)
         return (-stacked / scale).exp().transpose(0, 1).flatten(1, 2)
 
 
 class GradientLoss(_Loss):
-    r"""Roughness of a ``ddf`` or ``dvf``: the size of its forward differences, averaged over voxels and axes.
+    r"""Roughness of a ``ddf`` or ``dvf``: its forward differences, squared or absolute, averaged over voxels and axes.
 
     .. math:: \frac{1}{D} \sum_d \overline{|u(x + e_d) - u(x)|^p}, \quad p = 1, 2
 
-    where the mean is over batch, components and voxels (Balakrishnan et al., IEEE TMI 2019, normalised like the
-    official code, for which the published weights are given). MONAI's ``DiffusionLoss`` uses central differences,
-    which miss a checkerboard, and sums over the axes.
+    where the mean is over batch, components and voxels (Balakrishnan et al., IEEE TMI 2019). It is normalised like the
+    authors' code, so that published weights of the loss can be used. MONAI's ``DiffusionLoss`` uses central
+    differences, which miss a checkerboard, and sums over the axes.
 
     Args:
-        penalty: ``"l2"``, smooth everywhere, or ``"l1"``, which tolerates sharp edges.
+        penalty: ``"l2"`` (p = 2) or ``"l1"`` (p = 1), which allows sharper edges.
 
     >>> ddf = torch.zeros(1, 2, 5, 4)
     >>> ddf[0, 1] = 0.5 * torch.arange(4)  # stretches the second axis by half: one of 2 x 2 derivatives is 0.5
@@ -412,7 +422,7 @@ class GradientLoss(_Loss):
         self.penalty = penalty
 
     def forward(self, field: Tensor) -> Tensor:
-        """Measure ``field`` ``(B, D, *spatial)``."""
+        """Loss of ``field`` ``(B, D, *spatial)``, a scalar."""
         if self.penalty not in ("l1", "l2"):
             raise ValueError(f"penalty is '{self.penalty}'. Use 'l1' or 'l2'.")
         field = _field("field", field)
@@ -422,17 +432,19 @@ class GradientLoss(_Loss):
 
 
 class BendingEnergyLoss(_Loss):
-    r"""Bending of a ``ddf`` or ``dvf``; affine maps cost nothing.
+    r"""Bending energy of a ``ddf`` or ``dvf``, which is 0 for affine maps.
 
     .. math:: \sum_c \sum_{d, e} \overline{\left( \partial_d \partial_e u_c \right)^2}
 
-    averaged over batch and voxels; mixed derivatives count twice (Rueckert et al., IEEE TMI 1999). Second derivatives
-    are differences of neighbours: ``[1, -2, 1]`` along an axis, a cell of 2 x 2 voxels for mixed derivatives.
+    with the mean over batch and voxels; mixed derivatives are counted twice (Rueckert et al., IEEE TMI 1999). Second
+    derivatives are differences of neighbours: ``[1, -2, 1]`` along an axis, and a cell of 2 x 2 voxels for mixed
+    derivatives.
+
+    MONAI's ``BendingEnergyLoss`` averages over the components c, and causes a warning of torch 2.13.
     """
 
-    # Not MONAI's BendingEnergyLoss: it indexes with a list, about which torch 2.13 warns, and averages over c.
     def forward(self, field: Tensor) -> Tensor:
-        """Measure ``field`` ``(B, D, *spatial)``."""
+        """Loss of ``field`` ``(B, D, *spatial)``, a scalar."""
         field = _field("field", field)
         axes = range(2, field.ndim)
         slopes = [field.diff(dim=d) for d in axes]
@@ -442,9 +454,9 @@ class BendingEnergyLoss(_Loss):
 
 
 def _count(label: Tensor, weight: Tensor, num_bins: int) -> Tensor:
-    """Sum of the weights of each label in ``(B, *spatial)``: ``(B, num_bins)``.
+    """Sum of ``weight`` over the voxels of each label, both ``(B, *spatial)``: ``(B, num_bins)``.
 
-    Each slice of the first axis is summed separately, so that float32 does not run out of digits.
+    Each slice of the first axis is summed separately, because long sums in float32 are inaccurate.
     """
     slices = label.flatten(2)
     sums = weight.new_zeros(*slices.shape[:2], num_bins).scatter_add(2, slices, weight.flatten(2))
@@ -452,14 +464,14 @@ def _count(label: Tensor, weight: Tensor, num_bins: int) -> Tensor:
 
 
 class LabelDiceLoss(_Loss):
-    r"""Negative soft Dice of segmentations: the linearly warped moving labels against the fixed labels.
+    r"""Negative soft Dice of the linearly warped moving labels and the fixed labels: -1 (best) to 0 (worst).
 
     .. math:: -\frac{1}{|L|} \sum_{l \in L} \frac{2 \sum a_l b_l}{\sum a_l + \sum b_l}
 
-    where :math:`a_l` is the warped one-hot image of label :math:`l`, :math:`b_l` the fixed one, and :math:`L` the
-    labels that occur in either map of the batch item (Balakrishnan et al., IEEE TMI 2019). The background, 0, does not
-    count. No one-hot images are needed: each of the ``2**D`` voxels that interpolation mixes adds its weight to the
-    bin of its label.
+    where :math:`a_l` is the warped one-hot image of label :math:`l`, :math:`b_l` the fixed one, and :math:`L` the set
+    of labels in either map of the batch item, without the background 0 (Balakrishnan et al., IEEE TMI 2019). One-hot
+    images are not computed: each of the ``2**D`` voxels that interpolation mixes adds its weight to the count of its
+    label.
 
     Args:
         num_labels: largest label value.
@@ -470,10 +482,10 @@ class LabelDiceLoss(_Loss):
         self.num_labels = num_labels
 
     def forward(self, moving_label: Tensor, fixed_label: Tensor, ddf: Tensor) -> Tensor:
-        """Compare integer maps ``(B, 1, *spatial)`` along ``ddf`` ``(B, D, *spatial)``."""
+        """Loss, a scalar, of integer maps ``(B, 1, *spatial)`` for ``ddf`` ``(B, D, *spatial)`` in voxels."""
         moving, fixed, ddf = self._check(moving_label, fixed_label, ddf)
         bins = self.num_labels + 1
-        # Warped volume of each label, outside and inside the same label of fixed.
+        # Volume of each warped label that lies outside and inside the same label of the fixed map.
         agreement = ddf.new_zeros(len(ddf), 2, bins)
         for index, weight in linear_weights(ddf):
             label = moving.flatten(1).gather(1, index.flatten(1)).view_as(fixed)
@@ -481,7 +493,7 @@ class LabelDiceLoss(_Loss):
         moving_volume, fixed_volume = (_count(m, torch.ones_like(ddf[:, 0]), bins) for m in (moving, fixed))
         present = ((moving_volume > 0) | (fixed_volume > 0))[:, 1:]
         volumes = (agreement.sum(1) + fixed_volume)[:, 1:]
-        # A label may be warped out of sight: no volume, no overlap.
+        # A label that is warped out of the image has no volume, and its Dice is 0.
         dice = 2 * agreement[:, 1, 1:] / volumes.clamp_min(torch.finfo(ddf.dtype).eps)
         return -(dice.sum(1) / present.sum(1).clamp_min(1)).mean()
 
@@ -503,13 +515,13 @@ class LabelDiceLoss(_Loss):
         if low < 0 or high > self.num_labels:
             raise ValueError(
                 f"moving_label and fixed_label hold labels from {low} to {high}, but num_labels is {self.num_labels}. "
-                "Labels run from 0 to num_labels."
+                "Correct num_labels, or merge the labels."
             )
         return maps[0], maps[1], _field("ddf", ddf)
 
 
 def _num_neighbours(field: Tensor) -> Tensor:
-    """Number of face neighbours of each voxel on the grid of ``field`` ``(B, C, *spatial)``: ``(1, 1, *spatial)``."""
+    """Number of voxels that share a face with each voxel of ``field`` ``(B, C, *spatial)``: ``(1, 1, *spatial)``."""
     count = field.new_zeros(1, 1, *field.shape[2:])
     for axis in range(2, field.ndim):
         num_pairs = field.shape[axis] - 1
@@ -522,22 +534,23 @@ class KLLoss(_Loss):
     r"""Kullback-Leibler divergence of the predicted velocity from its smooth prior, per voxel.
 
     The network predicts independent normal velocities, :math:`N(\mu, \Sigma)` with diagonal :math:`\Sigma`. The prior
-    is :math:`N(0, \Lambda^{-1})`, :math:`\Lambda = \lambda (D - A)`, with the adjacency :math:`A` of voxels that share
-    a face and the number of such neighbours :math:`D`, for each component (Dalca et al., MICCAI 2018). The divergence
-    is
+    of each component is :math:`N(0, \Lambda^{-1})` with :math:`\Lambda = \lambda (D - A)`, where :math:`A` is the
+    adjacency matrix of voxels that share a face, and :math:`D` is diagonal with the number of such neighbours (Dalca
+    et al., MICCAI 2018). The divergence is
 
     .. math:: \frac{1}{2} \left[ \operatorname{tr}(\Lambda \Sigma) - \log\det \Sigma + \mu^T \Lambda \mu \right]
 
     plus the constant :math:`-\frac{1}{2} (n + \log\det \Lambda)`, which is dropped. :math:`n` is the number of voxels
-    times components, and :math:`\log\det \Lambda` excludes constant fields, which the prior does not penalise. "Per
-    voxel" divides by the number of voxels of the velocity's own grid and by the batch size, not by the components.
+    times components, and :math:`\log\det \Lambda` excludes constant fields, which the prior does not penalise. The
+    result is divided by the batch size and the number of voxels of the velocity's own grid, but not by the number of
+    components.
 
     Args:
         prior_lambda: precision :math:`\lambda` of the prior, in 1 / (voxels per unit time)^2.
-        mode: ``"exact"`` is the formula above. ``"official"`` computes its last term, the precision, like the official
+        mode: ``"exact"`` is the formula above. ``"official"`` computes the last term, of :math:`\mu`, like the authors'
             code: :math:`\frac{\lambda}{4} \sum_d \overline{(\mu(x + e_d) - \mu(x))^2}`, averaged over components and
-            neighbours. This is ``2 * D`` times smaller away from the border. Published values of ``prior_lambda``
-            assume it.
+            neighbours. Away from the border this is smaller by a factor of twice the number of dimensions. Published
+            values of ``prior_lambda`` assume it.
     """
 
     def __init__(self, prior_lambda: float = 10.0, mode: str = "official") -> None:
@@ -546,7 +559,7 @@ class KLLoss(_Loss):
         self.mode = mode
 
     def forward(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Compare the mean velocity and its log-variance, ``(B, D, *spatial)`` before integration, with the prior."""
+        """Loss, a scalar, of the mean and the log-variance of the velocity, both ``(B, D, *spatial)``."""
         if self.mode not in ("official", "exact"):
             raise ValueError(f"mode is '{self.mode}'. Use 'official' or 'exact'.")
         if mean.shape != log_variance.shape:
@@ -565,9 +578,12 @@ class KLLoss(_Loss):
 
 
 def _get(values: Mapping[str, Tensor], key: str, term: str, owner: str) -> Tensor:
-    """Plain tensor of the prediction or target; an error that names the term if it is missing."""
+    """Plain tensor ``key`` of a prediction or target; the error, if it is missing, names the term that needs it."""
     if key not in values:
-        raise ValueError(f"the {owner} has no '{key}', which the term {term} needs. It has {sorted(values)}.")
+        raise ValueError(
+            f"the {owner} has no '{key}', which the term {term} needs; it has {sorted(values)}. Add it, or remove the "
+            "term."
+        )
     return values[key].as_subclass(Tensor)
 
 
@@ -575,18 +591,18 @@ class RegistrationLoss(_Loss):
     r"""Loss of a registration network: a weighted sum of several terms.
 
     Args:
-        similarity: image term, called with ``(warped, fixed)``. If the network warps both ways, it is averaged with
-            ``(warped_fixed, moving)``.
-        smoothness: field term, called with ``dvf`` (on its own grid) if the network predicts a velocity, otherwise
-            with ``ddf``.
+        similarity: term for images, called with ``(warped, fixed)``. If the network warps both ways, the value is
+            averaged with that of ``(warped_fixed, moving)``.
+        smoothness: term for the field, called with ``dvf`` (on its own grid) if the network predicts a velocity, and
+            with ``ddf`` otherwise.
         smoothness_weight: weight of ``smoothness``.
-        dice: label term, called with ``(moving_label, fixed_label, ddf)``. If the network warps both ways, it is
-            averaged with ``(fixed_label, moving_label, inverse_ddf)``.
+        dice: term for labels, called with ``(moving_label, fixed_label, ddf)``. If the network warps both ways, the
+            value is averaged with that of ``(fixed_label, moving_label, inverse_ddf)``.
         dice_weight: weight of ``dice``.
-        prior: term of a probabilistic network, called with ``(dvf, log_variance)``. Its weight is 1 by definition; the
-            noise of the images, ``image_sigma``, sets the balance.
+        prior: term for a probabilistic network, called with ``(dvf, log_variance)``. Its weight is always 1; balance it
+            by ``image_sigma`` of :class:`MSELoss`.
 
-    If the prediction contains a ``smoothness_weight`` :math:`\lambda` in [0, 1], it replaces the given one, and the
+    If the prediction contains a ``smoothness_weight`` :math:`\lambda` in [0, 1], it replaces the argument, and the
     similarity is multiplied by :math:`1 - \lambda` (Hoopes et al., IPMI 2021).
 
     >>> loss = RegistrationLoss(similarity=MSELoss(), smoothness=GradientLoss(), smoothness_weight=0.01)
@@ -613,11 +629,11 @@ class RegistrationLoss(_Loss):
         self.prior = prior
 
     def forward(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-        """Sum of ``terms``, a scalar."""
+        """Sum of the weighted :meth:`terms`, a scalar."""
         return torch.stack(list(self.terms(prediction, target).values())).sum()
 
     def terms(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted terms by name: ``similarity``, and ``smoothness``, ``dice`` and ``prior`` if they are used.
+        """Weighted terms by name, scalars: ``similarity``, and ``smoothness``, ``dice`` and ``prior`` if they are used.
 
         Args:
             prediction: ``warped`` and ``ddf``; also ``dvf`` of a velocity network, ``log_variance`` of a probabilistic

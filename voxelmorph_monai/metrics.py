@@ -1,10 +1,10 @@
-r"""Quality of a registration: overlap, surface distance, landmark error, and regularity of the map.
+r"""Measures of a registration: overlap, surface distance, landmark error, and regularity of the map.
 
-Each measure is a function of tensors with one value per pair (and structure); ``epoch_metrics`` collects them for MONAI
-and Ignite. Structures and pairs without a value are NaN.
+Each measure is a function of tensors that returns float64 values for each pair, or for each pair and structure, with
+NaN where there is no value. ``epoch_metrics`` has the same measures for MONAI and Ignite.
 
-Fields are in voxels as in ``blocks``. ``spacing`` converts them to millimetres: the side lengths of a voxel in mm along
-each array axis, or one number for all axes. Results are float64.
+Fields are in voxels as in ``blocks``. ``spacing`` converts them to millimetres: it holds the side lengths of a voxel in
+mm along each array axis, or one number for all axes.
 """
 
 import math
@@ -53,7 +53,10 @@ def _check_labels(labels: Tensor, reference: Tensor, num_labels: int) -> tuple[T
             raise TypeError(f"{name} has the type {image.dtype}. Give integers.")
         low, high = (int(value) for value in image.aminmax())
         if low < 0 or high > num_labels:
-            raise ValueError(f"{name} holds values from {low} to {high}, but labels run from 0 to {num_labels}.")
+            raise ValueError(
+                f"{name} holds values from {low} to {high}, but num_labels is {num_labels}. Correct num_labels, or "
+                "merge the labels."
+            )
     return labels, reference
 
 
@@ -79,23 +82,23 @@ def _inside(ddf: Tensor, mask: Tensor | None, border: int = 0) -> Tensor:
     counts = inside.flatten(1).sum(1).tolist()
     if min(counts) == 0:
         raise ValueError(
-            f"mask and grid leave {counts} voxels of the batch items to measure, without the {border} outermost layers."
-            " Each item needs at least 1."
+            f"there are no voxels to measure: the batch items have {counts} voxels in the mask, without the {border} "
+            "outermost layers of the grid. Give a larger mask or grid."
         )
     return inside
 
 
 def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
-    """Mean of ``values`` over the voxels ``inside`` of each item, ``(B,)``; NaN where there are none."""
+    """Mean of ``values`` over the voxels where the mask ``inside`` is True: ``(B,)``, NaN if there are none."""
     total = torch.where(inside, values, 0).flatten(1).sum(1, dtype=torch.float64)
     return total / inside.flatten(1).sum(1)
 
 
 def _counts(labels: Tensor, reference: Tensor, n: int) -> Tensor:
-    """Voxels of each of ``n`` labels where two flat maps agree, in the first map, and in the second: ``(3, n)``."""
+    """Voxels of each of ``n`` labels that two flat maps share, that the first has, and the second: ``(3, n)``."""
     if n * n > labels.numel():
         return torch.stack([x.bincount(minlength=n) for x in (labels[labels == reference], labels, reference)])
-    # Counting pairs once instead of labels three times, in a small type, takes 0.3 of the CPU time for 35 labels.
+    # Counting pairs of labels once, in a small type, instead of labels three times takes 0.3 of the CPU time.
     dtype = next(kind for kind in (torch.int16, torch.int32, torch.int64) if n * n <= torch.iinfo(kind).max)
     pairs = labels.to(dtype, copy=True).mul_(n).add_(reference.to(dtype)).bincount(minlength=n * n).view(n, n)
     return torch.stack([pairs.diagonal(), pairs.sum(1), pairs.sum(0)])
@@ -105,7 +108,7 @@ def dice(labels: Tensor, reference: Tensor, num_labels: int) -> Tensor:
     r"""Overlap of each structure, :math:`2 |A \cap B| / (|A| + |B|)` (Dice, Ecology 1945): ``(B, num_labels)``.
 
     Column ``k - 1`` is label ``k``; the background has no column. The value is 0 if only one of the two maps has the
-    structure, and NaN if neither has it. All structures are counted at once, without one-hot images.
+    structure, and NaN if neither has it.
 
     Args:
         labels: integer label map ``(B, 1, *spatial)``, values 0 to ``num_labels``.
@@ -148,8 +151,8 @@ def log_jacobian_sd(ddf: Tensor, mask: Tensor | None = None, *, definition: str 
         ddf: displacement in voxels, ``(B, D, *spatial)``.
         mask: voxels to count, ``(B, 1, *spatial)``, nonzero inside (default: the whole grid).
         definition: ``"plain"`` is the SD of :math:`\log |J|` (Leow et al., IEEE TMI 2007) over the voxels that do not
-            fold, and NaN if all do. Folded voxels have no logarithm, and any replacement value would dominate the
-            result; ``folding`` counts them. ``"learn2reg"`` is the SD of
+            fold, and NaN if all voxels fold. Folded voxels have no logarithm, and any value in its place would dominate
+            the result; ``folding`` counts them. ``"learn2reg"`` is the SD of
             :math:`\log(\mathrm{clip}(|J| + 3, 10^{-9}, 10^9))` without the two outermost layers of voxels, which the
             Learn2Reg challenge ranks by (Hering et al., IEEE TMI 2023).
     """
@@ -190,15 +193,15 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Volume that the map turns inside out, as a percentage of the counted volume (Liu et al., IJCV 2024): ``(B,)``.
 
     Each cell of the grid is cut into 5 tetrahedra (2 triangles in 2-D), in both possible ways. The map is taken to be
-    linear in each; it is one to one if all of them keep their orientation. The volume of those that do not, averaged
-    over the two ways, is
+    linear in each tetrahedron. It is one to one if all tetrahedra keep their orientation. The volume of those that do
+    not, averaged over the two ways, is
 
     .. math:: \frac{100}{N} \sum_x \frac{1}{2 D!} \sum_i \max(-|J_i(x)|, 0)
 
-    over the N counted voxels. :math:`|J_i|` are the determinants of the 8 (in 2-D 4) corners at a voxel, which are all
-    combinations of forward and backward differences, and in 3-D of the 2 tetrahedra in the middle of cells. Unlike
-    ``folding``, it detects folds that central differences miss, and a deep fold counts more than a shallow one. Like
-    the authors' code, it leaves out the outermost voxels.
+    over the N counted voxels. :math:`|J_i|` are the determinants of the 8 (in 2-D 4) tetrahedra with a corner at the
+    voxel, which are all combinations of forward and backward differences, and in 3-D also those of the 2 tetrahedra in
+    the middle of a cell. Unlike ``folding``, this measure detects folds that central differences miss, and weights a
+    fold by its depth. Like the authors' code, it leaves out the outermost voxels.
 
     Args:
         ddf: displacement in voxels, ``(B, D, *spatial)``; NaN makes the result NaN.
@@ -223,37 +226,36 @@ def non_diffeomorphic_volume(ddf: Tensor, mask: Tensor | None = None) -> Tensor:
     return 100 * _mean_inside(turned, inside) / (2 * math.factorial(spatial_dims))
 
 
-# The other surface is looked up within this many voxels of a point, and searched for beyond.
-_REACH = 4
+_REACH = 4  # distance in voxels up to which the other surface is looked up in a mask; beyond it a KD-tree is used
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
-    """Steps along each axis of a flat array."""
+    """Differences of the flat indices of neighbours along each axis of an array."""
     return [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
 
 
 class _Surface(NamedTuple):
-    """Surface of a structure on the flat grid of points halfway between voxels."""
+    """Surface of a structure, on a grid of points halfway between voxels; indices are flat."""
 
-    is_surface: NDArray[np.bool_]  # for each point
-    points: NDArray[np.intp]  # indices of the surface points
-    areas: NDArray[np.float64]  # surface area at each of them
+    is_surface: NDArray[np.bool_]  # whether each point of the grid lies on the surface
+    points: NDArray[np.intp]  # indices of the points on the surface, (N,)
+    areas: NDArray[np.float64]  # surface area at each of these points in mm2 (2-D: length in mm), (N,)
 
 
 def _surface(mask: NDArray[np.bool_], areas: NDArray[np.float64]) -> _Surface:
-    """Find the surface of ``mask``, which is False at its border; ``areas`` is MONAI's table of areas by code."""
-    code = mask.ravel().view(np.uint8)  # gathers the 2 x 2 (x 2) voxels around a point as bits, the last one lowest
+    """Find the surface of ``mask``, which must be False at its border; ``areas`` is MONAI's table of areas by code."""
+    code = mask.ravel().view(np.uint8)  # becomes the 2 x 2 (x 2) voxels around each point as bits, the last one lowest
     for axis, stride in enumerate(_strides(mask.shape)):
         ahead = code[stride:]
         code = code[: len(ahead)] << np.uint8(1 << (mask.ndim - 1 - axis))
         code |= ahead
-    is_surface = code - np.uint8(1) < len(areas) - 2  # neither 0, all outside, nor all inside
+    is_surface = code - np.uint8(1) < len(areas) - 2  # neither all bits 0 (outside) nor all 1 (inside)
     points = np.flatnonzero(is_surface)
     return _Surface(is_surface, points, areas[code[points]])
 
 
 def _shells(sides: Sequence[float]) -> list[tuple[float, NDArray[np.intp]]]:
-    """Offsets (voxels) by length (mm), shortest first, as long as no offset beyond ``_REACH`` is shorter."""
+    """Offsets in voxels grouped by their length in mm, shortest first; complete up to the largest length returned."""
     offsets = np.array(list(product(range(-_REACH, _REACH + 1), repeat=len(sides))))
     lengths = np.linalg.norm(offsets * sides, axis=1)
     return [(float(x), offsets[lengths == x]) for x in np.unique(lengths[lengths < (_REACH + 1) * min(sides)])]
@@ -266,23 +268,23 @@ def _percentile95(
     shape: Sequence[int],
     sides: Sequence[float],
 ) -> float:
-    """Distance (mm) from ``other`` within which 95 % of the area of ``surface`` lies."""
+    """Smallest distance in mm from ``other`` within which 95 % of the area of ``surface`` lies."""
     points, areas = surface.points, surface.areas
     wanted, covered = 0.95 * areas.sum(), 0.0
-    # Compared surfaces usually lie close to each other. Looking up the nearest places first, until 95 % have met the
-    # other surface, takes a seventh of the CPU time of a KD-tree, and is just as exact.
+    # The two surfaces usually lie close to each other. Looking up the nearest offsets first, until 95 % of the area has
+    # reached the other surface, takes a seventh of the CPU time of a KD-tree, and gives the same result.
     for length, steps in shells:
         reached = np.zeros(len(points), dtype=bool)
         for step in steps.tolist():
             reached |= other.is_surface.take(points + step)
-        # Not areas @ reached: the busy-waiting threads of NumPy's BLAS took twice the CPU time.
+        # A product (areas @ reached) would take twice the CPU time, because threads of NumPy's BLAS wait in a loop.
         covered += float(areas.sum(where=reached))
         if covered >= wanted:
             return length
         left = np.flatnonzero(~reached)
         points, areas = points.take(left), areas.take(left)
     remaining, others = (np.stack(np.unravel_index(p, shape), axis=1) * sides for p in (points, other.points))
-    # Grid points share many coordinates, for which a balanced tree is only slower.
+    # The points share many coordinates, which makes a balanced tree slower.
     distances = spatial.KDTree(others, compact_nodes=False, balanced_tree=False).query(remaining)[0]
     order = np.argsort(distances)
     return float(distances[order][np.searchsorted(covered + np.cumsum(areas[order]), wanted)])
@@ -291,10 +293,11 @@ def _percentile95(
 def hausdorff95(labels: Tensor, reference: Tensor, num_labels: int, *, spacing: Spacing = 1.0) -> Tensor:
     r"""Robust Hausdorff distance of each structure in mm (Huttenlocher et al., IEEE PAMI 1993): ``(B, num_labels)``.
 
-    The distance from the surface of one structure within which 95 % of the surface of the other lies; the larger of
-    both directions. Surface elements lie between voxels and count by their area, as in the ``surface-distance``
-    package that Learn2Reg uses (Nikolov et al., JMIR 2021); MONAI's own metric gives every boundary voxel the same
-    area. The value is NaN if either map lacks the structure; read it together with ``dice``, which is 0 there.
+    It is the distance from the surface of a structure within which 95 % of the surface in the other map lies, and the
+    larger of the two directions. Surface elements lie between voxels and are weighted by their area, as in the package
+    ``surface-distance`` that Learn2Reg uses (Nikolov et al., JMIR 2021); MONAI's own metric gives all boundary voxels
+    the same weight. The value is NaN if either map lacks the structure: report it together with ``dice``, which is 0
+    there.
 
     Args:
         labels: integer label map ``(B, 1, *spatial)``, values 0 to ``num_labels``.
@@ -348,14 +351,14 @@ def _warp_points(points: Tensor, ddf: Tensor) -> Tensor:
 
 
 def target_registration_error(moving_points: Tensor, fixed_points: Tensor, ddf: Tensor, spacing: Spacing) -> Tensor:
-    r"""Distance in mm from :math:`\phi(x)` of each fixed point to its moving point: ``(B, N)``.
+    r"""Distance in mm between :math:`\phi(x)` of each fixed point and its moving point: ``(B, N)``.
 
-    The field maps fixed to moving points, so it is applied to the fixed points. Fitzpatrick et al., IEEE TMI 1998,
-    discuss what this error measures.
+    The field maps fixed to moving points, so it is applied to the fixed points. For the meaning of this error see
+    Fitzpatrick et al., IEEE TMI 1998.
 
     Args:
         moving_points: landmarks in the moving image, ``(B, N, D)``, in voxels of the grid of ``ddf``.
-        fixed_points: the same landmarks in the fixed image.
+        fixed_points: the same landmarks in the fixed image, ``(B, N, D)``, in voxels of the same grid.
         ddf: displacement in voxels, ``(B, D, *spatial)``.
         spacing: side lengths of a voxel in mm.
 
@@ -384,7 +387,7 @@ def inverse_consistency(
     r"""Mean of :math:`|\phi^{-1}(\phi(x)) - x|` in mm (Christensen and Johnson, IEEE TMI 2001): ``(B,)``.
 
     Args:
-        ddf: displacement in voxels, ``(B, D, *spatial)``; ``x`` are its voxels, those of the fixed image.
+        ddf: displacement in voxels, ``(B, D, *spatial)``; the mean is over its voxels ``x``, those of the fixed image.
         inverse_ddf: displacement of the inverse map, on the same grid.
         spacing: side lengths of a voxel in mm.
         mask: voxels to count, ``(B, 1, *spatial)``, nonzero inside (default: the whole grid).

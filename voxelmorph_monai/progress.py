@@ -1,4 +1,4 @@
-"""How far long work has come: a bar in a terminal or a notebook, plain lines in a log file."""
+"""Show the progress of long work: a bar in a terminal or a notebook, plain lines in a log file."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ _EVERY = 30.0  # seconds between two lines of a log
 
 
 def _draws_bars() -> bool:
-    """Whether standard error is a terminal, or a notebook shows what this process does."""
+    """Whether standard error is a terminal, or this process runs in a notebook."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
 
@@ -27,16 +27,16 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """What long work is doing, how much of it is done, how it went so far, and how long the rest will take.
+    """Progress of long work: its title, the steps done, their results so far, and the remaining time.
 
-    In a terminal or a notebook it is a bar, which stays at the end if the number of steps is known. Elsewhere, as in a
-    log file, it is a line on standard error, at most every 30 seconds and at the end, without control characters. Use
-    it in a ``with`` statement.
+    In a terminal or a notebook a bar is drawn, which stays visible at the end if the number of steps is known.
+    Elsewhere, for example in a log file, a plain line is printed to standard error, at most every 30 seconds and at
+    the end. Use it in a ``with`` statement.
 
     Args:
-        title: what is being done.
+        title: name of the work, such as "register".
         total: number of steps; None if it is not known.
-        unit: what a step is; "" for work without steps, which only has a title.
+        unit: name of a step, such as "pair"; "" shows only the title.
         shown: False shows nothing.
 
     >>> import contextlib
@@ -74,9 +74,9 @@ class Progress:
         """Count a step.
 
         Args:
-            failed: whether it failed.
-            means: values that it gave, by name; shown are their means over all steps so far.
-            notes: what else to show until the next step.
+            failed: whether the step failed.
+            means: values measured in the step, by name; the mean over all steps so far is shown.
+            notes: text to show until the next step.
         """
         self._done += 1
         self._failed += failed
