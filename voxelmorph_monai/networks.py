@@ -1,8 +1,8 @@
-r"""Networks that predict the displacement between two images: one U-Net, described by data.
+r"""Networks that predict the displacement between two images.
 
-:class:`VoxelMorph` is trained, saved and exported. Its input is one tensor ``(B, 2C, *spatial)`` with the moving
-image's channels first, and its output the displacement field in voxels. :class:`Registration` wraps it for training and
-evaluation, and returns everything that losses and metrics need by name.
+:class:`VoxelMorph` is the network that is saved and exported. Its input is one tensor ``(B, 2C, *spatial)`` with the
+channels of the moving image first, and its output the displacement in voxels. :class:`Registration` wraps it for
+training and evaluation, and returns a dict of everything that losses and metrics need.
 """
 
 import math
@@ -38,11 +38,11 @@ PRESETS: dict[str, Architecture] = {
     "vxmdense": Architecture(
         decoder=((32,), (32,), (32,), (32,), (32, 16, 16)), downsampling="max", scale_by_two=True, padding_mode="zeros"
     ),
-    # Dalca et al., MICCAI 2018: stops at half resolution, mean and log-variance of the velocity.
+    # Dalca et al., MICCAI 2018: mean and log-variance of the velocity, at half resolution.
     "diffeomorphic": Architecture(probabilistic=True),
     # Numerically identical to the authors' Keras code, for their weights (vxm import-weights).
     "miccai2018": Architecture(probabilistic=True, scale_by_two=True),
-    # The bundled network: three passes on images of half the resolution, wider at coarse levels, smooth velocity.
+    # The bundled network: three passes at half resolution, wider at coarse levels, with a smooth velocity.
     "wide": Architecture(
         (16, 32, 64, 96),
         ((96,), (64,), (64,), (32, 32), (16, 16)),
@@ -56,7 +56,7 @@ PRESETS: dict[str, Architecture] = {
 
 
 def has_fast_bfloat16(device: torch.device | str) -> bool:
-    """Whether ``device`` multiplies bfloat16 natively, so that networks run faster than in float32."""
+    """Whether ``device`` multiplies bfloat16 natively, so that networks run faster in bfloat16 than in float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(device).type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
@@ -81,31 +81,31 @@ def _check_architecture(architecture: Architecture, spatial_dims: int) -> None:
         raise ValueError(f"integration_level is {architecture.integration_level}. Use 0 to {levels}.")
     sigma = architecture.velocity_sigma
     if not isinstance(sigma, int | float) or not 0 <= sigma < math.inf or (sigma and architecture.probabilistic):
-        raise ValueError(f"velocity_sigma is {sigma!r}. Give 0 voxels or more; a probabilistic network needs 0.")
+        raise ValueError(f"velocity_sigma is {sigma!r}. Give 0 or more voxels, and 0 for a probabilistic network.")
     if architecture.cascades < 1 or (architecture.cascades > 1 and architecture.probabilistic):
         raise ValueError(f"cascades is {architecture.cascades}. Give 1 or more, and 1 for a probabilistic network.")
     if not 0 <= architecture.num_steps <= 30:
         raise ValueError(f"num_steps is {architecture.num_steps}. Give a number of squarings from 0 to 30.")
     if architecture.probabilistic and architecture.num_steps == 0:
-        raise ValueError("a probabilistic network samples a velocity, but num_steps is 0. Set it to 1 or more.")
+        raise ValueError("num_steps is 0, but a probabilistic network integrates a velocity. Give 1 or more.")
     if architecture.probabilistic and architecture.integration_level != architecture.feature_level:
         raise ValueError(
-            f"a probabilistic network integrates at the level where its decoder stops, {architecture.feature_level}, "
-            f"but integration_level is {architecture.integration_level}. Make them equal."
+            f"integration_level is {architecture.integration_level}, but a probabilistic network integrates at the "
+            f"level where its decoder stops: {architecture.feature_level}. Make the two equal."
         )
 
 
 def _warp_moving(pair: Tensor, ddf: Tensor) -> Tensor:
-    """``pair`` ``(B, 2C, *spatial)`` with its moving image warped by ``ddf`` ``(B, D, *spatial)``."""
+    """Warp the moving image of ``pair`` ``(B, 2C, *spatial)`` along ``ddf``, and keep the fixed image."""
     moving, fixed = pair.chunk(2, dim=1)
     return torch.cat([warp(moving, ddf), fixed], dim=1)
 
 
 class VoxelMorph(nn.Module):
-    """Network that predicts the displacement field from a fixed to a moving image.
+    """Network that predicts the displacement from a fixed to a moving image.
 
     >>> network = VoxelMorph("vm2", spatial_dims=2)
-    >>> network(torch.rand(1, 2, 30, 45)).shape  # any size: padded inside, and cropped again
+    >>> network(torch.rand(1, 2, 30, 45)).shape  # works for any size
     torch.Size([1, 2, 30, 45])
 
     Args:
@@ -113,8 +113,9 @@ class VoxelMorph(nn.Module):
             ``"miccai2018"``, ``"wide"``.
         spatial_dims: 2 or 3.
         in_channels: number of channels of both images together.
-        smoothness_weight: weight of smoothness to register with, 0 to 1. The network then takes it as an input, one
-            more channel, and is trained for all weights at once (:class:`Registration`). None: not an input.
+        smoothness_weight: weight of the smoothness to register with, 0 to 1. The network then has it as an additional
+            input channel, and is trained for all weights at once (see :class:`Registration`). With None, the network
+            does not have this input.
         changes: fields of :class:`Architecture` that differ from the preset, for example ``num_steps=5``; None leaves
             a field unchanged.
     """
@@ -132,9 +133,9 @@ class VoxelMorph(nn.Module):
             raise ValueError(f"preset '{preset}' is unknown. Choose one of {', '.join(PRESETS)}.")
         unknown = set(changes) - set(Architecture._fields)
         if unknown:
-            raise ValueError(f"{sorted(unknown)} are not options of a network. Choose from {Architecture._fields}.")
+            raise ValueError(f"a network has no options {sorted(unknown)}. Choose from {Architecture._fields}.")
         if in_channels < 2 or in_channels % 2:
-            raise ValueError(f"in_channels is {in_channels}, but it counts the channels of two images: give 2, 4, ...")
+            raise ValueError(f"in_channels is {in_channels}. Give 2, 4, ...: the channels of both images together.")
         if smoothness_weight is not None and not 0 <= smoothness_weight <= 1:
             raise ValueError(f"smoothness_weight is {smoothness_weight}. Give a number from 0 to 1.")
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -159,7 +160,7 @@ class VoxelMorph(nn.Module):
         self.flow = self._head(std=1e-5)
         self.log_variance = self._head(std=1e-10, bias=-10.0) if architecture.probabilistic else None
         if spatial_dims == 3:
-            # on a CPU, 1.3 times faster than contiguous in bfloat16
+            # In bfloat16 on a CPU, this memory format is 1.3 times faster.
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload] # torch types it for 4-D only
 
     def _head(self, *, std: float, bias: float = 0.0) -> nn.Conv2d | nn.Conv3d:
@@ -173,12 +174,11 @@ class VoxelMorph(nn.Module):
         return [-(-n // self.multiple) * self.multiple for n in size]
 
     def coarse(self, pair: Tensor) -> Tensor:
-        """Pad and average ``pair`` ``(B, in_channels, *spatial)``: ``(B, in_channels, *padded / block)``."""
+        """Pad ``pair`` and average blocks of voxels: ``(B, in_channels, *padded / block)``."""
         if pair.ndim != self.spatial_dims + 2 or pair.shape[1] != self.in_channels:
             sizes = "H, W" if self.spatial_dims == 2 else "H, W, D"
             raise ValueError(
-                f"pair has shape {list(pair.shape)}. This network takes (B, {self.in_channels}, {sizes}), moving image "
-                "first."
+                f"pair has shape {list(pair.shape)}. Give (B, {self.in_channels}, {sizes}) with the moving image first."
             )
         size = list(pair.shape[2:])
         missing = [m - n for m, n in zip(self._padded(size), size)]  # noqa: B905, TorchScript does not support strict
@@ -215,7 +215,7 @@ class VoxelMorph(nn.Module):
         if torch.jit.is_scripting():  # scripts run without autocast
             mean, log_variance = self._fields(features)
         else:
-            with torch.autocast(features.device.type, enabled=False):  # a field in bfloat16 would have 8 bits
+            with torch.autocast(features.device.type, enabled=False):  # bfloat16, with 8 bits, is too coarse for fields
                 mean, log_variance = self._fields(features)
         return mean, log_variance
 
@@ -230,16 +230,16 @@ class VoxelMorph(nn.Module):
         return mean, None
 
     def _resize(self, field: Tensor, size: list[int], levels: int) -> Tensor:
-        """Resample ``field`` to ``size``, which is ``levels`` levels finer."""
+        """Resample ``field`` to ``size``, ``levels`` levels finer, and scale its vectors to voxels of the new grid."""
         if not self.scale_by_two:
             return resize(field, size)
         mode = "bilinear" if self.spatial_dims == 2 else "trilinear"
         return F.interpolate(field * 2.0**levels, size, mode=mode, align_corners=True)
 
     def displacement(self, field: Tensor) -> Tensor:
-        """Integrate a velocity ``field``: displacement ``(B, D, *padded / block)``, voxels of the :meth:`coarse` grid.
+        """Displacement ``(B, D, *padded / block)`` of a velocity ``field``, in voxels of the :meth:`coarse` grid.
 
-        If ``num_steps`` is 0, ``field`` is already a displacement.
+        If ``num_steps`` is 0, ``field`` is already a displacement, and only resampled.
         """
         size = [n << self.integration_level for n in field.shape[2:]]
         return self._resize(integrate(field, self.num_steps, self.padding_mode), size, self.integration_level)
@@ -247,11 +247,11 @@ class VoxelMorph(nn.Module):
     def full(self, ddf: Tensor, size: list[int]) -> Tensor:
         """Resample ``ddf`` from the :meth:`coarse` grid to the grid of the images: ``(B, D, *size)``, in its voxels."""
         padded = self._padded(size)
-        if self.block > 1:  # a voxel of the U-Net lies in the middle of a block, so corners do not coincide
+        if self.block > 1:  # a coarse voxel lies in the middle of a block, so the corner voxels do not coincide
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"
             ddf = self.block * F.interpolate(ddf, padded, mode=mode, align_corners=False)
         for d in range(self.spatial_dims):
-            if size[d] < padded[d]:  # every crop, even an empty one, copies the field's gradient
+            if size[d] < padded[d]:  # narrow would copy the gradient of the field even if nothing is cropped
                 ddf = ddf.narrow(d + 2, 0, size[d])
         return ddf.contiguous()
 
@@ -265,10 +265,12 @@ class VoxelMorph(nn.Module):
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read a dict that ``torch.save`` wrote to the CPU; the file may hold only tensors, numbers and text.
+    """Read a dict written by ``torch.save``; tensors are loaded to the CPU.
+
+    Files with anything but tensors, numbers and text are rejected, because they could run code.
 
     Raises:
-        ValueError: the file holds something else. The caller should add the name of the file.
+        ValueError: the file does not hold such a dict. The message does not name the file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -282,7 +284,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def wrong_parameters(expected: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
-    """Describe each parameter that is missing, unknown, or of another shape.
+    """Describe each parameter of ``given`` that is missing, unknown, or has another shape than ``expected``.
 
     >>> wrong_parameters({"bias": torch.zeros(3)}, {"bias": torch.zeros(2), "epoch": 1})
     ['bias is [2] instead of [3]', 'epoch (int) is unknown']
@@ -308,35 +310,39 @@ def load_weights(network: nn.Module, path: str) -> None:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the weights belong to another network: how many parameters differ, and how the first one does.
+        ValueError: the file is not a state dict, or belongs to another network.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights {path} do not exist. Name the model.pt of a training.")
+        raise FileNotFoundError(f"weights {path} do not exist. Give the model.pt of a training.")
     try:
         state = read_state(path)
         if wrong := wrong_parameters(network.state_dict(), state):
             raise ValueError(f"{len(wrong)} parameters differ, the first: {wrong[0]}")
     except ValueError as error:
         raise ValueError(
-            f"weights {path} do not fit the network: {error}. Choose weights and preset that belong together."
+            f"weights {path} do not fit the network: {error}. Use the preset with which the weights were trained."
         ) from error
     network.load_state_dict(state)
 
 
 class Registration(nn.Module):
-    """Network with everything that training and evaluation need, from one ``forward`` (so that DDP can wrap it).
+    """Network for training and evaluation: predicts the displacement, and warps the images along it.
 
-    The result is a dict. ``warped`` ``(B, C, *spatial)`` is the moving image on the fixed grid, and ``ddf``
-    ``(B, D, *spatial)`` the displacement in voxels. Velocity networks add ``dvf`` ``(B, D, *coarse)``, the mean
-    velocity, on the grid of its integration and in its voxels. Probabilistic networks add ``log_variance`` of the same
-    shape; in training, their displacement comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI
-    2018). ``bidirectional`` adds ``inverse_ddf`` and ``warped_fixed``, the fixed image on the moving grid, with the
-    shapes of ``ddf`` and ``warped``.
+    A single ``forward`` does all the work, so that DDP can wrap this module. Its result is a dict of:
 
-    A network with several cascades returns the velocity of the last one. Each training step runs a random number of
-    cascades and trains the last of them. A network that takes the weight of smoothness as an input gets a random one in
-    each training step, uniform in [0, 1], which the result contains as ``smoothness_weight`` (Hoopes et al., IPMI 2021,
-    instead predict all weights of the network from it).
+    * ``warped`` ``(B, C, *spatial)``: the moving image on the fixed grid, and ``ddf`` ``(B, D, *spatial)``: the
+      displacement in voxels.
+    * ``dvf`` ``(B, D, *coarse)``, if the network predicts a velocity: the mean velocity, on the grid on which it is
+      integrated, in voxels of this grid.
+    * ``log_variance``, of the shape of ``dvf``, if the network is probabilistic. In training, the displacement of such a network comes from a
+      sample of the velocity instead of its mean (Dalca et al., MICCAI 2018).
+    * ``inverse_ddf`` and ``warped_fixed``, the fixed image on the moving grid, if ``bidirectional``; they have the
+      shapes of ``ddf`` and ``warped``.
+
+    For a network with several cascades, ``dvf`` is the velocity of the last one. Each training step runs a random
+    number of cascades, and trains the last of them. A network that takes the weight of the smoothness as an input gets
+    a random weight, uniform in [0, 1], in each training step; the result then includes ``smoothness_weight``. (Hoopes
+    et al., IPMI 2021, instead predict all weights of the network from the weight of the smoothness.)
 
     >>> registration = Registration(VoxelMorph("diffeomorphic", spatial_dims=2), bidirectional=True)
     >>> sorted(registration(torch.rand(1, 2, 32, 48)))
@@ -344,29 +350,30 @@ class Registration(nn.Module):
 
     Args:
         network: the network; it is not copied.
-        bidirectional: also return the inverse, from integrating the velocity backwards.
-        amp: run the U-Net in bfloat16 where that is fast; fields, warps and losses stay in float32. This is done here
-            because MONAI's engines autocast only on CUDA.
+        bidirectional: also return the inverse, for which the velocity is integrated backwards.
+        amp: run the U-Net in bfloat16 on devices where that is fast; fields, warps and losses stay in float32. (MONAI's
+            engines use autocast only on CUDA.)
     """
 
     def __init__(self, network: VoxelMorph, bidirectional: bool = False, amp: bool = True) -> None:
         super().__init__()
         if bidirectional and network.num_steps == 0:
             raise ValueError(
-                "bidirectional integrates a velocity backwards, but this network predicts none: its num_steps is 0."
+                "bidirectional needs a velocity to integrate backwards, but num_steps of this network is 0. Use a "
+                "network with num_steps above 0, or leave bidirectional out."
             )
         self.network = network
         self.bidirectional = bidirectional
         self.amp = amp
 
     def _in_bfloat16(self, pair: Tensor) -> bool:
-        # With 2 voxels along an axis, oneDNN's bfloat16 gradient of the weights is random, even infinite (torch 2.13,
-        # AVX512); from 3 voxels on it is correct.
+        # With 2 voxels along an axis, oneDNN's bfloat16 gradient of the weights is random, or even infinite (torch
+        # 2.13, AVX512); with 3 or more it is correct.
         coarsest = min(-(-n // self.network.multiple) for n in pair.shape[2:])
         return self.amp and has_fast_bfloat16(pair.device) and coarsest > 2
 
     def forward(self, pair: Tensor) -> dict[str, Tensor]:
-        """Register ``pair`` ``(B, 2C, *spatial)``, moving image first."""
+        """Register ``pair`` ``(B, 2C, *spatial)``, moving image first; see the class for the result."""
         network, size = self.network, list(pair.shape[2:])
         moving, fixed = pair.chunk(2, dim=1)
         weight = torch.rand((), device=pair.device) if network.amortised and self.training else None
@@ -389,7 +396,7 @@ class Registration(nn.Module):
                 if self.bidirectional:
                     back = network.displacement(-field)
                     inverse_ddf = back if inverse_ddf is None else compose(back, inverse_ddf)
-        assert ddf is not None  # there is one pass at least
+        assert ddf is not None  # there is at least one cascade
         if network.num_steps > 0:
             result["dvf"] = mean
         if log_variance is not None:

@@ -1,4 +1,7 @@
-"""What a refinement minimises: the loss of a pair at some resolution, and its gradient for a step of the map."""
+"""Objective of a refinement: the loss of a pair at a resolution, and its gradient with respect to a step.
+
+A step is a small displacement that is composed with the map; see :mod:`~voxelmorph_monai.refinement`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +19,9 @@ __all__ = ["SIMILARITIES", "Objective", "Pair", "Similarity", "cut", "double", "
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
 SIMILARITIES: dict[str, Similarity] = {
-    "lncc": LNCCLoss(window=9),  # one contrast
-    "mi": MutualInformationLoss(),  # any two
-    "mind": MINDLoss(),  # any two, by their edges
+    "lncc": LNCCLoss(window=9),  # for images of the same contrast
+    "mi": MutualInformationLoss(),  # for images of different contrast
+    "mind": MINDLoss(),  # for images of different contrast; compares local structure
 }
 
 
@@ -46,7 +49,7 @@ def halve(image: Tensor) -> Tensor:
         half = even * 0.5
         half.narrow(axis, 0, n).add_(odd, alpha=0.25)
         half.narrow(axis, 1, n).add_(odd, alpha=0.25)
-        for end in (0, n):  # one neighbour short
+        for end in (0, n):  # at the border a neighbour is missing
             half.narrow(axis, end, 1).div_(0.75)
         image = half
     return image
@@ -64,21 +67,28 @@ def double(ddf: Tensor) -> Tensor:
 
 
 def _whole(mask: Tensor) -> Tensor:
-    """1 where an interpolated mask is 1: an image mixes in what lies outside wherever the mask does."""
+    """Mask of the voxels where an interpolated mask is 1: elsewhere, the image also contains values from outside."""
     return (mask > 0.999).float()
 
 
 def times(function: Callable[[Tensor], Tensor], number: int, tensor: Tensor) -> Tensor:
-    """Apply a function so many times."""
+    """Apply ``function`` to a tensor ``number`` times."""
     for _ in range(number):
         tensor = function(tensor)
     return tensor
 
 
 def image_force(image: Tensor, slope: Tensor) -> Tensor:
-    """Central differences of ``image`` ``(1, C, *spatial)`` times ``slope``, summed over C: ``(1, D, *spatial)``.
+    """Gradient of a loss with respect to a step, from its gradient with respect to the image that the step moves.
 
-    0 at the border.
+    This is the spatial gradient of the image, by central differences, times ``slope``, summed over channels.
+
+    Args:
+        image: image ``(1, C, *spatial)``.
+        slope: gradient of the loss with respect to ``image``, of the same shape.
+
+    Returns:
+        ``(1, D, *spatial)``; 0 at the border.
     """
     compiled = loops(image, slope)
     if compiled is not None:
@@ -112,7 +122,7 @@ class Pair(NamedTuple):
     scale: int = 1
 
     def cut(self, start: list[int], size: list[int]) -> "Pair":
-        """The pair in a box."""
+        """Crop the pair to a box of ``size`` voxels from ``start``."""
         shift = torch.tensor(start, device=self.fixed.device)
         return self._replace(
             moving=cut(self.moving, start, size),
@@ -125,12 +135,12 @@ class Pair(NamedTuple):
         )
 
     def exchanged(self) -> "Pair":
-        """The pair with moving and fixed exchanged."""
+        """Exchange moving and fixed."""
         masks, labels, points = (each and each[::-1] for each in (self.masks, self.labels, self.points))
         return self._replace(moving=self.fixed, fixed=self.moving, masks=masks, labels=labels, points=points)
 
     def halved(self) -> "Pair":
-        """The pair at half the resolution."""
+        """Halve the resolution."""
         every_other: tuple[Any, ...] = (..., *[slice(None, None, 2)] * (self.moving.ndim - 2))
         return self._replace(
             moving=halve(self.moving),
@@ -157,7 +167,7 @@ class Objective(NamedTuple):
     points_weight: float
 
     def _slope(self, warped: Tensor, fixed: Tensor, mask: Tensor | None) -> tuple[float, Tensor]:
-        """Similarity of two images and its gradient with respect to the first."""
+        """Similarity loss of two images, and its gradient with respect to the first."""
         leaf = warped.detach().requires_grad_()
         with torch.enable_grad():
             masked = (leaf, fixed) if mask is None else (leaf * mask, fixed * mask)
@@ -166,21 +176,21 @@ class Objective(NamedTuple):
         return float(loss.detach()), slope
 
     def _images(self, pair: Pair, ddf: Tensor, inverse: Tensor | None) -> tuple[float, Tensor]:
-        """Dissimilarity and its gradient for a step, with ``ddf`` and its inverse on the grid of the images."""
+        """Similarity loss and its gradient with respect to a step; ``ddf`` and ``inverse`` are on the images' grid."""
         warped = warp(pair.moving, ddf)
         mask = None if pair.masks is None else _whole(warp(pair.masks[0], ddf)) * pair.masks[1]
         loss, slope = self._slope(warped, pair.fixed, mask)
         force = image_force(warped, slope)
         if inverse is None:
             return loss, force
-        # A step moves the warped fixed image the other way, at the points that the map takes to the moving grid.
+        # A step moves the warped fixed image in the opposite direction, at the points to which the map takes it.
         mask = None if pair.masks is None else pair.masks[0] * _whole(warp(pair.masks[1], inverse))
         back, slope = self._slope(warp(pair.fixed, inverse), pair.moving, mask)
         force -= image_force(pair.fixed, warp(slope, ddf) * jacobian_determinant(ddf).clamp_min_(0))
         return (loss + back) / 2, force / 2
 
     def _others(self, pair: Pair, ddf: Tensor, doublings: int) -> Tensor:
-        """Weighted losses of labels and points; ``ddf`` is ``doublings`` coarser than the pair."""
+        """Weighted losses of labels and points, a scalar; the grid of ``ddf`` is ``doublings`` times halved."""
         total = ddf.new_zeros(())
         if pair.labels is not None:
             dice = LabelDiceLoss(int(max(label.max() for label in pair.labels)))
@@ -207,7 +217,7 @@ class Objective(NamedTuple):
         finer = [None if field is None else times(double, doublings, field) for field in (ddf, inverse)]
         assert finer[0] is not None
         loss, force = self._images(pair, finer[0], finer[1])
-        # Each voxel of the field moves several of the image, and a voxel of the field is longer.
+        # A voxel of the field moves several voxels of the image, and is a larger unit for the step.
         force = times(halve, doublings, force) * 2 ** (doublings * (1 + force.shape[1]))
         if pair.labels is not None or pair.points is not None:
             step = torch.zeros_like(ddf).requires_grad_()
