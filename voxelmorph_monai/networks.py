@@ -334,8 +334,8 @@ class Registration(nn.Module):
       displacement in voxels.
     * ``dvf`` ``(B, D, *coarse)``, if the network predicts a velocity: the mean velocity, on the grid on which it is
       integrated, in voxels of this grid.
-    * ``log_variance``, of the shape of ``dvf``, if the network is probabilistic. In training, the displacement of such a network comes from a
-      sample of the velocity instead of its mean (Dalca et al., MICCAI 2018).
+    * ``log_variance``, of the shape of ``dvf``, if the network is probabilistic. In training, the displacement of such
+      a network comes from a sample of the velocity instead of its mean (Dalca et al., MICCAI 2018).
     * ``inverse_ddf`` and ``warped_fixed``, the fixed image on the moving grid, if ``bidirectional``; they have the
       shapes of ``ddf`` and ``warped``.
 

@@ -22,16 +22,16 @@ __all__ = ["save_box_plot", "save_registration_picture"]
 figures = lazy("matplotlib.figure")
 
 Array = NDArray[np.floating]
-_PLACES = (0.35, 0.45, 0.55)  # fractions of the content from left, back and below: a hemisphere, not the fissure
+_PLACES = (0.35, 0.45, 0.55)  # slices, as fractions of the head from the left, the back and below; beside the fissure
 
 
 def _slice(volume: Array, axis: int, index: int) -> Array:
-    """Slice ``(..., rows, columns)`` of ``(..., X, Y, Z)`` in RAS, drawn head (or nose) up, left on the left."""
+    """Slice ``(..., rows, columns)`` of ``(..., X, Y, Z)`` in RAS; its rows go up to the head or nose, left is left."""
     return np.swapaxes(np.moveaxis(volume, axis - 3, 0)[index], -1, -2)  # np.take would copy the volume first
 
 
 def _to_ras(affine: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Orientation change of arrays to RAS, and for each RAS axis the array axis it comes from, with its sign."""
+    """Change of orientation of arrays to RAS, and the array axis of each RAS axis with its sign, ``(3, 2)``."""
     change = ornt_transform(io_orientation(affine), axcodes2ornt("RAS"))
     source = np.zeros((3, 2), dtype=np.int64)
     for old, (new, sign) in enumerate(change):
@@ -50,22 +50,23 @@ def save_registration_picture(
     title: str = "",
     slices: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG of three slices: moving, fixed, warped, their difference, deformed grid, change of volume.
+    """Write a picture of a registration as a PNG, with a row for an axial, a coronal and a sagittal slice.
 
-    For a slice, with one axis of length 1, it shows only that slice. The deformed grid lies on the moving image: its
-    lines are where the map takes the rows and columns of the fixed image.
+    A row shows moving, fixed and warped image, the differences before and after, the deformed grid, and the change of
+    volume. If the images are a single slice, there is only one row. The deformed grid is drawn on the moving image: its
+    lines are where the map takes rows and columns of the fixed image.
 
     Args:
-        path: the PNG, written completely or not at all.
-        moving: ``(X, Y, Z)``, on the fixed grid like all the others, intensities in [0, 1].
-        fixed: ``(X, Y, Z)``.
-        warped: ``(X, Y, Z)``.
-        ddf: ``(3, X, Y, Z)`` in voxels.
+        path: file to write; it is never left incomplete.
+        moving: moving image ``(X, Y, Z)`` on the fixed grid, intensities in [0, 1].
+        fixed: fixed image, of the same shape and range.
+        warped: warped moving image, of the same shape and range.
+        ddf: displacement ``(3, X, Y, Z)`` in voxels.
         determinant: Jacobian determinant ``(X, Y, Z)``; 1 keeps the volume, and folds (<= 0) are drawn red.
-        affine: affine of the fixed grid (RAS, mm), so that right is drawn right whatever the orientation of the arrays.
-        title: a line above.
-        slices: numbers of the sagittal, coronal and axial slice, from the left, the back and below (default: through
-            the left hemisphere, where a sagittal slice shows more than in the fissure, and through the middle).
+        affine: affine of the fixed grid (RAS, mm), with which slices are drawn in their anatomical orientation.
+        title: title above the picture.
+        slices: numbers of the sagittal, coronal and axial slice, from the left, the back and below (default: the
+            sagittal slice passes through the left hemisphere, the others near the middle).
     """
     change, source = _to_ras(affine)
     volumes: Sequence[Array] = [apply_orientation(v, change) for v in (moving, fixed, warped, determinant)]
@@ -75,8 +76,8 @@ def save_registration_picture(
     box = shown_box(fixed, 0.1 * float(fixed.max()))
     if slices is None:
         slices = [round(low + part * (high - low)) for part, (low, high) in zip(_PLACES, box, strict=True)]
-    bright = float(np.percentile(fixed[fixed > 0], 99.5))  # a few bright vessels would leave the brain in the dark
-    margin = np.ceil(0.05 * (box[:, 1] - box[:, 0])) + 0.5  # half a voxel: whole ones are drawn
+    bright = float(np.percentile(fixed[fixed > 0], 99.5))  # not the maximum: bright vessels would make the brain dark
+    margin = np.ceil(0.05 * (box[:, 1] - box[:, 0])) + 0.5  # 0.5 shows the outermost voxels whole
     last = np.array(fixed.shape) - 0.5
     frames = np.clip(box + margin[:, None] * [-1, 1], -0.5, last[:, None])  # beyond the grid there is nothing to draw
     rows = []
@@ -91,16 +92,16 @@ def save_registration_picture(
 
 
 def save_box_plot(path: str | Path, series: "Mapping[str, pd.DataFrame]", *, label: str, title: str = "") -> None:
-    """Write a PNG of box plots side by side: a box for each column of each of the ``series``.
+    """Write box plots as a PNG: for each column, a box for each of the ``series`` side by side.
 
-    A box spans the quartiles, its line is the median, whiskers reach to the last value within 1.5 times the box, and
-    values further out are points. NaN is left out.
+    A box spans the quartiles, with a line at the median. Whiskers reach to the last value within 1.5 times the length
+    of the box; values further out are drawn as points. NaN is left out.
 
     Args:
-        path: the PNG, written completely or not at all.
-        series: tables by the name to show, with a row for each pair and the same columns.
+        path: file to write; it is never left incomplete.
+        series: tables by the name to show in the legend, with a row for each pair, and the same columns.
         label: label of the axis of values.
-        title: a line above.
+        title: title above the plot.
     """
     columns = next(iter(series.values())).columns
     figure = figures.Figure(figsize=(2.5 + 0.25 * len(columns) * (1 + len(series)), 5.5), layout="constrained")
@@ -119,12 +120,12 @@ def save_box_plot(path: str | Path, series: "Mapping[str, pd.DataFrame]", *, lab
             flierprops={"markersize": 3},
             manage_ticks=False,
         )
-        axes.fill_between([], [], color=colour, alpha=0.6, label=name)  # for the legend
+        axes.fill_between([], [], color=colour, alpha=0.6, label=name)  # adds an entry to the legend
     axes.set_xticks(places, columns, rotation=90)
     axes.set_xlim(-0.6, len(columns) - 0.4)
     axes.set_ylabel(label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.4)
-    axes.legend(loc="lower left")  # the "best" place is searched for, which takes seconds and then warns
+    axes.legend(loc="lower left")  # loc="best" would take seconds
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)

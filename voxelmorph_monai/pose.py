@@ -1,17 +1,16 @@
-r"""The pose of a brain in a scan of any contrast, and affine maps between brains, from their anatomy.
+r"""Pose of a brain in a scan of any contrast, and affine maps between brains.
 
-Everything is measured against the anatomy of the mean brain MNI152: the probabilities of its structures, from the
-anatomy network. A pose is found in two ways:
+The template is the anatomy of the mean brain MNI152: the probability of each structure, from the anatomy network. There
+are two methods:
 
-* Without knowing which way is up (:func:`find_poses`). A rotation is good if the intensities within the brain are well
-  explained by those of tissues: :math:`R^2` of the regression of the image on the template's tissues. Contrast and
-  brightness do not matter, as each tissue has its own coefficient. 500 rotations are scored at 8 mm, and the best ones
-  improved.
-* From the structures (:func:`fit`): weighted least squares of their centres, then Gauss-Newton on the squared
-  differences of their probabilities, at 4 mm. The template's side is linearised (inverse composition: Baker and
-  Matthews, IJCV 2004), so that its Hessian is computed once.
+* :func:`find_poses` needs only the brain, in any pose. It tries 500 rotations of the template, with voxels of 8 mm, and
+  improves the best ones. The score of a rotation is the :math:`R^2` of a regression of the image on the template's
+  tissues. It does not depend on contrast and brightness, because each tissue has its own coefficient.
+* :func:`fit` needs the structures. It fits their centres by weighted least squares, and then minimises the squared
+  differences of their probabilities by Gauss-Newton, with voxels of 4 mm. The template is linearised instead of the
+  image (inverse composition: Baker and Matthews, IJCV 2004), so that the Hessian is computed only once.
 
-A map leads from points of one space to those of another (RAS, mm), 4 x 4.
+A map is a 4 x 4 matrix from points to points (RAS, mm).
 """
 
 from functools import cache
@@ -41,28 +40,28 @@ __all__ = [
 
 linalg, spatial = lazy("scipy.linalg"), lazy("scipy.spatial.transform")
 
-# Of each structure, as the anatomy network numbers them: ventricles, fluid around the brain, white matter of the
-# cerebrum, cortex, cerebellum, brain stem, nuclei and what has their brightness.
+# Tissue of each structure, in the order of the anatomy network: 0 ventricles, 1 fluid around the brain, 2 white matter
+# of the cerebrum, 3 cortex, 4 cerebellum, 5 brain stem, 6 nuclei and structures of similar brightness.
 _TISSUES = (2, 2, 3, 3, 0, 0, 4, 4, 4, 4, *[6] * 8, 0, 0, 5, *[6] * 6, 5, 5, 1)
-_NUM_ROTATIONS = 500  # neighbours are some 30 degrees apart
-_EVERY = 3  # of how many voxels one is looked at: enough for 12 parameters, and to rank rotations
-_APART = 25.0  # degrees between two candidates: nearer ones end in the same place
+_NUM_ROTATIONS = 500  # neighbouring rotations differ by about 30 degrees
+_EVERY = 3  # use every third voxel: enough to fit 12 parameters, and to rank rotations
+_APART = 25.0  # smallest angle between two candidates, degrees: closer ones are improved to the same pose
 _NUM_CANDIDATES = 6
-_FILE = Path(__file__).parent / "sample" / "mni152_anatomy.npz"  # found in MNI152 by the anatomy network; 255 is 1
-_STEPS = 12  # of Gauss-Newton; by then they are below 0.1 mm
-_FEW_STEPS = 6  # that improve a candidate, enough to rank it
-_WORSE = 0.05  # of R2
-_LEAST = 300.0  # mm3 of a structure: less says nothing of where it is
-_NEAR = 4.0  # mm: centres that are further from where the others put them count little
+_FILE = Path(__file__).parent / "sample" / "mni152_anatomy.npz"  # found by the anatomy network; 255 is 1
+_STEPS = 12  # largest number of Gauss-Newton steps of a fit; the last ones are below 0.1 mm
+_FEW_STEPS = 6  # number of Gauss-Newton steps that improve a candidate, enough to rank it
+_WORSE = 0.05  # stop improving a candidate when its R2 has dropped by this much
+_LEAST = 300.0  # smallest volume of a structure whose centre is used, mm3
+_NEAR = 4.0  # error of a centre at which its weight is halved, mm
 
 
 class Anatomy(NamedTuple):
-    """Structures of a brain and their position.
+    """Probability of each structure of a brain, on a grid.
 
     Attributes:
-        posteriors: probability of each structure, ``(K, X, Y, Z)``; the rest to 1 is not brain.
-        affine: affine of their voxels (RAS, mm).
-        seen: which voxels lie in the scan, ``(X, Y, Z)``; None for all.
+        posteriors: probability of each structure, ``(K, X, Y, Z)``; 1 minus their sum is the background.
+        affine: affine of the grid (RAS, mm).
+        seen: mask of the voxels that the scan shows, ``(X, Y, Z)``; None if it shows all.
     """
 
     posteriors: Tensor
@@ -70,7 +69,7 @@ class Anatomy(NamedTuple):
     seen: Tensor | None = None
 
     def coarser(self, factor: int) -> "Anatomy":
-        """Means of ``factor`` x ``factor`` x ``factor`` voxels."""
+        """Average blocks of ``factor`` voxels a side."""
         affine = self.affine @ np.diag([factor, factor, factor, 1.0])
         affine[:3, 3] = (self.affine @ [*[(factor - 1) / 2] * 3, 1.0])[:3]
         seen = None if self.seen is None else F.avg_pool3d(self.seen[None, None].float(), factor)[0, 0] > 0.99
@@ -94,7 +93,12 @@ class Anatomy(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """A map from points of MNI152 to points of a scan, 4 x 4, and how well it explains what the scan shows: 0 to 1."""
+    """Pose of a brain.
+
+    Attributes:
+        mapping: map from points of MNI152 to points of the scan, 4 x 4.
+        explained: :math:`R^2` of the regression of the scan on the tissues, at most 1.
+    """
 
     mapping: Affine
     explained: float
@@ -102,7 +106,7 @@ class Pose(NamedTuple):
 
 @cache
 def anatomy_of_mni152() -> Anatomy:
-    """Structures ``(30, 40, 44, 50)`` of the mean adult brain MNI152, with voxels of 4 mm."""
+    """Anatomy of the mean adult brain MNI152, with voxels of 4 mm: posteriors ``(30, 40, 44, 50)``."""
     with np.load(_FILE) as file:
         return Anatomy(torch.from_numpy(file["posteriors"]).float() / 255, file["affine"])
 
@@ -126,28 +130,31 @@ def _centre_of(weight: Tensor) -> NDArray[np.float64]:
 
 
 class _Points:
-    """The voxels of a template that matter: places, values and their gradients.
+    """Points of a template to compare with an image: positions, values and gradients.
 
     Args:
-        values: of the template, ``(C, X, Y, Z)``.
-        affine: of its voxels.
-        near: which of them matter.
-        every: one of how many is taken.
+        values: channels of the template, ``(C, X, Y, Z)``.
+        affine: affine of its grid (RAS, mm).
+        near: mask of the voxels to use, ``(X, Y, Z)``.
+        every: use one in this many voxels of the mask.
     """
 
     def __init__(self, values: Tensor, affine: Affine, near: Tensor, every: int = 1) -> None:
         index = near.nonzero()[::every].T
         place = apply_affine(affine, index.numpy().astype(np.float64))
-        self.points = torch.from_numpy(place).float()  # (3, N)
+        self.points = torch.from_numpy(place).float()  # (3, N), RAS mm
         x, y, z = index
         self.values = values[:, x, y, z]  # (C, N)
         slopes = torch.stack([torch.gradient(values, dim=axis)[0][:, x, y, z] for axis in (1, 2, 3)])
         per_mm = torch.from_numpy(np.linalg.inv(affine[:3, :3]).T).float()
-        self.slopes = torch.einsum("de,ecn->dcn", per_mm, slopes)  # (3, C, N), a mm
+        self.slopes = torch.einsum("de,ecn->dcn", per_mm, slopes)  # (3, C, N), per mm
 
 
 def _generators(kind: str, centre: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Directions that a map of this kind may change in, ``(P, 4, 4)``, about a centre: 100 mm from it by 1 mm."""
+    """Basis ``(P, 4, 4)`` of the changes of a map of this kind.
+
+    A change by one of the matrices moves the centre, or points at 100 mm from it, by about 1 mm.
+    """
     moves = np.zeros((12, 4, 4))
     for number in range(12):
         moves[number, number // 4, number % 4] = 1.0 if number % 4 == 3 else 0.01
@@ -163,7 +170,7 @@ def _generators(kind: str, centre: NDArray[np.float64]) -> NDArray[np.float64]:
 def _normal_equations(
     points: _Points, slopes: Tensor, residual: Tensor, weight: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Hessian ``(12, 12)`` and right side ``(12,)`` of the least squares in the entries of a 3 x 4 matrix."""
+    """Hessian ``(12, 12)`` and right-hand side ``(12,)`` of the least squares for a small change of a 3 x 4 matrix."""
     ones = torch.ones_like(points.points[:1])
     homogeneous = torch.cat([points.points, ones])
     squares = (homogeneous[:, None] * homogeneous[None]).flatten(0, 1)
@@ -174,7 +181,7 @@ def _normal_equations(
 
 
 def _solve(hessian: NDArray[np.float64], side: NDArray[np.float64], moves: NDArray[np.float64]) -> Affine:
-    """The 4 x 4 matrix of the step that solves the normal equations along ``moves``."""
+    """Change ``(4, 4)`` in the span of ``moves`` that solves the normal equations, slightly damped."""
     along = moves[:, :3].reshape(len(moves), 12)
     matrix = along @ hessian @ along.T
     matrix += 1e-4 * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
@@ -183,13 +190,13 @@ def _solve(hessian: NDArray[np.float64], side: NDArray[np.float64], moves: NDArr
 
 
 def _read(image: Tensor, affine: Affine, places: NDArray[np.float64]) -> Tensor:
-    """Values of ``image`` ``(C, X, Y, Z)`` at points ``(3, N)`` in mm: ``(C, N)``; beyond it there is 0."""
+    """Values of ``image`` ``(C, X, Y, Z)`` at points ``(3, N)`` (RAS, mm): ``(C, N)``, and 0 outside the image."""
     index = torch.from_numpy(apply_affine(np.linalg.inv(affine), places)).float()
     return sample(image[None], index.view(1, 3, -1, 1, 1), padding_mode="zeros")[0, :, :, 0, 0]
 
 
 class _Tissues:
-    """MNI152's tissues on 8 mm, ready for the regression of an image on them."""
+    """Tissues of MNI152 with voxels of 8 mm, prepared for the regression of an image on them."""
 
     def __init__(self) -> None:
         anatomy = anatomy_of_mni152().coarser(2)
@@ -204,7 +211,7 @@ class _Tissues:
         self.litres = float(brain.sum() * abs(np.linalg.det(anatomy.affine[:3, :3]))) * 1e-6
 
     def explained(self, seen: Tensor, some: slice | None = None) -> Tensor:
-        """R2 of images ``(..., N)`` at the points of the template, or at some of them."""
+        """R2 of the regression of images ``(..., N)``, read at the points of the template or at ``some`` of them."""
         orthonormal = self.orthonormal if some is None else torch.linalg.qr(self.regressors[some])[0]
         left = seen.square().sum(-1) - (seen @ orthonormal).square().sum(-1)
         return 1 - left / (seen - seen.mean(-1, keepdim=True)).square().sum(-1).clamp(min=1e-6)
@@ -227,15 +234,15 @@ def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
     those of the intensities within the brain and of the probability of brain.
 
     Args:
-        image: the scan, with voxels of about 4 mm, ``(X, Y, Z)``.
-        brain: probability of brain, the same shape.
+        image: scan with voxels of about 4 mm, ``(X, Y, Z)``.
+        brain: probability that a voxel is brain, of the same shape.
         affine: affine of the voxels (RAS, mm).
     """
     tissues = _tissues()
     centre = apply_affine(affine, _centre_of(brain))
     litres = float(brain.double().sum()) * abs(np.linalg.det(affine[:3, :3])) * 1e-6
     scale = (litres / tissues.litres) ** (1 / 3)
-    shown = F.avg_pool3d(torch.stack([image * brain, brain])[None], 3, 1, 1)[0]  # about as blurred as the template
+    shown = F.avg_pool3d(torch.stack([image * brain, brain])[None], 3, 1, 1)[0]  # blurred about like the template
     rotations = even_rotations(_NUM_ROTATIONS)
     some = slice(None, None, _EVERY)
     away = scale * rotations @ (tissues.points.points[:, some].double().numpy() - tissues.centre[:, None])
@@ -263,7 +270,13 @@ def find_poses(image: Tensor, brain: Tensor, affine: Affine) -> list[Pose]:
 
 
 def _improve(mapping: Affine, shown: Tensor, affine: Affine) -> Pose:
-    """A few steps of Gauss-Newton on what the tissues do not explain of images ``(C, X, Y, Z)``."""
+    """Improve a pose by a few Gauss-Newton steps, which minimise the residual of the regression on the tissues.
+
+    Args:
+        mapping: map to start from.
+        shown: blurred brain and its mask, ``(2, X, Y, Z)``.
+        affine: affine of their voxels (RAS, mm).
+    """
     tissues = _tissues()
     points = tissues.points
     moves = _generators("similarity", tissues.centre)
@@ -276,7 +289,7 @@ def _improve(mapping: Affine, shown: Tensor, affine: Affine) -> Pose:
         along = seen @ tissues.orthonormal
         coefficients = torch.linalg.solve_triangular(tissues.mixing, along.T, upper=True)[:-1].T  # (C, 7)
         size = (seen - seen.mean(1, keepdim=True)).square().sum(1).sqrt()[:, None]
-        if explained < best.explained - _WORSE or not size.min() > 0:  # it leaves the brain
+        if explained < best.explained - _WORSE or not size.min() > 0:  # the map has left the brain
             break
         residual = (seen - along @ tissues.orthonormal.T) / size
         slopes = torch.einsum("ck,dkn->dcn", coefficients / size, points.slopes)
@@ -302,7 +315,7 @@ def fit_centres(anatomy: Anatomy, template: Anatomy) -> tuple[Affine, float]:
     """
     (there, volumes), (places, sizes) = anatomy.centres(), template.centres()
     weight = np.minimum(volumes / sizes.clip(1), sizes / volumes.clip(1)) * (np.minimum(volumes, sizes) > _LEAST)
-    weight[-1] = 0.0  # what is left of the mask has no place of its own
+    weight[-1] = 0.0  # the last class, the rest of the brain mask, has no meaningful centre
     known = weight > 0
     if known.sum() < 6:
         return np.eye(4), float("inf")
@@ -312,7 +325,6 @@ def fit_centres(anatomy: Anatomy, template: Anatomy) -> tuple[Affine, float]:
     mapping = np.eye(4)
     for _ in range(10):
         w = (weight * robust)[:, None]
-        # A little towards a similarity: the centres lie too close to each other to tell all 12 parameters.
         mapping[:3] = np.linalg.lstsq(np.sqrt(w) * homogeneous, np.sqrt(w) * there, rcond=None)[0].T
         away = np.linalg.norm(there - homogeneous @ mapping[:3].T, axis=1)
         robust = 1 / (1 + (away / _NEAR) ** 2)
@@ -331,13 +343,13 @@ def fit(anatomy: Anatomy, template: Anatomy, kind: str = "affine", start: Affine
     Matthews, IJCV 2004).
 
     Args:
-        anatomy: voxels of about 4 mm or finer.
-        template: another brain, or MNI152.
+        anatomy: anatomy of a scan, with voxels of at most about 4 mm.
+        template: anatomy of another scan, or of MNI152.
         kind: ``"affine"``, ``"similarity"`` or ``"rigid"``.
-        start: map to start from (default: the result of :func:`fit_centres`, or the rotation in it).
+        start: map to start from, reduced to this kind (default: the result of :func:`fit_centres`).
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: ``kind`` is unknown.
     """
     if kind not in ("affine", "similarity", "rigid"):
         raise ValueError(f"kind is '{kind}'. Choose 'affine', 'similarity' or 'rigid'.")
@@ -386,7 +398,7 @@ def likeness(anatomy: Anatomy, template: Anatomy, mapping: Affine) -> float:
 
 
 def _nearest(mapping: Affine, kind: str, centre: NDArray[np.float64]) -> Affine:
-    """The rigid map or similarity that is nearest to a map, and takes the centre where it does."""
+    """Rigid map or similarity that is closest to ``mapping``, and maps ``centre`` to the same point."""
     size = np.linalg.det(mapping[:3, :3]) ** (1 / 3) if kind == "similarity" else 1.0
     found = np.eye(4)
     found[:3, :3] = size * rotation_of(mapping)

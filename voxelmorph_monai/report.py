@@ -1,4 +1,4 @@
-"""The output that all registrations share: their quality in numbers and a picture, and the displacement."""
+"""Output of every registration: the displacement, a picture, and measures of its quality."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ Array = NDArray[np.floating[Any]]
 
 
 class Images(NamedTuple):
-    """Images to show of a registration: ``(X, Y, Z)`` on the fixed grid, intensities in [0, 1].
+    """Images of a registration for the picture, all ``(X, Y, Z)`` on the fixed grid with intensities in [0, 1].
 
     Attributes:
         moving: the moving image before the deformation.
@@ -45,12 +45,12 @@ class Images(NamedTuple):
 
 
 def correlation(first: NDArray[Any], second: NDArray[Any], where: NDArray[np.bool_] | None = None) -> float:
-    """Pearson's correlation of two images: -1 to 1, and 0 if one of them shows nothing.
+    """Pearson's correlation of the intensities of two images: -1 to 1, and 0 if one image is constant.
 
     Args:
-        first: an image ``(X, Y, Z)``.
-        second: another one.
-        where: the voxels that count, ``(X, Y, Z)`` (default: all).
+        first: first image ``(X, Y, Z)``.
+        second: second image, of the same shape.
+        where: mask of the voxels to compare, ``(X, Y, Z)`` (default: all).
     """
     if where is not None and not where.all():
         first, second = first[where], second[where]
@@ -62,14 +62,14 @@ def correlation(first: NDArray[Any], second: NDArray[Any], where: NDArray[np.boo
 
 
 def overlap(stages: Mapping[str, NDArray[Any]], fixed: NDArray[Any]) -> dict[str, dict[str, float]]:
-    """Dice of each structure, and their mean, with the fixed label map at every stage of a registration.
+    """Dice of each label with the fixed label map, and the mean, at each stage of a registration.
 
     Args:
-        stages: the moving label map on the fixed grid, by the name of the stage; the last one is the result.
-        fixed: label map of the same shape.
+        stages: moving label map on the fixed grid at each stage, by name; the last stage is the result.
+        fixed: fixed label map, of the same shape.
 
     Returns:
-        For each stage the overlap by label, 0 to 1, of the labels that the result or the fixed map has, and ``mean``.
+        For each stage, the Dice (0 to 1) of each label in the result or in the fixed map, and ``mean``.
 
     >>> overlap({"before": np.array([[7, 0, 0]]), "after": np.array([[7, 7, 0]])}, np.array([[7, 7, 0]]))
     {'before': {'7': 0.6666666666666666, 'mean': 0.6666666666666666}, 'after': {'7': 1.0, 'mean': 1.0}}
@@ -80,7 +80,7 @@ def overlap(stages: Mapping[str, NDArray[Any]], fixed: NDArray[Any]) -> dict[str
     reference = _number(fixed, structures)
     table = {}
     for stage, labels in stages.items():
-        # Before the end a stage may lack what the fixed map lacks too: NaN, which counts as no overlap.
+        # A label of the result may be missing in the fixed map and at an earlier stage: its NaN counts as 0.
         values = dice(_number(labels, structures), reference, max(len(structures), 1))[0].nan_to_num(0.0).tolist()
         row = {str(label): value for label, value in zip(structures.tolist(), values, strict=False)}
         table[stage] = row | {"mean": float(np.mean(values))}
@@ -88,22 +88,26 @@ def overlap(stages: Mapping[str, NDArray[Any]], fixed: NDArray[Any]) -> dict[str
 
 
 def _number(labels: NDArray[Any], structures: NDArray[Any]) -> torch.Tensor:
-    """Number the ``structures`` 1, 2, ... and everything else 0: ``(1, 1, *spatial)``. Few labels take few counts."""
+    """Number the labels in ``structures`` 1, 2, ... and all others 0, for fast counting: ``(1, 1, *spatial)``."""
     place = np.searchsorted(structures, labels)
     known = structures[np.minimum(place, len(structures) - 1)] == labels if len(structures) else np.zeros_like(labels)
     return torch.from_numpy(np.where(known, place + 1, 0).astype(np.int32))[None, None]
 
 
 def _field(ddf: Array) -> torch.Tensor:
-    """A displacement ``(3, X, Y, Z)`` as ``(1, 3, X, Y, Z)``; of a slice, whose one axis has length 1, in 2-D."""
+    """Displacement ``(3, X, Y, Z)`` as a tensor ``(1, 3, X, Y, Z)``; of a single slice, the 2-D field in its plane."""
     along = [axis for axis in range(3) if ddf.shape[axis + 1] > 1]
     return torch.from_numpy(ddf[along].reshape(len(along), *(ddf.shape[axis + 1] for axis in along)))[None]
 
 
 def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
-    """Jacobian determinant of a displacement ``(3, X, Y, Z)`` in voxels of a grid with this affine (RAS, mm).
+    """Jacobian determinant ``(X, Y, Z)`` of a displacement; for a single slice, the change of its area.
 
-    For a slice it is the change of area, from its own plane to the one that it is mapped to: ``(X, Y, 1)``.
+    The area is measured in mm2 in the plane of the slice, and in the plane to which the map takes it.
+
+    Args:
+        ddf: displacement ``(3, X, Y, Z)`` in voxels.
+        affine: affine of the grid (RAS, mm).
     """
     if 1 not in ddf.shape[1:]:
         loops = compiled_module("scan_loops")
@@ -112,7 +116,7 @@ def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
         determinant: Array = jacobian_determinant(torch.from_numpy(ddf)[None])[0, 0].numpy()
         return determinant
     columns, along = affine[:3, :3], [axis for axis in range(3) if ddf.shape[axis + 1] > 1]
-    sides = [columns[:, axis] for axis in along]  # of a pixel, and below of what becomes of it, in mm
+    sides = [columns[:, axis] for axis in along]  # sides of a pixel in mm, before and (bent) after the map
     bent = [
         np.moveaxis(np.tensordot(columns, np.gradient(ddf, axis=axis + 1), axes=1), 0, -1) + side
         for axis, side in zip(along, sides, strict=True)
@@ -123,11 +127,13 @@ def volume_change(ddf: Array, affine: NDArray[np.floating[Any]]) -> Array:
 
 
 def regularity(ddf: Array, determinant: Array | None = None) -> dict[str, float | None]:
-    """How much a displacement ``(3, X, Y, Z)`` in voxels folds, and how much its volumes vary (None: all fold).
+    """Measures of regularity for the summary: ``folding_percent``, and ``sdlogj`` or None if all voxels fold.
 
-    ``determinant`` is its :func:`volume_change`, if that is already known.
+    Args:
+        ddf: displacement ``(3, X, Y, Z)`` in voxels.
+        determinant: :func:`volume_change` of ``ddf``, if it is already known.
     """
-    if 1 in ddf.shape[1:]:  # within the plane, wherever that is taken to
+    if 1 in ddf.shape[1:]:  # for a single slice, only displacements within its plane
         determinant = jacobian_determinant(_field(ddf)).numpy()
     elif determinant is None:
         determinant = volume_change(ddf, np.eye(4))
@@ -152,21 +158,22 @@ def save_results(
     """Write ``displacement.nii.gz``, ``jacobian.nii.gz``, ``report.png`` and, last, ``summary.json``.
 
     Args:
-        folder: folder to write to.
+        folder: existing folder to write to.
         images: images for the picture; None for no picture.
-        ddf: ``(3, X, Y, Z)`` in voxels of the fixed grid, from its points to those of the moving image.
+        ddf: displacement ``(3, X, Y, Z)`` from fixed to moving points, in voxels of the fixed grid.
         affine: affine of the fixed grid (RAS, mm).
-        summary: summary to write, with ``correlation_before``, ``correlation_after`` and ``folding_percent``. Numbers
-            that are not finite become null.
-        bend: the part of ``ddf`` that leads from ``images.fixed`` to ``images.moving`` (default: all of it).
-        determinant: :func:`volume_change` of ``ddf``, if that is already known.
-        names: names of the files.
-        spatial_dims: 2 to write the files of a 2-D image.
+        summary: content of ``summary.json``, with ``correlation_before``, ``correlation_after`` and
+            ``folding_percent``. Numbers that are not finite become null.
+        bend: displacement from ``images.fixed`` to ``images.moving``, for the deformed grid in the picture (default:
+            ``ddf``).
+        determinant: :func:`volume_change` of ``ddf``, if it is already known.
+        names: names of the files, by their keys in :data:`NAMES`.
+        spatial_dims: 2 writes files of a 2-D image.
         slices: slices of the picture, see :func:`~voxelmorph_monai.pictures.save_registration_picture`.
     """
     if determinant is None:
         determinant = volume_change(ddf, affine)
-    with ThreadPoolExecutor(1) as pool:  # while the picture is drawn, by one thread
+    with ThreadPoolExecutor(1) as pool:  # the other files are written while the picture is drawn
         saving = [
             pool.submit(save_displacement, folder / names["displacement"], ddf, affine, spatial_dims=spatial_dims),
             pool.submit(save_image, folder / names["jacobian"], determinant, affine, spatial_dims),
