@@ -59,10 +59,11 @@ ALLOWED = {
     "vxmdense": {"blocks", "networks"},
     "groupwise": {"blocks", "objective", "refinement"},
     "atlas": {"blocks", "losses", "networks", "refinement", "space"},
-    "atlas_transforms": {"affines", "atlas", "io", "space"},
+    "segmentation_transforms": {"affines", "io", "space"},
+    "atlas_transforms": {"affines", "atlas", "io", "segmentation_transforms", "space"},
     "pose": {"affines", "blocks", "lazy"},
     "anatomy": {"affines", "blocks", "lazy", "networks", "pose", "space", "switch"},
-    "anatomy_transforms": {"affines", "anatomy", "atlas_transforms", "io", "networks", "space"},
+    "anatomy_transforms": {"affines", "anatomy", "io", "segmentation_transforms", "space"},
     "anatomy_training": {"networks"},
 }
 ALLOWED["apps"] = {"__init__", *ALLOWED}

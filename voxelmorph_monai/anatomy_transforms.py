@@ -8,29 +8,23 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SaveImaged, Transform
+from monai.transforms import Transform
 from torch import Tensor
 
-from voxelmorph_monai.affines import ImageGrid
+from voxelmorph_monai.affines import Affine
 from voxelmorph_monai.anatomy import clean, colour_table, find_head, load_anatomy, restore, see, to_freesurfer
-from voxelmorph_monai.atlas_transforms import refusal
-from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable
+from voxelmorph_monai.io.atomic import atomic_folder
+from voxelmorph_monai.segmentation_transforms import Data, LoadScand, SaveFolderd, prediction_of
 from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["SEGMENTATION_FILES", "LoadHeadd", "RestoreAnatomyd", "SaveAnatomyd", "save_anatomy"]
-
-Data = dict[Hashable, object]
 
 SEGMENTATION_FILES = ("labels.nii.gz", "brain_mask.nii.gz", "volumes.csv", "colours.txt")
 """Files that :func:`save_anatomy` writes."""
 
 
-class LoadHeadd(MapTransform):
+class LoadHeadd(LoadScand):
     """Load a scan, and resample it around the brain, upright, with voxels of 2 mm.
-
-    The result is a MetaTensor ``(1, X, Y, Z)``, float32 in [0, 1], whose affine maps its voxels to positions in the
-    scan. The meta entries ``original_affine`` and ``spatial_shape`` hold the affine and the shape of the scan, as with
-    MONAI's loaders. For formats and errors see :func:`~voxelmorph_monai.io.images.open_volume`.
 
     Args:
         keys: items that hold paths.
@@ -41,20 +35,10 @@ class LoadHeadd(MapTransform):
         super().__init__(keys)
         self.weights = weights
 
-    def __call__(self, data: Mapping[Hashable, object]) -> Data:
-        """Replace the paths in ``data`` by the resampled scans."""
-        loaded = dict(data)
-        for key in self.key_iterator(loaded):
-            path = str(loaded[key])
-            try:
-                scan = Scan.read(path)
-                view = find_head(scan, load_anatomy(self.weights))
-            except (ValueError, OSError) as error:
-                raise refusal(error) from error
-            meta = {"filename_or_obj": path, "original_affine": scan.affine, "spatial_shape": np.array(scan.shape)}
-            seen = see(scan, view)[0].clamp_(max=1)
-            loaded[key] = MetaTensor(seen, affine=torch.as_tensor(view.affine), meta=meta)
-        return loaded
+    def resampled(self, scan: Scan) -> tuple[Tensor, Affine]:
+        """What the anatomy network sees of a scan in its fine look, ``(1, X, Y, Z)``, and its affine (RAS, mm)."""
+        view = find_head(scan, load_anatomy(self.weights))
+        return see(scan, view)[0].clamp_(max=1), view.affine
 
 
 class RestoreAnatomyd(Transform):
@@ -71,14 +55,9 @@ class RestoreAnatomyd(Transform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Replace ``pred`` in ``data``, and add ``volumes``."""
-        scan, pred = data[self.ref_image], data["pred"]
-        assert isinstance(scan, MetaTensor)
-        assert isinstance(pred, Tensor)
-        affine = np.asarray(scan.meta["original_affine"], np.float64)
-        grid = ImageGrid([int(n) for n in scan.meta["spatial_shape"]], affine)
-        posteriors = clean(pred.as_subclass(Tensor).float().softmax(0))
-        classes, volumes = restore(posteriors, ImageGrid(posteriors.shape[1:], scan.affine.cpu().numpy()), grid)
-        restored = MetaTensor(torch.from_numpy(classes)[None], affine=torch.as_tensor(affine))
+        pred, view, grid = prediction_of(data, self.ref_image)
+        classes, volumes = restore(clean(pred.float().softmax(0)), view, grid)
+        restored = MetaTensor(torch.from_numpy(classes)[None], affine=torch.as_tensor(grid.affine))
         return dict(data) | {"pred": restored, "volumes": volumes}
 
 
@@ -99,24 +78,15 @@ def save_anatomy(folder: Path, labels: Scan, volumes: Mapping[str, float]) -> No
         rows.writerows([name, f"{volume:.1f}"] for name, volume in volumes.items())
 
 
-class SaveAnatomyd(SaveImaged):
+class SaveAnatomyd(SaveFolderd):
     """Write the files of :func:`save_anatomy` into a new folder.
-
-    It inherits from ``SaveImaged`` only because MONAI Label skips transforms of this type.
 
     Args:
         output_dir: folder to write; if writing fails, nothing is left of it.
         overwrite: replace the folder of an earlier segmentation; otherwise an existing folder is an error.
     """
 
-    def __init__(self, output_dir: str | Path, overwrite: bool = False) -> None:
-        Transform.__init__(self)
-        self.output_dir = Path(output_dir)
-        self.overwrite = overwrite
-
-    def check(self) -> None:
-        """Raise FileExistsError or ValueError if the folder must not be written; a bundle calls this at its start."""
-        require_replaceable(self.output_dir, self.overwrite, "a segmentation", SEGMENTATION_FILES)
+    FILES = SEGMENTATION_FILES
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Write the files; ``data`` is returned unchanged."""

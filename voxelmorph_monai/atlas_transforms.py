@@ -1,28 +1,25 @@
 """MONAI transforms for an atlas network: align a scan to the atlases, resample its labels back, and save them."""
 
-import sys
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SaveImaged, SpatialResample, Transform
+from monai.transforms import SpatialResample, Transform
 from numpy.typing import NDArray
 from torch import Tensor
 
 from voxelmorph_monai.affines import Affine
 from voxelmorph_monai.atlas import SLAB_PLANES
-from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable
+from voxelmorph_monai.io.atomic import atomic_folder
+from voxelmorph_monai.segmentation_transforms import Data, LoadScand, SaveFolderd, prediction_of
 from voxelmorph_monai.space.alignment import align
 from voxelmorph_monai.space.resampling import resample_intensities, rescale
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import STANDARD_GRID, WorkingGrid, check_brain, check_in_grid, mni152
 
-__all__ = ["LoadAlignedScand", "RestoreLabelsd", "SaveSegmentationd", "aligned", "refusal"]
-
-Data = dict[Hashable, object]
+__all__ = ["LoadAlignedScand", "RestoreLabelsd", "SaveSegmentationd", "aligned"]
 
 
 def aligned(scan: Scan, grid: WorkingGrid) -> tuple[NDArray[np.float32], Affine]:
@@ -41,21 +38,8 @@ def aligned(scan: Scan, grid: WorkingGrid) -> tuple[NDArray[np.float32], Affine]
     return resample_intensities(image, target, mapping).array, mapping @ target.affine
 
 
-def refusal(error: Exception) -> Exception:
-    """Convert ``error`` so that a client of MONAI Label sees its message; elsewhere return it unchanged.
-
-    MONAI Label reports only FastAPI's exceptions, and all others as "Internal Server Error".
-    """
-    fastapi = sys.modules.get("fastapi") if "monailabel" in sys.modules else None
-    return error if fastapi is None else fastapi.HTTPException(422, str(error))
-
-
-class LoadAlignedScand(MapTransform):
+class LoadAlignedScand(LoadScand):
     """Load a skull-stripped T1-weighted scan, and resample it on a grid aligned to MNI152.
-
-    The result is a MetaTensor ``(1, *size)``, float32 in [0, 1], whose affine maps voxels of the grid to positions in
-    the scan. The meta entries ``original_affine`` and ``spatial_shape`` hold the affine and the shape of the scan, as
-    with MONAI's loaders. For formats and errors see :func:`~voxelmorph_monai.io.images.open_volume`.
 
     Args:
         keys: items that hold paths.
@@ -67,24 +51,11 @@ class LoadAlignedScand(MapTransform):
         super().__init__(keys)
         self.grid = WorkingGrid(tuple(size), spacing)
 
-    def __call__(self, data: Mapping[Hashable, object]) -> Data:
-        """Replace the paths in ``data`` by aligned scans."""
-        loaded = dict(data)
-        for key in self.key_iterator(loaded):
-            path = str(loaded[key])
-            try:
-                scan = Scan.read(path)
-                check_brain(scan)
-                array, affine = aligned(scan, self.grid)
-            except (ValueError, OSError) as error:
-                raise refusal(error) from error
-            meta = {
-                "filename_or_obj": path,
-                "original_affine": scan.affine,
-                "spatial_shape": np.array(scan.shape),
-            }
-            loaded[key] = MetaTensor(torch.from_numpy(array)[None], affine=torch.as_tensor(affine), meta=meta)
-        return loaded
+    def resampled(self, scan: Scan) -> tuple[Tensor, Affine]:
+        """A scan on the grid, ``(1, *size)``, and the affine from voxels of the grid to positions in the scan."""
+        check_brain(scan)
+        array, affine = aligned(scan, self.grid)
+        return torch.from_numpy(array)[None], affine
 
 
 class RestoreLabelsd(Transform):
@@ -103,12 +74,9 @@ class RestoreLabelsd(Transform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Replace ``pred`` in ``data``, and add ``probability``."""
-        scan, pred = data[self.ref_image], data["pred"]
-        assert isinstance(scan, MetaTensor)
-        assert isinstance(pred, Tensor)
-        affine = torch.as_tensor(scan.meta["original_affine"], dtype=torch.float64)
-        shape = [int(n) for n in scan.meta["spatial_shape"]]
-        source = MetaTensor(pred.as_subclass(Tensor), affine=scan.affine)
+        pred, view, grid = prediction_of(data, self.ref_image)
+        affine, shape = torch.as_tensor(grid.affine), grid.size
+        source = MetaTensor(pred, affine=torch.as_tensor(view.affine))
         resample = SpatialResample(padding_mode="zeros", align_corners=True, dtype="float32")
         labels, probability = [], []
         for start in range(0, shape[0], SLAB_PLANES):
@@ -124,10 +92,8 @@ class RestoreLabelsd(Transform):
         return dict(data) | {key: MetaTensor(value, affine=affine) for key, value in restored.items()}
 
 
-class SaveSegmentationd(SaveImaged):
+class SaveSegmentationd(SaveFolderd):
     """Write ``segmentation.nii.gz`` and ``probability.nii.gz``, with the header of the scan, into a new folder.
-
-    It inherits from ``SaveImaged`` only because MONAI Label skips transforms of this type.
 
     Args:
         output_dir: folder to write; if writing fails, nothing is left of it.
@@ -135,18 +101,6 @@ class SaveSegmentationd(SaveImaged):
     """
 
     FILES = ("segmentation.nii.gz", "probability.nii.gz")
-
-    def __init__(self, output_dir: str | Path, overwrite: bool = False) -> None:
-        Transform.__init__(self)
-        self.output_dir = Path(output_dir)
-        self.overwrite = overwrite
-
-    def check(self) -> None:
-        """Raise FileExistsError or ValueError if the folder must not be written; a bundle calls this at its start.
-
-        The constructor does not check the folder, because MONAI Label creates this transform without using it.
-        """
-        require_replaceable(self.output_dir, self.overwrite, "a segmentation", self.FILES)
 
     def __call__(self, data: Mapping[Hashable, object]) -> Data:
         """Write the files; ``data`` is returned unchanged."""
