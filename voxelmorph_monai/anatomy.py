@@ -49,6 +49,7 @@ __all__ = [
     "see",
     "seen_anatomy",
     "segment",
+    "shows_brain",
     "to_freesurfer",
 ]
 
