@@ -57,7 +57,13 @@ def corners(affine: Affine, low: ArrayLike, high: ArrayLike) -> NDArray[np.float
 
 
 def corner_distance(first: Affine, second: Affine, shape: Sequence[int]) -> float:
-    """Largest distance (mm) between the positions of a voxel under two affines, on a grid of this shape."""
+    """Largest distance (mm) between the positions of a voxel under two affines, on a grid of this shape.
+
+    Args:
+        first: map from voxel indices to positions, ``(D + 1, D + 1)``.
+        second: another one, of the same shape.
+        shape: number of voxels along each axis, ``(D,)``.
+    """
     last = [n - 1 for n in shape]
     return float(np.linalg.norm(corners(first - second, [0] * len(last), last), axis=0).max())
 
@@ -78,7 +84,7 @@ class ImageGrid(NamedTuple):
 
 
 def ras_to_lps(spatial_dims: int) -> Affine:
-    """Matrix from RAS to LPS, which is its own inverse."""
+    """Matrix from RAS to LPS, ``(D + 1, D + 1)``, which is its own inverse."""
     return np.diag([-1.0, -1.0, *[1.0] * (spatial_dims - 1)])
 
 
@@ -121,7 +127,10 @@ def check_affine(affine: Affine, subject: str) -> None:
 
 
 def is_sheared(affine: Affine) -> bool:
-    """Whether the angles between axes differ from 90 degrees by more than rounding (1e-3: 0.25 mm across a brain)."""
+    """Whether angles between the axes of an affine, 4 x 4 or 3 x 3, differ from 90 degrees by more than rounding.
+
+    The limit, 1e-3 radians, is 0.25 mm across a brain.
+    """
     direction = affine[:-1, :-1] / spacing(affine)
     return not np.allclose(direction.T @ direction, np.eye(len(direction)), atol=1e-3)
 

@@ -150,7 +150,12 @@ class AtlasSegmentation(nn.Module):
         return self.network(torch.cat([moving, image], dim=1))
 
     def weights(self, image: Tensor, ddfs: list[Tensor]) -> Tensor:
-        """Weight of each warped atlas at each voxel: ``(B, num_atlases, *size)``; the weights of a voxel sum to 1."""
+        """Weight of each warped atlas at each voxel: ``(B, num_atlases, *size)``; the weights of a voxel sum to 1.
+
+        Args:
+            image: ``(B, 1, *size)``, aligned, in [0, 1].
+            ddfs: the :meth:`displacement` of each atlas, ``(B, 3, *size)`` in voxels.
+        """
         if self.num_atlases == 1:
             return torch.ones_like(image)
         differences: list[Tensor] = []
@@ -160,7 +165,12 @@ class AtlasSegmentation(nn.Module):
         return joint_weights(torch.cat(differences, dim=1), self.window)
 
     def vote(self, image: Tensor, ddfs: list[Tensor]) -> Tensor:
-        """Probabilities ``(B, 1 + num_labels, *size)``, from a :meth:`displacement` for each atlas."""
+        """Probabilities ``(B, 1 + num_labels, *size)``, from a :meth:`displacement` for each atlas.
+
+        Args:
+            image: ``(B, 1, *size)``, aligned, in [0, 1].
+            ddfs: the :meth:`displacement` of each atlas, ``(B, 3, *size)`` in voxels.
+        """
         weights = self.weights(image, ddfs)
         batch = image.shape[0]
         x, y, z = self.size

@@ -116,7 +116,7 @@ def remove_folds(ddf: Tensor, least: float = 0.0) -> Tensor:
             each round. With 0 only folds are smoothed.
 
     Returns:
-        The smoothed displacement, or ``ddf`` itself if there is nothing to smooth.
+        The smoothed displacement, of the same shape and unit, or ``ddf`` itself if there is nothing to smooth.
     """
     if len(ddf) != 1 or min(ddf.shape[2:]) < 2:
         raise ValueError(

@@ -239,13 +239,13 @@ class VoxelMorph(nn.Module):
     def displacement(self, field: Tensor) -> Tensor:
         """Displacement ``(B, D, *padded / block)`` of a velocity ``field``, in voxels of the :meth:`coarse` grid.
 
-        If ``num_steps`` is 0, ``field`` is already a displacement, and only resampled.
+        The field is one of :meth:`fields`. If ``num_steps`` is 0, it is already a displacement, and only resampled.
         """
         size = [n << self.integration_level for n in field.shape[2:]]
         return self._resize(integrate(field, self.num_steps, self.padding_mode), size, self.integration_level)
 
     def full(self, ddf: Tensor, size: list[int]) -> Tensor:
-        """Resample ``ddf`` from the :meth:`coarse` grid to the grid of the images: ``(B, D, *size)``, in its voxels."""
+        """Resample a :meth:`displacement` ``(B, D, *padded / block)`` to ``(B, D, *size)``, in voxels of the images."""
         padded = self._padded(size)
         if self.block > 1:  # a coarse voxel lies in the middle of a block, so the corner voxels do not coincide
             mode = "trilinear" if self.spatial_dims == 3 else "bilinear"

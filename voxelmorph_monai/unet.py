@@ -218,7 +218,7 @@ class UNet(nn.Module):
         self.out_channels = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(B, out_channels, *spatial / 2**k)``, ``k`` levels below the resolution of the input."""
+        """Features ``(B, out_channels, *spatial / 2**k)``, ``k`` levels below ``x`` ``(B, in_channels, *spatial)``."""
         skips: list[Tensor] = []
         for convolution in self.encoder:
             if self.max_pool:

@@ -163,7 +163,10 @@ def register_affine(
 
 
 def header_map(moving: Scan, fixed: Scan) -> Affine:
-    """Map from points of ``fixed`` to points of ``moving`` (mm) by the headers: identity, or from plane to plane."""
+    """Map, 4 x 4, from points of ``fixed`` to those of ``moving`` (RAS, mm) by the headers.
+
+    It is the identity, or for slices from plane to plane.
+    """
     if not fixed.is_slice:
         return np.eye(4)
     source = Plane.of(fixed)

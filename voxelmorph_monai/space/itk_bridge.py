@@ -49,7 +49,7 @@ def to_itk(array: NDArray[Any], affine: Affine) -> Image:
 
 
 def set_grid(image: Image, affine: Affine) -> None:
-    """Set the spacing, origin and direction of an ITK image from an affine (RAS, mm)."""
+    """Set the spacing, origin and direction of an ITK image from an affine (RAS, mm), 4 x 4, or 3 x 3 in 2-D."""
     lps = ras_to_lps(len(affine) - 1) @ affine
     image.SetSpacing(spacing(affine).tolist())
     image.SetOrigin(lps[:-1, -1].tolist())

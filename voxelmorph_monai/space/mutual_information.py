@@ -352,7 +352,11 @@ class MutualInformation:
 def maximise(information: MutualInformation, matrix: Affine, kind: str, tolerance: float) -> Affine:
     """Maximise mutual information from a starting map until steps are shorter than ``tolerance`` mm.
 
-    ``kind`` limits the changes to the parameters of :func:`generators`.
+    Args:
+        information: mutual information of two images.
+        matrix: map to start from, 4 x 4 or 3 x 3 (RAS, mm), like the result.
+        kind: limits the changes to the parameters of :func:`generators`.
+        tolerance: mm.
     """
     basis = generators(kind, len(matrix) - 1)
     here = information.slope(matrix, with_fisher=True)

@@ -68,6 +68,12 @@ def resample_intensities(
     """Sample a scan like :func:`resample`, after smoothing it along each axis on which the grid is coarser.
 
     Each voxel of the grid then averages over its own extent.
+
+    Args:
+        scan: the scan.
+        grid: grid of the result.
+        mapping: 4 x 4, from points of the grid to points of the scan (RAS, mm).
+        outside: as in :func:`resample`.
     """
     width = np.sqrt(np.maximum(spacing(grid.affine).max() ** 2 - scan.spacing**2, 0)) / scan.spacing  # at half height
     smooth = scan.like(ndimage.gaussian_filter(scan.array, width / 2.355)) if width.any() else scan
