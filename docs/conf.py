@@ -78,7 +78,7 @@ REFERENCE = {
     "learning": (
         "Networks, losses, metrics",
         "All work in 2-D and 3-D, on tensors `(B, C, *spatial)`.",
-        ["networks", "vxmdense", "losses", "metrics", "refinement", "groupwise", "synthesis", "model_card"],
+        ["networks", "vxmdense", "losses", "metrics", "refinement", "descent", "groupwise", "synthesis", "model_card"],
     ),
     "scans": (
         "Scans and their files",

@@ -56,6 +56,7 @@ TESTS = {
     "handlers": ["tests/test_handlers.py", "-k", "submitted"],
     "evaluation": ["tests/test_evaluation.py"],
     "apps.compare": ["tests/apps/test_compare.py"],
+    "descent": ["tests/test_refinement.py", "-k", "not budget and not takes_the_place and not other_contrasts"],
     "refinement": ["tests/test_refinement.py", "-k", "not budget and not takes_the_place and not other_contrasts"],
     "networks": [
         "tests/test_networks.py",
@@ -454,14 +455,17 @@ FOLDS = [
     ("index = index * (n + 2) + at + 1", "index = index * (n + 2) + at", "one off: where folds lie"),
 ]
 
-REFINEMENT = [
-    ("error * (-0.5 / ", "error * (0.5 / ", "sign: away from the inverse"),
-    ("inverse = double(inverse)", "inverse = double(inverse) / 2", "unit: the inverse of a coarser grid"),
-    ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
+DESCENT = [
     ("self._scaled(smoothed, -1)), -1) * _STEP", "self._scaled(smoothed, -1)), -1) * -_STEP", "sign: uphill"),
     ("-2), alpha=self.volume)", "-2), alpha=-self.volume)", "sign: volumes are driven apart"),
     ("smoothness * _STEP / (width * scale)", "smoothness * _STEP / scale", "unit: smoothness in voxels"),
     ("[amount**0.5 / each for each in ratios]", "[amount**0.5 for each in ratios]", "unit: slices smoothed in voxels"),
+]
+
+REFINEMENT = [
+    ("error * (-0.5 / ", "error * (0.5 / ", "sign: away from the inverse"),
+    ("inverse = double(inverse)", "inverse = double(inverse) / 2", "unit: the inverse of a coarser grid"),
+    ("return losses[0] < losses[1]", "return True", "start: one that takes the images apart"),
     ("compose(there, _inverse(back)), compose(back, _inverse(there))", "there, back", "mean: half of the way"),
 ]
 
@@ -985,6 +989,7 @@ MUTANTS = [
         "kernels": KERNELS,
         "objective": OBJECTIVE,
         "folds": FOLDS,
+        "descent": DESCENT,
         "refinement": REFINEMENT,
         "unet": UNET,
         "networks": NETWORKS,

@@ -17,17 +17,14 @@ from voxelmorph_monai.blocks import (
     warp,
     warp_labels,
 )
+from voxelmorph_monai.descent import Direction, Regularity, _smooth, _towards_volume
 from voxelmorph_monai.losses import LNCCLoss, MSELoss
 from voxelmorph_monai.metrics import dice, folding, inverse_consistency, log_jacobian_sd, target_registration_error
 from voxelmorph_monai.networks import Registration, VoxelMorph
 from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, double, halve, image_force
 from voxelmorph_monai.refinement import (
     RefinedRegistration,
-    _Direction,
     _inverse,
-    _Regularity,
-    _smooth,
-    _towards_volume,
     mean_map,
     refine,
 )
@@ -310,7 +307,7 @@ def test_regularity_in_millimetres_along_thick_slices():
     coarse[:, 0] /= 2  # voxels of 2 mm
     mm = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1)
     width = 2**0.5
-    thin, thick = _Regularity.of(1.0 / width, (1.0, 1.0), 1), _Regularity.of(1.0, wide, 1)
+    thin, thick = Regularity.of(1.0 / width, (1.0, 1.0), 1), Regularity.of(1.0, wide, 1)
     # the step is half a voxel: sqrt(2) times as long on the wider voxels, so that as much smoothness costs so much more
     assert_close([a * b for a, b in zip(thick.sigmas, wide, strict=True)], [s * width for s in thin.sigmas])
     inner = (..., slice(8, -8), slice(8, -8))
@@ -321,7 +318,7 @@ def test_regularity_in_millimetres_along_thick_slices():
     force = noise((48, 48), 8, 2, seed=5)
     still = torch.zeros_like(coarse)
     along = (
-        _Regularity.of(1.0, each, 1).step(_Direction(still), force * scale, still) * scale
+        Regularity.of(1.0, each, 1).step(Direction(still), force * scale, still) * scale
         for each, scale in ((wide, mm),)
     )
     for step in along:  # in mm the direction is that of the force per mm

@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from voxelmorph_monai.blocks import as_signed, compose, half, invert, jacobian_determinant, smooth_axes, warp
+from voxelmorph_monai.blocks import as_signed, compose, half, invert, warp
+from voxelmorph_monai.descent import TIGHT, Direction, Regularity, squares
 from voxelmorph_monai.folds import remove_folds
-from voxelmorph_monai.kernels import loops
 from voxelmorph_monai.metrics import Spacing, sides_of
 from voxelmorph_monai.networks import Registration
-from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, Similarity, cut, double, halve, image_force, times
+from voxelmorph_monai.objective import SIMILARITIES, Objective, Pair, Similarity, cut, double, halve, times
 from voxelmorph_monai.progress import Progress
 
 __all__ = ["RefinedRegistration", "Refinement", "Step", "mean_map", "refine"]
@@ -44,12 +44,6 @@ Clock = Callable[[], float]
 _MARGIN = 4  # voxels around the content of the images
 _SMALLEST = 16  # least number of voxels along the shortest axis of the coarsest grid
 _COARSEST = 2  # largest number of halvings of the resolution
-_STEP = 0.5  # about how far a step moves a point, in voxels of the field
-_VOLUME = 2.0  # how much more the change of volume is held down than what the Gaussian smooths away
-_STABLE = 0.5  # largest step of the volume term, relative to its curvature: with 2 / 3 it would oscillate in 3-D
-_FLOOR = 1.0  # added to each point's gradient length, in mean lengths (Adam's epsilon): no force, no motion
-_MOMENTA = 0.9, 0.99  # weight of the past in the means of the gradient and of its square
-_TIGHT = 0.1  # a voxel that keeps less than this fraction of its volume is smoothed like a fold
 _FINISH = 8  # duration of what comes after the last step, in steps
 _PATIENCE = 10  # steps that have to gain 1 % of what the level has gained so far
 _SHARES = {
@@ -96,57 +90,6 @@ def _box(moving: Tensor, fixed: Tensor) -> tuple[list[int], list[int]]:
     return start, size
 
 
-def _squares(field: Tensor) -> Tensor:
-    """Squared length of the vectors, ``(1, 1, *spatial)``: a fifth of the time of torch's norm or sum along an axis."""
-    first, *others = field.split(1, dim=1)
-    total = first.square()
-    for component in others:
-        total.addcmul_(component, component)
-    return total
-
-
-def _smooth(field: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """``blocks.smooth_axes``, in a third of its time where it is compiled."""
-    compiled = loops(field)
-    if compiled is None:
-        return smooth_axes(field, list(sigmas))
-    passes = [math.ceil(2 * sigma**2) for sigma in sigmas]
-    weights = [sigma**2 / (2 * max(n, 1)) for sigma, n in zip(sigmas, passes, strict=True)]
-    found: Tensor = compiled.smooth(field, passes, weights)
-    return found
-
-
-def _towards_volume(ddf: Tensor) -> Tensor:
-    r"""Steepest descent of :math:`\frac{1}{2} \int \log^2 \det \nabla \phi` by a step: ``(1, D, *spatial)``.
-
-    A step changes the logarithm by its own divergence, so that it is the gradient of the logarithm.
-    """
-    compiled = loops(ddf)
-    if compiled is None:
-        log = jacobian_determinant(ddf).clamp_min_(_TIGHT / 2).log_()
-    else:
-        log = compiled.log_volumes(ddf, _TIGHT / 2)
-    return image_force(log, torch.ones_like(log))
-
-
-class _Direction:
-    """Where each point should go: the mean of the gradients, divided by their root mean square length."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.mean = torch.zeros_like(like)
-        self.square = torch.zeros_like(like[:, :1])
-        self.steps = 0
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Take in the ``gradient`` ``(1, D, *spatial)``; the result is 1 long at most, about."""
-        (first, second), self.steps = _MOMENTA, self.steps + 1
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.lerp_(_squares(gradient), 1 - second)
-        length = (self.square / (1 - second**self.steps)).sqrt_()
-        floor = length.mean() * _FLOOR + torch.finfo(length.dtype).tiny
-        return self.mean / ((first**self.steps - 1) * (length + floor))
-
-
 def _inverse(ddf: Tensor) -> Tensor:
     r"""Inverse of a map that does not fold, without folds.
 
@@ -162,54 +105,8 @@ def _inverse(ddf: Tensor) -> Tensor:
             inverse = double(inverse)
         for _ in range(3 if field is ddf and len(fields) > 1 else 8):
             error = compose(field, inverse)
-            inverse = compose(inverse, error * (-0.5 / _squares(error).sqrt_().clamp_min_(0.5)))
-    return remove_folds(inverse, _TIGHT / 10)  # what it smooths is no longer the inverse
-
-
-class _Regularity(NamedTuple):
-    r"""What a step costs on one grid, whose voxels are :math:`v` mm wide on the (geometric) average.
-
-    A step moves a point by :math:`h = v / 2` mm at most. With smoothness :math:`s` the field is smoothed by a Gaussian
-    of variance :math:`s h` mm^2, and moved :math:`s h` mm^2 times the gradient of the logarithmic volume.
-
-    Attributes:
-        ratios: width of a voxel along each axis, in :math:`v`.
-        sigmas: of the Gaussian that smooths the field, in voxels along each axis.
-        volume: factor of the gradient of the logarithmic volume, in :math:`v^2`.
-        step_sigma: of the Gaussian that smooths each step, in :math:`v`.
-    """
-
-    ratios: list[float]
-    sigmas: list[float]
-    volume: float
-    step_sigma: float
-
-    @staticmethod
-    def of(smoothness: float, spacing: Sequence[float], scale: int, step_sigma: float = 0.7) -> "_Regularity":
-        """Regularity for ``smoothness`` mm; a voxel of the field is ``scale`` of the images', ``spacing`` mm wide."""
-        width = math.prod(spacing) ** (1 / len(spacing))
-        ratios = [each / width for each in spacing]
-        amount = smoothness * _STEP / (width * scale)
-        stable = _STABLE * len(ratios) / sum(each**-2 for each in ratios)
-        return _Regularity(
-            ratios, [amount**0.5 / each for each in ratios], min(_VOLUME / 2 * amount, stable), step_sigma
-        )
-
-    def _scaled(self, field: Tensor, power: int) -> Tensor:
-        if all(each == 1 for each in self.ratios):
-            return field
-        scales = field.new_tensor([each**power for each in self.ratios])
-        return field * scales.view(1, -1, *[1] * (field.ndim - 2))
-
-    def step(self, direction: _Direction, force: Tensor, ddf: Tensor) -> Tensor:
-        """Step in voxels from ``ddf`` against a force per voxel, and back towards its volumes."""
-        smoothed = _smooth(force, [self.step_sigma / each for each in self.ratios])
-        step = self._scaled(direction(self._scaled(smoothed, -1)), -1) * _STEP
-        return step.add_(self._scaled(_towards_volume(ddf), -2), alpha=self.volume) if self.volume > 0 else step
-
-    def smoothed(self, ddf: Tensor) -> Tensor:
-        """``ddf`` after a step."""
-        return _smooth(ddf, self.sigmas)
+            inverse = compose(inverse, error * (-0.5 / squares(error).sqrt_().clamp_min_(0.5)))
+    return remove_folds(inverse, TIGHT / 10)  # what it smooths is no longer the inverse
 
 
 class _Course:
@@ -246,10 +143,10 @@ def _descend(
     ddf: Tensor,
     doublings: int,
     course: _Course,
-    regularity: _Regularity,
+    regularity: Regularity,
 ) -> Iterator[tuple[float, Tensor]]:
     """Improve ``ddf``, ``doublings`` coarser than the pair: the loss of each step, and the best field so far."""
-    direction, best = _Direction(ddf), ddf
+    direction, best = Direction(ddf), ddf
     inverse = invert(ddf)[0] if objective.bidirectional else None
     while True:
         loss, force = objective.force(pair, ddf, inverse, doublings)
@@ -286,7 +183,7 @@ def _levels(size: Sequence[int], smoothness: float, spacing: Sequence[float]) ->
     """Halvings of the images and of the field, coarse to fine, for a grid of ``size``."""
     coarsest = min(_COARSEST, max(0, int(math.log2(min(size) / _SMALLEST))))
     finest = 0
-    while finest < coarsest and max(_Regularity.of(smoothness, spacing, 2**finest).sigmas) > _WIDE:
+    while finest < coarsest and max(Regularity.of(smoothness, spacing, 2**finest).sigmas) > _WIDE:
         finest += 1
     levels = [(k, max(k, 1, finest)) for k in range(coarsest, -1, -1)]
     return levels if finest else [*levels, (0, 0)]
@@ -337,13 +234,13 @@ def _refine(
             last = (image, coarser) == levels[-1]
             deadline = begin + budget * (1 if last else _SHARES[image])
             course = _Course(clock, deadline, max_steps, _FINISH if last else 0)
-            regularity = _Regularity.of(smoothness, spacing, 2**coarser, step_sigma)
+            regularity = Regularity.of(smoothness, spacing, 2**coarser, step_sigma)
             steps = _descend(objective, pairs[image], field, coarser - image, course, regularity)
             for loss, best in steps:
                 field = best
                 curve.append(Step(pairs[image].scale, loss))
                 told.advance(notes=f"voxel {pairs[image].scale}, loss {loss:.4f}")
-            field = remove_folds(field, _TIGHT)
+            field = remove_folds(field, TIGHT)
         field = times(double, at, field)
         inverse = _inverse(field)
     # Beyond the box, where the fields continue with their border values, what turns far may fold.
