@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +12,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from scipy.spatial.transform import Rotation
 
+from tests.workflows import QUIET, copied, workflow
 from voxelmorph_monai.affines import ImageGrid
 from voxelmorph_monai.anatomy import STRUCTURES, AnatomyNet, colour_table, load_anatomy, segment
 from voxelmorph_monai.io.images import save_image
@@ -23,28 +22,14 @@ from voxelmorph_monai.space.template import sample_scan
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "brain_anatomy_segmentation"
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # printed for every config that is parsed; what it asks is said in the README
-    pytest.mark.filterwarnings("ignore:parsing config_file.*"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    # MONAI's MetaTensor under Ignite's metrics
-    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), *QUIET]
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Iterator[Path]:
     """A copy of the bundle with random weights, as the working directory."""
-    copy = tmp_path / BUNDLE.name
-    shutil.copytree(BUNDLE, copy, ignore=shutil.ignore_patterns("models"))
-    (copy / "models").mkdir()
-    torch.manual_seed(0)
-    torch.save(AnatomyNet().state_dict(), copy / "models" / "model.pt")
-    before = Path.cwd()
-    os.chdir(copy)
-    yield copy
-    os.chdir(before)
+    with copied(BUNDLE, AnatomyNet, tmp_path) as copy:
+        yield copy
 
 
 @pytest.fixture
@@ -59,18 +44,6 @@ def maps(tmp_path: Path) -> Path:
         blocks = blocks.repeat(16, 0).repeat(16, 1).repeat(16, 2)
         save_image(folder / f"{name}.nii.gz", blocks, np.diag([-1.0, 1, 1, 1]))
     return folder
-
-
-def workflow(files: Sequence[str], kind: str = "train", **options: object) -> ConfigWorkflow:
-    found = ConfigWorkflow(
-        [f"configs/{name}" for name in files],
-        meta_file="configs/metadata.json",
-        logging_file=False,
-        workflow_type=kind,
-        **options,
-    )
-    found.initialize()
-    return found
 
 
 def train(maps: Path, output: Path, *overlays: str, **options: object) -> ConfigWorkflow:

@@ -27,6 +27,7 @@ from monai.fl.utils.constants import ExtraItems, FlStatistics, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.workflows import QUIET, copied, workflow
 from voxelmorph_monai.apps.datalists import write_datalist
 from voxelmorph_monai.evaluation import load_evaluation
 from voxelmorph_monai.io.images import save_image
@@ -36,39 +37,14 @@ ROOT = Path(__file__).parents[1]
 REGISTRATION = ROOT / "bundles" / "brain_t1_registration"
 OVERLAYS = sorted(path.name for path in (REGISTRATION / "configs").glob("*.yaml"))
 
-pytestmark = [
-    # printed for every config that is parsed; what it asks is said in the README
-    pytest.mark.filterwarnings("ignore:parsing config_file.*"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    # MONAI's MetaTensor under Ignite's metrics
-    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar"),
-]
+pytestmark = QUIET
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Iterator[Path]:
     """A copy of the registration bundle with weights (random ones, of seed 0), as the working directory."""
-    copy = tmp_path / REGISTRATION.name
-    shutil.copytree(REGISTRATION, copy, ignore=shutil.ignore_patterns("models"))
-    (copy / "models").mkdir()
-    torch.manual_seed(0)
-    torch.save(VoxelMorph().state_dict(), copy / "models" / "model.pt")
-    before = Path.cwd()
-    os.chdir(copy)
-    yield copy
-    os.chdir(before)
-
-
-def workflow(files: Sequence[str], kind: str = "train", **options: object) -> ConfigWorkflow:
-    found = ConfigWorkflow(
-        [f"configs/{name}" for name in files],
-        meta_file="configs/metadata.json",
-        logging_file=False,
-        workflow_type=kind,
-        **options,
-    )
-    found.initialize()
-    return found
+    with copied(REGISTRATION, VoxelMorph, tmp_path) as copy:
+        yield copy
 
 
 def train(prepared: Path, output: Path, *overlays: str, **options: object) -> ConfigWorkflow:
