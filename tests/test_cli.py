@@ -226,7 +226,7 @@ def test_the_former_name_of_the_alignment_is_known_but_not_shown(
     calls: list[str] = []
     summary = {"sd_mm": {"mean": 0.25}, "meaning": "no error bar", "calibration": None}
     monkeypatch.setattr(
-        uncertainty, "uncertainty_files", lambda *_, alignment, **__: calls.append(alignment) or summary
+        uncertainty, "uncertainty_files", lambda *_, options, **__: calls.append(options.alignment) or summary
     )
     assert main(["uncertainty", "m.mgz", "f.nii", "--weights", "w.pt", "--output", "out", "--transform", "none"]) == 0
     assert calls == ["none"]
@@ -325,13 +325,13 @@ def test_what_is_asked_of_uncertainty_is_what_is_done(monkeypatch: pytest.Monkey
     assert main(words.split()) == 0
     assert "expected calibration error of the label probabilities: 0.125" in capsys.readouterr().out
     inputs = Path("m.mgz"), Path("f.nii"), Path("out")
-    defaults = {"weights": Path("w.pt"), "preset": "diffeomorphic", "moving_labels": None, "fixed_labels": None}
-    defaults |= {"num_samples": 50, "seed": 0, "space": "mni152", "alignment": "affine"}  # type: ignore[dict-item]
-    defaults["device"] = None
-    assert calls[0] == (inputs, {"grid": None, **defaults})
-    options = {"device": "cpu", "preset": "p", "num_samples": 7, "seed": 3, "space": "fixed", "alignment": "none"}
-    options |= {"weights": Path("w.pt"), "moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii")}
-    assert calls[1] == (inputs, {"grid": WorkingGrid((80, 96, 112), 2.0), **options})
+    how: dict[str, Any] = {"moving_labels": None, "fixed_labels": None, "num_samples": 50, "seed": 0, "progress": True}
+    options = Options(Path("w.pt"), "diffeomorphic", space="mni152", alignment="affine", grid=None, device=None)
+    assert calls[0] == (inputs, {"options": options, **how})
+    how |= {"moving_labels": Path("a.nii"), "fixed_labels": Path("b.nii"), "num_samples": 7, "seed": 3}
+    grid = WorkingGrid((80, 96, 112), 2.0)
+    options = Options(Path("w.pt"), "p", space="fixed", alignment="none", grid=grid, device="cpu")
+    assert calls[1] == (inputs, {"options": options, **how})
 
 
 def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Samples of the posterior: their moments, their seed, what they say of labels, and whether that is calibrated."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,15 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {path.name.split(".")[0]: path for path in tmp_path.iterdir()}
 
 
-def test_what_is_written(files: dict[str, Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"weights": files["model"], "num_samples": 4, "space": "fixed", "alignment": "none"}
-    options["grid"] = GRID
+def test_what_is_written(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = Options(files["model"], "diffeomorphic", space="fixed", alignment="none", grid=GRID)
+    options: dict[str, Any] = {"options": how, "num_samples": 4}
     labels = {"moving_labels": files["labels1"], "fixed_labels": files["labels2"]}
-    summary = uncertainty_files(files["image1"], files["image2"], tmp_path / "out", **options, **labels)
+    images = files["image1"], files["image2"]
+    summary = uncertainty_files(*images, tmp_path / "out", progress=True, **options, **labels)
+    spread = f"mean spread {summary['sd_mm']['mean']:.3f} mm"  # that of all samples
+    shown = re.sub(r"\d\d:\d\d", "TIME", capsys.readouterr().err)
+    assert shown == f"sample: 4 of 4 samples in TIME, {spread}\n"
     expected = {"sd_mm.nii.gz", "label.nii.gz", "label_probability.nii.gz", "probabilities", "summary.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
@@ -196,8 +201,9 @@ def test_what_is_written(files: dict[str, Path], tmp_path: Path) -> None:
     right = sum(row["count"] * row["accuracy"] for row in rows)
     assert right == pytest.approx((label == scan(2)[1])[sum(shares) > 0].sum())
     with pytest.raises(FileExistsError, match="already exists"):
-        uncertainty_files(files["image1"], files["image2"], tmp_path / "out", **options)
-    bare = uncertainty_files(files["image1"], files["image2"], tmp_path / "bare", **options)
+        uncertainty_files(*images, tmp_path / "out", **options)
+    bare = uncertainty_files(*images, tmp_path / "bare", **options)
+    assert not capsys.readouterr().err
     assert bare["calibration"] is None
     assert {path.name for path in (tmp_path / "bare").iterdir()} == {"sd_mm.nii.gz", "summary.json"}
 
@@ -213,7 +219,7 @@ def test_what_is_wrong_is_said(files: dict[str, Path], tmp_path: Path) -> None:
         estimate(seed=-1)
     paths = files["image1"], files["image2"], tmp_path / "out"
     with pytest.raises(ValueError, match=r"^fixed_labels .*moving_labels"):
-        uncertainty_files(*paths, weights=files["model"], fixed_labels=files["labels2"])
+        uncertainty_files(*paths, options=Options(files["model"]), fixed_labels=files["labels2"])
     with pytest.raises(ValueError, match="cannot create "):
-        uncertainty_files(*paths[:2], files["image1"] / "out", weights="never read")
+        uncertainty_files(*paths[:2], files["image1"] / "out", options=Options("never read"))
     assert not (tmp_path / "out").exists()

@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelmorph_monai.apps.options import DEFAULTS, Options
+from voxelmorph_monai.apps.options import Options
 from voxelmorph_monai.apps.outputs import check_output_folder
 from voxelmorph_monai.apps.register import network_input, padded_field, register_scans
 from voxelmorph_monai.apps.result import RegistrationResult
-from voxelmorph_monai.apps.shipped import network_of
+from voxelmorph_monai.apps.shipped import network_of, weights_file
 from voxelmorph_monai.io.atomic import atomic_folder, write_json
 from voxelmorph_monai.maps.spatial_map import warp_scan
 from voxelmorph_monai.networks import Registration
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.space.resampling import SCALINGS
 from voxelmorph_monai.space.scan import Scan
-from voxelmorph_monai.space.template import WorkingGrid
 
 __all__ = [
     "MEANING",
@@ -101,6 +101,11 @@ class RunningVariance:
         """Variance so far, divided by n - 1."""
         return self._squares / (self.count - 1)
 
+    @property
+    def deviation(self) -> NDArray[np.floating[Any]]:
+        """Square root of the variances so far, summed over the first axis."""
+        return np.sqrt(self.variance.sum(axis=0))
+
 
 def _check(network: Registration | None, num_samples: int, seed: int) -> None:
     if network is None or network.network.log_variance is None:
@@ -136,6 +141,7 @@ def estimate_uncertainty(
     moving_labels: Scan | None = None,
     num_samples: int = 50,
     seed: int = 0,
+    progress: bool = False,
 ) -> Uncertainty:
     """Register two scans like :func:`~voxelmorph_monai.apps.register.register`, and sample the network's posterior.
 
@@ -149,6 +155,7 @@ def estimate_uncertainty(
         moving_labels: label map on the grid of the moving scan, warped by each sample (to the nearest voxel).
         num_samples: number of samples.
         seed: random seed of the samples.
+        progress: show what is being done, on standard error.
 
     Raises:
         ValueError: the network is not probabilistic, or a scan or an option cannot be used.
@@ -157,7 +164,7 @@ def estimate_uncertainty(
     network, card = network_of(options, dims) or (None, None)
     _check(network, num_samples, seed)
     assert network is not None
-    result = register_scans(moving, fixed, replace(options, refine=False))
+    result = register_scans(moving, fixed, replace(options, refine=False), progress=progress)
     forward = result.forward
     assert result.grid is not None
     grid = result.grid.around(fixed if options.space == "fixed" else None)
@@ -170,13 +177,16 @@ def estimate_uncertainty(
         labels = np.union1d([0], moving_labels.array).astype(moving_labels.array.dtype)
         counts = np.zeros((len(labels), *fixed.shape), np.uint16)
     spread = RunningVariance()
-    for sample in _samples(network, pair, num_samples, seed):
-        ddf = forward._replace(field=padded_field(sample, grid.affine)).on_grid(fixed.grid)
-        spread.add(np.tensordot(fixed.affine[:3, :3].astype(np.float32), ddf, axes=1))
-        if moving_labels is not None and labels is not None and counts is not None:
-            place = np.searchsorted(labels, warp_scan(moving_labels, ddf, fixed, order=0).array)[None]
-            np.put_along_axis(counts, place, np.take_along_axis(counts, place, 0) + np.uint16(1), 0)
-    return Uncertainty(result, np.sqrt(spread.variance.sum(axis=0)).astype(np.float32), labels, counts, num_samples)
+    with Progress("sample", num_samples, "sample", shown=progress) as told:
+        for sample in _samples(network, pair, num_samples, seed):
+            ddf = forward._replace(field=padded_field(sample, grid.affine)).on_grid(fixed.grid)
+            spread.add(np.tensordot(fixed.affine[:3, :3].astype(np.float32), ddf, axes=1))
+            if moving_labels is not None and labels is not None and counts is not None:
+                place = np.searchsorted(labels, warp_scan(moving_labels, ddf, fixed, order=0).array)[None]
+                np.put_along_axis(counts, place, np.take_along_axis(counts, place, 0) + np.uint16(1), 0)
+            known = progress and spread.count > 1
+            told.advance(notes=f"mean spread {spread.deviation[fixed.array > 0].mean():.3f} mm" if known else "")
+    return Uncertainty(result, spread.deviation.astype(np.float32), labels, counts, num_samples)
 
 
 def reliability(confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], num_bins: int = 10) -> pd.DataFrame:
@@ -228,29 +238,27 @@ def uncertainty_files(
     fixed: str | Path,
     output: str | Path,
     *,
-    weights: str | Path,
-    preset: str = "diffeomorphic",
-    device: str | None = None,
+    options: Options,
     moving_labels: str | Path | None = None,
     fixed_labels: str | Path | None = None,
     num_samples: int = 50,
     seed: int = 0,
-    space: str = DEFAULTS.space,
-    alignment: str = DEFAULTS.alignment,
-    grid: WorkingGrid | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Estimate the uncertainty of registering two files, and write it to the new folder ``output``, all or nothing.
 
     The files are on the grid of the fixed scan. ``sd_mm.nii.gz`` is the spread of the displacement. With moving labels,
     ``label.nii.gz`` is the most probable label, ``label_probability.nii.gz`` its probability, and
     ``probabilities/LABEL.nii.gz`` the probability of each label. ``summary.json`` contains the numbers. With fixed
-    labels these include the calibration, unless no sample has a structure within the fixed grid.
+    labels these include the calibration, unless no sample has a structure within the fixed grid. For the options see
+    :func:`estimate_uncertainty`.
 
     Returns:
         The content of ``summary.json``.
     """
     output = Path(output).absolute()
-    inputs = [Path(path) for path in (moving, fixed, weights, moving_labels, fixed_labels) if path is not None]
+    paths = moving, fixed, weights_file(options), moving_labels, fixed_labels
+    inputs = [Path(path) for path in paths if path is not None]
     check_output_folder(output, inputs, (), overwrite=None)
     if fixed_labels is not None and moving_labels is None:
         raise ValueError(
@@ -261,8 +269,9 @@ def uncertainty_files(
     for scan, given in zip(scans, labels, strict=True):
         if given is not None:
             scan.check_same_grid(given)
-    options = Options(Path(weights), preset, device, space=space, alignment=alignment, grid=grid)
-    uncertainty = estimate_uncertainty(*scans, options, moving_labels=labels[0], num_samples=num_samples, seed=seed)
+    uncertainty = estimate_uncertainty(
+        *scans, options, moving_labels=labels[0], num_samples=num_samples, seed=seed, progress=progress
+    )
     inside = uncertainty.sd_mm[scans[1].array > 0]
     summary = {
         "meaning": MEANING,

@@ -307,9 +307,19 @@ def _add_uncertainty_arguments(parser: argparse.ArgumentParser) -> None:
 def _uncertainty(args: argparse.Namespace) -> int:
     from voxelmorph_monai.apps.uncertainty import uncertainty_files
 
-    names = ("moving_labels", "fixed_labels", "weights", "preset", "device", "space", "alignment", "seed")
-    options = {name: getattr(args, name) for name in names} | {"num_samples": args.samples, "grid": grid_of(args)}
-    summary = uncertainty_files(args.moving, args.fixed, args.output, **options)
+    names = ("weights", "preset", "device", "space", "alignment")
+    options = Options(**{name: getattr(args, name) for name in names}, grid=grid_of(args))
+    summary = uncertainty_files(
+        args.moving,
+        args.fixed,
+        args.output,
+        options=options,
+        moving_labels=args.moving_labels,
+        fixed_labels=args.fixed_labels,
+        num_samples=args.samples,
+        seed=args.seed,
+        progress=True,
+    )
     print(f"{args.output}: sd_mm.nii.gz, {summary['sd_mm']['mean']:.3f} mm on average in the fixed scan")
     print(summary["meaning"])
     if summary["calibration"]:
