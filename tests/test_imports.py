@@ -58,7 +58,7 @@ ALLOWED = {
     "handlers": {"data", "engines", "evaluation", "io", "model_card", "networks"},
     "model_card": {"__init__", "io", "networks"},
     "vxmdense": {"blocks", "networks"},
-    "groupwise": {"blocks", "objective", "refinement"},
+    "groupwise": {"blocks", "objective", "progress", "refinement"},
     "atlas": {"blocks", "losses", "networks", "refinement", "space"},
     "segmentation_transforms": {"affines", "io", "space"},
     "atlas_transforms": {"affines", "atlas", "io", "segmentation_transforms", "space"},

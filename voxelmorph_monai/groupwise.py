@@ -13,6 +13,7 @@ from torch import Tensor
 
 from voxelmorph_monai.blocks import compose, half, integrate, warp
 from voxelmorph_monai.objective import SIMILARITIES
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.refinement import refine
 
 __all__ = ["centred_velocities", "logarithm", "velocity_between"]
@@ -39,7 +40,9 @@ def logarithm(ddf: Tensor) -> Tensor:
     return (ddf - (compose(ddf, ddf) - 2 * ddf) / 2) * 2**_HALVINGS
 
 
-def _velocity(moving: Tensor, fixed: Tensor, steps: int, similarity: str, mask: Tensor | None) -> Tensor:
+def _velocity(
+    moving: Tensor, fixed: Tensor, steps: int, similarity: str, mask: Tensor | None, told: Progress
+) -> Tensor:
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity is '{similarity}'. Choose one of {', '.join(SIMILARITIES)}.")
     found = refine(
@@ -52,11 +55,18 @@ def _velocity(moving: Tensor, fixed: Tensor, steps: int, similarity: str, mask: 
         max_steps=steps,
         budget=float("inf"),
     )
+    told.advance(notes=f"loss {found.curve[-1].loss:.4f}" if found.curve else "")
     return logarithm(found.ddf)
 
 
 def velocity_between(
-    first: Tensor, second: Tensor, *, steps: int = 20, similarity: str = "lncc", mask: Tensor | None = None
+    first: Tensor,
+    second: Tensor,
+    *,
+    steps: int = 20,
+    similarity: str = "lncc",
+    mask: Tensor | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Velocity of the map from points of one image to points of another; exchanging the images negates it.
 
@@ -68,6 +78,7 @@ def velocity_between(
         steps: largest number of refinement steps at each resolution.
         similarity: ``"lncc"``, ``"mi"`` or ``"mind"``.
         mask: nonzero where the images are compared, ``(1, 1, *spatial)``.
+        progress: show a bar on standard error.
 
     Returns:
         The velocity in voxels per unit time, ``(1, D, *spatial)``.
@@ -75,7 +86,10 @@ def velocity_between(
     Raises:
         ValueError: the similarity is unknown.
     """
-    return (_velocity(second, first, steps, similarity, mask) - _velocity(first, second, steps, similarity, mask)) / 2
+    with Progress("register", 2, "registration", shown=progress) as told:
+        there = _velocity(second, first, steps, similarity, mask, told)
+        back = _velocity(first, second, steps, similarity, mask, told)
+    return (there - back) / 2
 
 
 def centred_velocities(
@@ -85,6 +99,7 @@ def centred_velocities(
     rounds: int = 2,
     similarity: str = "lncc",
     mask: Tensor | None = None,
+    progress: bool = False,
 ) -> list[Tensor]:
     """Velocities of the maps from the middle shape of several images to each of them; their sum is 0.
 
@@ -97,6 +112,7 @@ def centred_velocities(
         rounds: number of times to compute the mean of three or more images and register them to it.
         similarity: ``"lncc"``, ``"mi"`` or ``"mind"``.
         mask: nonzero where the images are compared, ``(1, 1, *spatial)``.
+        progress: show a bar on standard error.
 
     Returns:
         A velocity in voxels per unit time, ``(1, D, *spatial)``, for each image.
@@ -107,14 +123,15 @@ def centred_velocities(
     if not images:
         raise ValueError("the list of images is empty. Give two or more.")
     if len(images) == 2:
-        whole = velocity_between(images[0], images[1], steps=steps, similarity=similarity, mask=mask)
+        whole = velocity_between(*images, steps=steps, similarity=similarity, mask=mask, progress=progress)
         return [-whole / 2, whole / 2]
     mean = torch.stack(list(images)).mean(0)
     found: list[Tensor] = []
-    for _ in range(rounds):
-        found = [_velocity(image, mean, steps, similarity, mask) for image in images]
-        middle = torch.stack(found).mean(0)
-        found = [velocity - middle for velocity in found]
-        warped = [warp(image, integrate(velocity)) for image, velocity in zip(images, found, strict=True)]
-        mean = torch.stack(warped).mean(0)
+    with Progress("register", rounds * len(images), "registration", shown=progress) as told:
+        for _ in range(rounds):
+            found = [_velocity(image, mean, steps, similarity, mask, told) for image in images]
+            middle = torch.stack(found).mean(0)
+            found = [velocity - middle for velocity in found]
+            warped = [warp(image, integrate(velocity)) for image, velocity in zip(images, found, strict=True)]
+            mean = torch.stack(warped).mean(0)
     return found

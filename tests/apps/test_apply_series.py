@@ -1,5 +1,8 @@
 """Series, vectors and gradients: each number against the same work done volume by volume, or by another way."""
 
+import io
+import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -55,6 +58,21 @@ def test_every_volume_is_resampled_as_it_would_be_by_itself(ending: str) -> None
         save_image(f"volume{t}.nii.gz", image(seed=t), MIRRORED)
         assert vxm(f"{command} --image volume{t}.nii.gz --output out{t}.nii.gz") == 0
         np.testing.assert_array_equal(found.dataobj[..., t], read_image(f"out{t}.nii.gz")[0])
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_series_says_how_far_it_is(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    series()
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: watched)
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert vxm(f"apply {' '.join(PAIR)} --reference fixed.nii.gz --image series.nii.gz --output out.nii.gz") == 0
+    last = shown.getvalue().split("\r")[-1]
+    if watched:
+        assert re.match(r"apply: 100%.* 3/3 \[", last)
+    else:
+        assert re.fullmatch(r"apply: 3 of 3 volumes in \d\d:\d\d\n", shown.getvalue())
 
 
 @pytest.mark.usefixtures("folder")

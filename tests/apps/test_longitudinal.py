@@ -2,17 +2,21 @@
 
 import csv
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from voxelmorph_monai import cli
 from voxelmorph_monai.apps.longitudinal import Change, _harmonised, longitudinal
+from voxelmorph_monai.groupwise import centred_velocities
 from voxelmorph_monai.maps.files import read_transform
 from voxelmorph_monai.maps.grids import read_ends
 from voxelmorph_monai.space.middle import grid_around, linear_mean
@@ -164,6 +168,38 @@ def test_the_command_writes_what_was_found(
     assert cli.main(command) == 2
     assert f"{out} already exists" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
+
+
+def test_the_command_says_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visits, labels = save(tmp_path), [str(tmp_path / f"l{i}.nii.gz") for i in (1, 2)]
+    words = [*visits, "--labels", *labels, "--output", str(tmp_path / "out"), "--steps", "1", "--spacing", "5"]
+    assert cli.main(["longitudinal", *words]) == 0
+    shown = re.sub(r"\d\d:\d\d", "TIME", capsys.readouterr().err).splitlines()
+    assert shown[0] == "align: 1 of 1 visits in TIME"
+    assert re.fullmatch(r"register: 2 of 2 registrations in TIME, loss -?\d+\.\d{4}", shown[1])
+    assert shown[2:] == ["measure: 1 of 1 structures in TIME"]
+
+
+def test_three_visits_are_registered_to_their_mean_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    images = [torch.from_numpy(each.image.array[None, None] / 1000) for each in (*pair(1.0), pair(1.0)[0])]
+    centred_velocities(images, steps=1)
+    assert not capsys.readouterr().err
+    centred_velocities(images, steps=1, progress=True)
+    assert "register: 6 of 6 registrations in " in capsys.readouterr().err
+
+
+def test_visits_are_counted_as_they_are_labelled(
+    grown: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = "voxelmorph_monai.apps.longitudinal"
+    given: list[Scan] = []
+    monkeypatch.setattr(f"{module}.longitudinal", lambda *_, labels, **__: given.extend(labels) or grown)
+    monkeypatch.setattr(f"{module}.load_anatomy", lambda _: torch.nn.Identity())
+    monkeypatch.setattr(f"{module}.segment", lambda scan, _: SimpleNamespace(labels=scan))
+    visits = save(tmp_path)
+    assert cli.main(["longitudinal", *visits, "--anatomy", "--output", str(tmp_path / "out")]) == 0
+    assert [scan.name for scan in given] == visits
+    assert "segment: 2 of 2 visits in " in capsys.readouterr().err
 
 
 def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from voxelmorph_monai.io.images import save_nifti
 from voxelmorph_monai.lazy import lazy
 from voxelmorph_monai.maps.grids import fits_backwards
 from voxelmorph_monai.maps.names import check_image_output, check_output
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.space.itk_bridge import Transform
 from voxelmorph_monai.space.scan import Frame, Scan
 
@@ -123,6 +124,7 @@ def apply_to_series(
     reference_series: int | None = None,
     bvec: str | Path | None = None,
     overwrite: bool = False,
+    progress: bool = False,
 ) -> float:
     """Resample a series of volumes on the grid of a reference, one volume at a time to save memory.
 
@@ -135,6 +137,7 @@ def apply_to_series(
         reference_series: number of the reference's DICOM series.
         bvec: gradients of the series, in FSL's format; the rotated ones are written beside the output (``.bvec``).
         overwrite: replace ``output``.
+        progress: show what is being done, on standard error.
 
     Returns:
         Largest error in mm of the displacements that were inverted numerically, 0 if there were none.
@@ -160,12 +163,14 @@ def apply_to_series(
     opened: Any = gzip.open if target.suffix == ".gz" else open
     with atomic(target) as temporary, opened(temporary, "wb") as file:
         file.write(made.header.binaryblock + bytes(4))
-        for t in range(count):
-            with reading(Path(moving)):
-                volume = np.asarray(image.dataobj[..., t], dtype=np.float32)
-            scan = Scan(volume, image.affine, f"{moving}, volume {t},")
-            warped = chains.resample_image(scan, found.transform, grid, interpolation)
-            file.write(warped.astype("<f4").tobytes(order="F"))
+        with Progress("apply", count, "volume", shown=progress) as told:
+            for t in range(count):
+                with reading(Path(moving)):
+                    volume = np.asarray(image.dataobj[..., t], dtype=np.float32)
+                scan = Scan(volume, image.affine, f"{moving}, volume {t},")
+                warped = chains.resample_image(scan, found.transform, grid, interpolation)
+                file.write(warped.astype("<f4").tobytes(order="F"))
+                told.advance()
     if turned is not None:
         with atomic(gradients_file) as temporary:
             np.savetxt(temporary, turned, fmt="%.8f")

@@ -27,6 +27,7 @@ from voxelmorph_monai.groupwise import centred_velocities
 from voxelmorph_monai.io.atomic import atomic_folder, require_replaceable, write_json
 from voxelmorph_monai.maps.grids import write_ends
 from voxelmorph_monai.maps.spatial_map import SpatialMap, warp_scan
+from voxelmorph_monai.progress import Progress
 from voxelmorph_monai.space.middle import grid_around, linear_mean, rigid_both_ways
 from voxelmorph_monai.space.resampling import resample, rescale
 from voxelmorph_monai.space.scan import Scan
@@ -56,10 +57,14 @@ class Change(NamedTuple):
     volumes: dict[str, list[float]]
 
 
-def _rigid(scans: Sequence[Scan]) -> list[Affine]:
+def _rigid(scans: Sequence[Scan], progress: bool) -> list[Affine]:
     """Rigid maps from points of the middle space to points of each scan; the order of the scans does not matter."""
     first = scans[0]
-    to_others = [np.eye(4), *(rigid_both_ways(other, first) for other in scans[1:])]
+    to_others = [np.eye(4)]
+    with Progress("align", len(scans) - 1, "visit", shown=progress) as told:
+        for other in scans[1:]:
+            to_others.append(rigid_both_ways(other, first))
+            told.advance()
     middle = np.linalg.inv(linear_mean(to_others))
     found = [each @ middle for each in to_others]
     for each in found:
@@ -95,6 +100,7 @@ def longitudinal(
     similarity: str = "lncc",
     spacing: float | None = None,
     names: Mapping[int, str] | None = None,
+    progress: bool = False,
 ) -> Change:
     """Measure the change of volume between visits of one person.
 
@@ -106,6 +112,7 @@ def longitudinal(
         similarity: one of :data:`~voxelmorph_monai.apps.options.SIMILARITIES`.
         spacing: voxel size of the middle space in mm (default: that of the finest visit).
         names: names of the labels.
+        progress: show what is being done, on standard error.
 
     Raises:
         ValueError: the visits cannot be compared; the message says why.
@@ -123,7 +130,7 @@ def longitudinal(
         if visit.is_slice:
             raise ValueError(f"{visit.name} is a slice, but changes can be measured only in volumes.")
     scaled = [rescale(visit) for visit in visits]
-    rigid = _rigid(scaled)
+    rigid = _rigid(scaled, progress)
     grid = grid_around(scaled, rigid, spacing)
     side = float(grid.affine[0, 0])
     placed = [resample(scan, grid, mapping).array for scan, mapping in zip(scaled, rigid, strict=True)]
@@ -135,7 +142,7 @@ def longitudinal(
             hidden |= resample(scan.like((scan.array > 0).astype(np.float32)), grid, mapping).array > 0
         mask = torch.from_numpy(~hidden)[None, None]
     images = [torch.from_numpy(array)[None, None] for array in arrays]
-    velocities = centred_velocities(images, steps=steps, similarity=similarity, mask=mask)
+    velocities = centred_velocities(images, steps=steps, similarity=similarity, mask=mask, progress=progress)
     fields = [integrate(velocity) for velocity in velocities]
     maps = [
         SpatialMap(np.eye(4), mapping, padded_field(field, grid.affine), name=f"middle -> {visit.name}")
@@ -146,8 +153,11 @@ def longitudinal(
     change = [middle[0].like(100 * (each / jacobians[0] - 1)) for each in jacobians[1:]]
     seen = [visit.like((visit.array > visit.background).astype(np.uint8)) for visit in visits]
     regions = {_WHOLE: _shares(seen, maps, middle[0], 1)}
-    for label in sorted(set().union(*(np.unique(scan.array).tolist() for scan in labels or [])) - {0}):
-        regions[(names or {}).get(label, str(label))] = _shares(labels or [], maps, middle[0], label)
+    numbers = sorted(set().union(*(np.unique(scan.array).tolist() for scan in labels or [])) - {0})
+    with Progress("measure", len(numbers), "structure", shown=progress) as told:
+        for label in numbers:
+            regions[(names or {}).get(label, str(label))] = _shares(labels or [], maps, middle[0], label)
+            told.advance()
     volumes = {
         name: [float((share * each).sum()) * side**3 / 1000 for each in jacobians] for name, share in regions.items()
     }
@@ -177,6 +187,7 @@ def longitudinal_files(
     excluded: Sequence[str | Path] | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Measure the change between visits in files, and write the results into a folder, completely or not at all.
@@ -193,6 +204,7 @@ def longitudinal_files(
         excluded: mask of the regions to ignore, for each visit.
         overwrite: replace ``output``.
         device: device for the network of ``anatomy``.
+        progress: show what is being done, on standard error.
         options: options of :func:`longitudinal`.
 
     Returns:
@@ -203,10 +215,13 @@ def longitudinal_files(
     scans = [Scan.read(path) for path in visits]
     maps = None if labels is None else [Scan.read_labels(path) for path in labels]
     if anatomy:
-        network = load_anatomy(shipped_anatomy())
-        maps = [segment(scan, network.to(choose_device(device))).labels for scan in scans]
+        network, maps = load_anatomy(shipped_anatomy()).to(choose_device(device)), []
+        with Progress("segment", len(scans), "visit", shown=progress) as told:
+            for scan in scans:
+                maps.append(segment(scan, network).labels)
+                told.advance()
     masks = None if excluded is None else [Scan.read_labels(path) for path in excluded]
-    found = longitudinal(scans, labels=maps, excluded=masks, **options)
+    found = longitudinal(scans, labels=maps, excluded=masks, progress=progress, **options)
     rows = _rows(found)
     with atomic_folder(output) as folder:
         for i, (visit, map_, scan) in enumerate(zip(found.visits, found.maps, scans, strict=True), 1):

@@ -157,14 +157,16 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
         _on_disk(folder / "warped.npy", (len(members), *like.shape)) as stack,
         _on_disk(folder / "shares.npy", (max(1, len(labels)), *like.shape)) as shares,
     ):
-        for i, (member, scan) in enumerate(zip(members, scans, strict=True)):
-            forward = read_transform(folder / "registered" / member.name / "forward.h5")
-            ddf = on_grid(chain([chain_of_map(correction), forward]), grid)
-            stack[i] = warp_scan(scan, ddf, like, outside=_OUTSIDE).array
-            given = Scan.read_labels(member.labels) if member.labels else None
-            for share, label in zip(shares, labels, strict=False):
-                one = given.like((given.array == label).astype(np.float32)) if given else scan
-                share += warp_scan(one, ddf, like, outside=float(label == 0)).array / len(members)
+        with Progress("average", len(members), "scan") as told:
+            for i, (member, scan) in enumerate(zip(members, scans, strict=True)):
+                forward = read_transform(folder / "registered" / member.name / "forward.h5")
+                ddf = on_grid(chain([chain_of_map(correction), forward]), grid)
+                stack[i] = warp_scan(scan, ddf, like, outside=_OUTSIDE).array
+                given = Scan.read_labels(member.labels) if member.labels else None
+                for share, label in zip(shares, labels, strict=False):
+                    one = given.like((given.array == label).astype(np.float32)) if given else scan
+                    share += warp_scan(one, ddf, like, outside=float(label == 0)).array / len(members)
+                told.advance()
         slabs = [slice(x, x + _SLAB) for x in range(0, like.shape[0], _SLAB)]
         mean = np.concatenate([_robust_mean(np.array(stack[:, slab])) for slab in slabs])
         likeness = [correlation(np.maximum(each, 0), mean) for each in stack]
@@ -266,8 +268,7 @@ def build_template(
                 name, reason = next(iter(sorted(done.errors.items())))
                 image = next(member.image for member in members if member.name == name)
                 raise ValueError(f"{image} and {len(done.errors) - 1} others cannot be registered: {reason}")
-            with Progress("average"):
-                _next(members, Scan.read(template), folder, number == 0, spacing)
+            _next(members, Scan.read(template), folder, number == 0, spacing)
         template = folder / "template.nii.gz"
     for name in ("template.nii.gz", "mean.nii.gz", "template_labels.nii.gz"):
         if (template.parent / name).exists():

@@ -57,7 +57,7 @@ def _longitudinal(args: argparse.Namespace) -> int:
 
     names = ("labels", "anatomy", "device", "steps", "similarity", "spacing", "overwrite")
     options = {name: getattr(args, name) for name in names}
-    for row in longitudinal_files(args.visits, args.output, excluded=args.exclude, **options):
+    for row in longitudinal_files(args.visits, args.output, excluded=args.exclude, progress=True, **options):
         changes = [f"{value} %" for name, value in row.items() if name.startswith("change")]
         print(f"{row['structure']}: {row['ml_1']} ml, then {', '.join(changes)}")
     print(f"{args.output}: structures.csv, and maps of the local change")

@@ -185,7 +185,7 @@ def _apply_to_series(args: argparse.Namespace) -> int:
         options |= {"coordinates": args.coordinates}
         residual = apply_to_vectors(args.transforms, args.vectors, args.reference, args.output, **options)
     else:
-        options |= {"bvec": args.bvec, "reference_series": args.reference_series}
+        options |= {"bvec": args.bvec, "reference_series": args.reference_series, "progress": True}
         residual = apply_to_series(args.transforms, args.image, args.reference, args.output, **options)
     _report(residual)
     return 0
