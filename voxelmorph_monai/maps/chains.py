@@ -1,11 +1,11 @@
-r"""Transforms of points in mm, from any program: chain, evaluate, invert and apply them with ITK.
+r"""Chain, evaluate, invert and apply transforms of points in mm with ITK, whichever program wrote them.
 
-A transform :math:`T` takes points of the fixed image to points of the moving one, as ITK resamples: it pulls images
-from the moving grid to the fixed one. A chain of parts is written in the order in which a point of the fixed image goes
-through them, which is the order of ANTs' command line; ITK's composite holds the same parts in the opposite order.
-Points and affines are in RAS mm as everywhere in the package; the transforms themselves are ITK's (LPS, float64).
+As in ITK, a transform :math:`T` takes points of the fixed image to points of the moving one, so it resamples a moving
+image on the fixed grid. The parts of a chain are listed in the order in which a point of the fixed image passes through
+them, as on ANTs' command line; ITK's composite holds the same parts in the opposite order. Points and affines are in
+RAS mm, as in the whole package; the transforms themselves are ITK objects (LPS, float64).
 
-Transforms of 2-D images are lifted to 3-D ones that keep z; the images lie in the plane of z = 0.
+Transforms of 2-D images are lifted to 3-D transforms that keep z; the images lie in the plane z = 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -52,11 +52,11 @@ __all__ = [
 
 itk, optimize = lazy("itk"), lazy("scipy.optimize")
 
-_MISS = 1e-3  # mm by which an inverse point may miss; finer than any image
+_MISS = 1e-3  # largest error in mm of an inverse point; far below the voxel size of any image
 
 
 def flatten(transform: Transform) -> list[Transform]:
-    """Parts of a transform, nested composites included, in the order in which a point goes through them."""
+    """Split a transform, including nested composites, into its parts, in the order in which a point passes them."""
     transform = itk.down_cast(transform)
     if not isinstance(transform, (itk.CompositeTransform[itk.D, 2], itk.CompositeTransform[itk.D, 3])):
         return [transform]
@@ -65,9 +65,9 @@ def flatten(transform: Transform) -> list[Transform]:
 
 
 def chain(transforms: Iterable[Transform]) -> Transform:
-    """Composite of transforms, given in the order in which a point goes through them.
+    """Combine transforms, in the order in which a point passes through them, into an ITK composite.
 
-    Consecutive linear transforms become one affine transform, exactly.
+    Consecutive linear transforms become one affine transform without loss.
 
     >>> turn, shift = linear_transform(np.diag([2.0, 2, 2, 1])), linear_transform(np.eye(4) + np.eye(4, k=3))
     >>> map_points(chain([turn, shift]), np.array([[5.0, 3, 4]])).tolist()  # 2 * 5 + 1
@@ -85,13 +85,13 @@ def chain(transforms: Iterable[Transform]) -> Transform:
 
 
 def map_points(transform: Transform, points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Take ``points`` ``(N, 3)`` (RAS, mm) along the transform: points of the fixed image to the moving one."""
+    """Map ``points`` ``(N, 3)`` (RAS, mm) by the transform, from the fixed image to the moving one."""
     mapped = [tuple(transform.TransformPoint(point)) for point in points_to_lps(points).tolist()]
     return points_to_lps(np.array(mapped, dtype=np.float64).reshape(points.shape))
 
 
 def matrix_of(transform: Transform) -> Affine:
-    """4 x 4 matrix of a linear transform (RAS, mm) of any ITK class; 3 x 3 in 2-D."""
+    """Matrix of a linear transform of any ITK class, in RAS mm: 4 x 4, or 3 x 3 in 2-D."""
     spatial_dims = transform.GetInputSpaceDimension()
     origin, *ends = map_points(transform, np.eye(spatial_dims + 1, spatial_dims, k=-1))
     matrix = np.eye(spatial_dims + 1)
@@ -105,9 +105,9 @@ def is_field(transform: Transform) -> bool:
 
 
 def field_transform(ddf: NDArray[np.floating[Any]], affine: Affine) -> Transform:
-    """ITK transform of a displacement ``(3, X, Y, Z)`` in voxels of the grid with this affine (RAS, mm).
+    """Convert a displacement ``(3, X, Y, Z)`` in voxels, and the affine of its grid (RAS, mm), to an ITK transform.
 
-    One of ``(2, X, Y)`` with a 3 x 3 affine becomes a 2-D transform. Beyond the grid ITK takes the displacement for 0.
+    A displacement ``(2, X, Y)`` with a 3 x 3 affine becomes a 2-D transform. Outside the grid ITK uses 0.
     """
     require_right_angles(affine, "a displacement")
     sides, lps = spacing(affine), points_to_lps(affine[:-1].T).T
@@ -120,23 +120,23 @@ def field_transform(ddf: NDArray[np.floating[Any]], affine: Affine) -> Transform
 
 
 def _to_voxels(affine: Affine) -> NDArray[Any]:
-    """3 x 3 matrix from vectors in mm (LPS) to vectors in voxels; 2 x 2 in 2-D."""
+    """Matrix from vectors in mm (LPS) to vectors in voxels: 3 x 3, or 2 x 2 in 2-D."""
     return np.linalg.inv(points_to_lps(affine[:-1, :-1].T).T)
 
 
 def field_of(transform: Transform) -> tuple[NDArray[np.float64], Affine]:
-    """Displacement ``(3, X, Y, Z)`` in voxels of its own grid, and the affine of that grid (RAS, mm); in 2-D as given.
+    """Convert an ITK transform to a displacement ``(3, X, Y, Z)`` in voxels, and the affine of its grid (RAS, mm).
 
-    The inverse of :func:`field_transform`.
+    This reverses :func:`field_transform`; a 2-D transform gives ``(2, X, Y)`` and a 3 x 3 affine.
     """
     vectors, affine = from_itk(transform.GetDisplacementField())
     return np.tensordot(_to_voxels(affine), vectors, axes=1), affine
 
 
 def lift(transform: Transform) -> Transform:
-    """Lift a 2-D transform to 3-D: it does the same at any z within half a metre. A 3-D transform is returned as it is.
+    """Convert a 2-D transform to 3-D, the same at every z within half a metre; a 3-D transform is returned unchanged.
 
-    In 2-D, its parts must be linear or displacements.
+    The parts of a 2-D transform must be linear or displacements.
     """
     if transform.GetInputSpaceDimension() == 3:
         return transform
@@ -152,7 +152,7 @@ def lift(transform: Transform) -> Transform:
 
 
 def lower(transform: Transform) -> Transform:
-    """The 2-D transform from which :func:`lift` made this one."""
+    """Convert a 3-D transform that :func:`lift` returned back to 2-D."""
     parts = []
     for part in flatten(transform):
         if is_field(part):
@@ -164,18 +164,18 @@ def lower(transform: Transform) -> Transform:
 
 
 def chain_of_map(map_: SpatialMap) -> Transform:
-    """The transform, in double precision, of a map that a registration found."""
+    """Convert the map of a registration to an ITK transform in double precision."""
     middle = [] if map_.field is None else [field_transform(*map_.field)]
     return chain([linear_transform(map_.pre), *middle, linear_transform(map_.post)])
 
 
 def _scalars() -> Any:
-    """ITK's class of images in float32."""
+    """ITK's class for 3-D images in float32."""
     return itk.Image[itk.F, 3]
 
 
 def _interpolator(name: str) -> Any:
-    """ITK's function for one of ``INTERPOLATIONS``."""
+    """ITK's interpolation function for one of ``INTERPOLATIONS``."""
     if name == "linear":
         return itk.LinearInterpolateImageFunction[_scalars(), itk.D].New()
     if name == "nearest":
@@ -199,16 +199,16 @@ def on_grid(transform: Transform, grid: ImageGrid) -> NDArray[np.float32]:
 def resample_image(
     image: Scan, transform: Transform, grid: ImageGrid, interpolation: str = "linear"
 ) -> NDArray[np.float32]:
-    """Resample an image on another grid, ``(X, Y, Z)``: the result at a point is the image at its mapped point.
+    """Resample an image on a grid through a transform; returns ``(X, Y, Z)``.
 
-    More than half a voxel beyond the outermost voxels the image is 0.
+    The result is 0 where the transform leads more than half a voxel beyond the outermost voxels of the image.
 
     Args:
-        image: intensities.
-        transform: from points of the other grid to points of the image.
-        grid: the other grid.
-        interpolation: one of ``INTERPOLATIONS``; ``"bspline"`` is cubic, ``"lanczos"`` a windowed sinc of radius 3. The
-            last two reach beyond the image's lowest and highest intensity.
+        image: image to resample.
+        transform: from points of the grid to points of the image.
+        grid: grid to sample on.
+        interpolation: one of ``INTERPOLATIONS``; ``"bspline"`` is cubic, ``"lanczos"`` a windowed sinc of radius 3.
+            These two can exceed the lowest and the highest intensity of the image.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(
@@ -234,18 +234,18 @@ def _shift(affine: Affine, start: Sequence[int]) -> Affine:
 def resample_labels(
     labels: Scan, transform: Transform, grid: ImageGrid, interpolation: str = "nearest"
 ) -> NDArray[Any]:
-    """Resample a label map on another grid, ``(X, Y, Z)``; without inventing labels.
+    """Resample a label map on a grid through a transform; returns ``(X, Y, Z)`` with labels of the map only.
 
-    ``"linear"`` equals resampling the one-hot image of each label linearly and taking the argmax; if shares are equal,
-    the smaller label wins. The memory it needs does not depend on the number of labels. The border is treated as in
+    ``"linear"`` is the same as resampling the one-hot image of each label linearly and taking the argmax, with the
+    smaller label if two are equal, but its memory does not depend on the number of labels. The border is treated as in
     :func:`resample_image`.
 
     Args:
-        labels: the label map.
-        transform: from points of the other grid to points of the label map.
-        grid: the other grid.
-        interpolation: ``"nearest"``, the label of the nearest voxel; or ``"linear"``, the label with the largest
-            linearly interpolated share.
+        labels: label map to resample.
+        transform: from points of the grid to points of the label map.
+        grid: grid to sample on.
+        interpolation: ``"nearest"`` for the label of the nearest voxel, ``"linear"`` for the label with the largest
+            linearly interpolated weight.
     """
     if interpolation not in LABEL_INTERPOLATIONS:
         known = ", ".join(LABEL_INTERPOLATIONS)
@@ -258,7 +258,7 @@ def resample_labels(
         at = apply_affine(to_voxels, index + ddf)
         if interpolation == "nearest":
             at = np.floor(at + 0.5)  # halves go up, as in ITK
-        index[0] -= part.start  # for `linear_weights` the slab is all there is
+        index[0] -= part.start  # `linear_weights` takes indices within the slab
         found = linear_weights(torch.from_numpy(at - index)[None], list(array.shape))
         votes = torch.stack([flat[voxel] for voxel, _ in found], dim=1)
         best = weighted_vote(votes, torch.stack([weight for _, weight in found], dim=1))[0, 0].numpy()
@@ -267,9 +267,9 @@ def resample_labels(
 
 
 def _border_fit(ddf: NDArray[np.float64]) -> Affine:
-    """4 x 4 map of voxels that comes closest to ``id + ddf`` in the outermost voxels of ``ddf`` ``(3, X, Y, Z)``."""
+    """Fit a 4 x 4 map of voxel indices to ``id + ddf`` in the outermost voxels of ``ddf`` ``(3, X, Y, Z)``."""
     border = np.ones(ddf.shape[1:], dtype=bool)
-    border[tuple(slice(1, -1) if n > 1 else slice(None) for n in ddf.shape[1:])] = False  # of a slice, its rim
+    border[tuple(slice(1, -1) if n > 1 else slice(None) for n in ddf.shape[1:])] = False  # for a slice, the rim
     points = np.vstack([np.argwhere(border).T, np.ones(border.sum())])
     fit = np.eye(4)
     fit[:3] += np.linalg.lstsq(points.T, ddf[:, border].T, rcond=None)[0].T
@@ -286,11 +286,11 @@ def _require_no_folds(ddf: torch.Tensor) -> None:
 
 
 def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[Transform], float]:
-    r"""Inverse of ``id + ddf`` as a linear map, then a displacement, and the residual in mm.
+    r"""Invert ``id + ddf``; returns a linear map followed by a displacement, and the largest error in mm.
 
-    The linear map :math:`L` that fits the border is taken off first, so that the rest, :math:`L^{-1} (id + u)`, stays
-    near its grid even where ``ddf`` holds an affine registration; for a displacement that ends in zeros it is the
-    identity. The rest is inverted on its grid, widened by what leaves it.
+    The linear map :math:`L` that fits the border is separated first, so that the rest, :math:`L^{-1} (id + u)`, stays
+    near its grid even if ``ddf`` includes an affine registration. For a displacement with a border of zeros,
+    :math:`L` is the identity. The rest is inverted on its grid, which is enlarged by the displacement at its border.
     """
     fit = _border_fit(ddf)
     _require_no_folds(torch.from_numpy(ddf)[None])
@@ -298,13 +298,13 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[Transf
     index = np.indices(ddf.shape[1:], dtype=np.float64)
     rest = apply_affine(back, index + ddf) - index
     outermost = max(np.abs(rest.take([0, -1], axis + 1)).max() for axis in range(3))
-    margin = int(np.ceil(outermost - 1e-6))  # the fit of a border of zeros is off by rounding
-    margins = [margin if n > 1 else 0 for n in ddf.shape[1:]]  # a slice stays one
+    margin = int(np.ceil(outermost - 1e-6))  # tolerates rounding errors of the fit
+    margins = [margin if n > 1 else 0 for n in ddf.shape[1:]]  # a slice remains a slice
     wider = torch.from_numpy(np.pad(rest, [(0, 0), *[(m, m) for m in margins]], mode="edge"))[None]
     inverse, left = invert(wider, step=0.5)  # converges for any stretch below 300 %
     if float(left) > 0.1:
         raise ValueError(
-            f"the inverse of the displacement was not found: the search for it ended {float(left):.3g} voxels off."
+            f"the displacement cannot be inverted: the numerical inverse has an error of {float(left):.3g} voxels."
         )
     x, y, z = (slice(m, m + n) for m, n in zip(margins, ddf.shape[1:], strict=True))
     missed = compose(inverse, wider)[0, :, x, y, z].numpy()
@@ -318,11 +318,12 @@ def _invert_field(ddf: NDArray[np.float64], affine: Affine) -> tuple[list[Transf
 def invert_transform(transform: Transform) -> tuple[Transform, float]:
     """Invert a chain: linear transforms exactly, displacements numerically.
 
-    A displacement is inverted by the fixed point of :func:`~voxelmorph_monai.blocks.invert` on its own grid.
+    Each displacement is inverted on its own grid by the fixed-point iteration of
+    :func:`~voxelmorph_monai.blocks.invert`.
 
     Returns:
-        The inverse :math:`T'` and its residual in mm: of each displacement, at the voxels of its grid, the largest
-        :math:`|T'(T(x)) - x|`; 0 for linear transforms.
+        The inverse :math:`T'`, and its largest error in mm, :math:`|T'(T(x)) - x|` over the voxels of all
+        displacements; 0 for linear transforms.
 
     Raises:
         ValueError: a part folds, has no inverse, or is neither linear nor a displacement.
@@ -343,7 +344,7 @@ def invert_transform(transform: Transform) -> tuple[Transform, float]:
 
 
 def _solve(part: Transform, point: NDArray[np.float64], starts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Point that ``part`` takes to ``point``, searched from each start until one is found; otherwise the closest."""
+    """Find the point that ``part`` maps to ``point``, trying the starts in turn; the closest one if none succeeds."""
 
     def miss(guess: NDArray[np.float64]) -> NDArray[np.float64]:
         return map_points(part, guess[None])[0] - point
@@ -357,15 +358,15 @@ def _solve(part: Transform, point: NDArray[np.float64], starts: Sequence[NDArray
 
 
 def invert_points(transform: Transform, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], float]:
-    """Take ``points`` ``(N, 3)`` (RAS, mm) back along the transform: points of the moving image to the fixed one.
+    """Map ``points`` ``(N, 3)`` (RAS, mm) by the inverse of the transform, from the moving image to the fixed one.
 
     Each part is inverted separately: exactly if it is linear, otherwise point by point with Powell's hybrid method.
 
     Returns:
-        The points, and the largest distance in mm by which the transform takes them past ``points``.
+        The points ``(N, 3)``, and the largest distance in mm between ``points`` and where the transform maps them.
 
     Raises:
-        ValueError: a point has no counterpart.
+        ValueError: the transform maps no point to one of ``points``.
     """
     found = np.asarray(points, dtype=np.float64)
     for part in reversed(flatten(transform)):
@@ -384,7 +385,7 @@ def invert_points(transform: Transform, points: NDArray[np.floating[Any]]) -> tu
     if missed.size and not missed.max() <= _MISS:
         worst = int(missed.argmax())
         raise ValueError(
-            f"no point maps to {np.asarray(points)[worst].round(3).tolist()} (RAS, mm): the closest misses it by "
-            f"{missed[worst]:.3g} mm. The transform folds there, or does not reach it."
+            f"no point maps to {np.asarray(points)[worst].round(3).tolist()} (RAS, mm): the closest result is "
+            f"{missed[worst]:.3g} mm away. The transform folds there, or does not reach this point."
         )
     return found, float(missed.max(initial=0.0))

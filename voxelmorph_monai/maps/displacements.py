@@ -24,9 +24,9 @@ __all__ = ["lps_vectors", "read_displacement", "save_displacement", "transform_v
 
 
 def transform_vectors(matrix: NDArray[Any], vectors: NDArray[Any]) -> NDArray[Any]:
-    """Multiply ``vectors`` ``(3, X, Y, Z)`` by a matrix, 3 x 3, in their own type; in memory X is fastest.
+    """Multiply ``vectors`` ``(3, X, Y, Z)`` by a 3 x 3 matrix, in their own type; X varies fastest in memory.
 
-    For a grid along the axes of the body two thirds of the matrix are 0, and are skipped.
+    Zeros in the matrix are skipped; for a grid along the axes of the body these are two thirds of it.
     """
     found = np.empty((3, *vectors.shape[:0:-1]), vectors.dtype)
     for row, out in zip(matrix.astype(vectors.dtype), found.transpose(0, 3, 2, 1), strict=True):
@@ -38,7 +38,7 @@ def transform_vectors(matrix: NDArray[Any], vectors: NDArray[Any]) -> NDArray[An
 
 
 def lps_vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
-    """A displacement in voxels ``(3, X, Y, Z)`` as vectors in mm along LPS: ``(X, Y, Z, 3)``."""
+    """Convert a displacement ``(3, X, Y, Z)`` in voxels to vectors ``(X, Y, Z, 3)`` in mm along LPS."""
     ddf = np.asarray(ddf, dtype=np.result_type(ddf, np.float32))
     matrix, loops = (ras_to_lps(3) @ affine)[:3, :3].astype(ddf.dtype), compiled_module("scan_loops")
     return np.einsum("ij,j...->...i", matrix, ddf) if loops is None else loops.interleaved(ddf, matrix)
@@ -47,18 +47,18 @@ def lps_vectors(ddf: NDArray[Any], affine: Affine) -> NDArray[Any]:
 def save_displacement(
     path: str | Path, ddf: NDArray[Any], affine: Affine, *, spatial_dims: int = 3, intent: int = 1007
 ) -> None:
-    """Write a displacement so that ITK, ANTs and 3D Slicer apply it as it is; completely or not at all.
+    """Write a displacement as a NIfTI file for ITK, ANTs and 3D Slicer, completely or not at all.
 
-    The file is a NIfTI vector image ``(X, Y, Z, 1, 3)`` (intent 1007) with vectors in mm along LPS: :math:`diag(-1, -1,
-    1) A u` with the linear part :math:`A` of the affine. Like ``ddf`` it takes points of the fixed image to points of
-    the moving one, which is ITK's direction.
+    The file is a vector image ``(X, Y, Z, 1, 3)`` (intent 1007) with vectors in mm along LPS: :math:`diag(-1, -1, 1) A
+    u` with the linear part :math:`A` of the affine. As in ITK, it takes points of the fixed image to points of the
+    moving one.
 
     Args:
         path: ``.nii`` or ``.nii.gz``.
         ddf: ``(3, X, Y, Z)``, in voxels of the fixed grid.
         affine: affine of the fixed image (RAS, mm).
         spatial_dims: 2 to write the field of a 2-D image, ``(X, Y, 1, 1, 2)``.
-        intent: 1007, vectors along LPS, which every program reads as such; or 1006, displacements along RAS.
+        intent: 1007 for vectors along LPS, which all programs understand; 1006 for displacements along RAS.
     """
     if ddf.ndim != 4 or ddf.shape[0] != 3:
         raise ValueError(f"ddf for {path} has shape {ddf.shape}, not (3, X, Y, Z).")
@@ -75,21 +75,21 @@ def save_displacement(
 
 
 def _places(size: tuple[int, ...], affine: Affine) -> NDArray[np.float64]:
-    """Places of the voxels of a grid ``(X, Y, Z, 3)`` (RAS, mm); ``(X, Y, 2)`` with a 3 x 3 affine."""
+    """Positions of the voxels of a grid, ``(X, Y, Z, 3)`` (RAS, mm), or ``(X, Y, 2)`` with a 3 x 3 affine."""
     return np.moveaxis(np.tensordot(affine[:-1, :-1], np.indices(size), axes=1), 0, -1) + affine[:-1, -1]
 
 
 def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
-    """Read a field as a displacement ``(3, X, Y, Z)`` in voxels of its grid, and the grid's affine (RAS, mm).
+    """Read a field from NIfTI: displacement ``(3, X, Y, Z)`` in voxels of its grid, and affine of the grid (RAS, mm).
 
-    It may be from :func:`save_displacement` or ANTs, or hold positions or displacements of other programs
+    The field may be from :func:`save_displacement` or ANTs, or hold positions or displacements of other programs
     (:mod:`~voxelmorph_monai.maps.field_headers`). The field of a 2-D image, ``(X, Y, 1, 1, 2)``, becomes ``(2, X, Y)``
     and a 3 x 3 affine.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a complete NIfTI file ``(X, Y, Z, 1, 3)`` of finite numbers, or not known to be such
-            a field.
+        ValueError: the file is not a complete NIfTI file ``(X, Y, Z, 1, 3)`` of finite numbers, or its header does not
+            say that it is such a field.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,8 +108,8 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
         )
     if meaning is None:
         raise ValueError(
-            f"{path} does not say what its vectors mean: its intent is {int(header['intent_code'])}, not 1006 "
-            "(displacements along RAS) or 1007 (along LPS)."
+            f"{path} does not say what its vectors mean: its intent is {int(header['intent_code'])}. Set it to 1006 "
+            "for displacements along RAS, or to 1007 for displacements along LPS."
         )
     affine = image.affine
     check_affine(affine, str(path))
@@ -118,7 +118,7 @@ def read_displacement(path: str | Path) -> tuple[NDArray[np.float64], Affine]:
     affine = affine if shape[4] == 3 else in_plane(affine)
     if not np.isfinite(vectors).all():
         count = int((~np.isfinite(vectors)).sum())
-        raise ValueError(f"{path} holds {count} numbers that are NaN or Inf, so it does not map every voxel.")
+        raise ValueError(f"{path} holds {count} numbers that are NaN or Inf. A displacement must be finite everywhere.")
     places = _places(vectors.shape[:-1], affine)
     if meaning.positions:
         vectors = vectors - places

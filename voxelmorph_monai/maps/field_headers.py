@@ -1,8 +1,8 @@
-"""The meaning of the vectors in a NIfTI field, from the marks that programs leave in its header.
+"""Find out what the vectors in a NIfTI field mean, from the marks that programs leave in its header.
 
-Many programs write fields of the same shape ``(X, Y, Z, 1, 3)`` and mean different things by them: displacements,
-positions in the moving image, velocities, control points. ``intent_name``, ``intent_p1`` and ``descrip`` tell them
-apart: docs/transforms.md has the table. An unknown mark is an error, as a wrong guess would move every point.
+Many programs write fields of the same shape ``(X, Y, Z, 1, 3)`` with different meanings: displacements, positions in
+the moving image, velocities, control points. ``intent_name``, ``intent_p1`` and ``descrip`` distinguish them (see the
+table in docs/transforms.md). An unknown mark is an error, because a wrong guess would move every point.
 """
 
 import re
@@ -21,7 +21,7 @@ class Meaning(NamedTuple):
     """What the vectors of a field mean.
 
     Attributes:
-        positions: whether they are points of the moving image, instead of displacements of points of the fixed one.
+        positions: True if the vectors are points of the moving image, False if they are displacements.
         system: coordinate system of the vectors (mm): ``"RAS"`` or ``"LPS"``.
     """
 
@@ -41,7 +41,7 @@ _NIFTYREG_OTHERS = {
 _SPM_DEFORMATION = r"Deformation( field)?( \(templ\. to\. ind\.\))?"  # Segment and CAT12, Deformations, Shoot
 _SPM_VELOCITY = r"Flow Field|Velocity( \(.*)?"  # DARTEL, Shoot
 _FSL = range(2006, 2019)  # intents of FNIRT and TOPUP
-_LOOKS_ALIKE = 0.4  # in extents of the grid: positions turned by 20 degrees differ by 0.35, displacements by 1
+_LOOKS_ALIKE = 0.4  # fraction of the grid's extent; positions turned by 20 degrees differ by 0.35, displacements by 1
 
 
 def _refuse_niftyreg(path: Path, what: str) -> ValueError:
@@ -52,7 +52,7 @@ def _refuse_niftyreg(path: Path, what: str) -> ValueError:
 
 
 def meaning_of(header: Any, path: Path) -> Meaning | None:
-    """Meaning of the vectors of a field with this NIfTI header; None if the header does not say.
+    """Meaning of the vectors of a field, from its NIfTI header; None if the header does not say.
 
     Raises:
         ValueError: the vectors are not a map of points, or their meaning is unknown.
@@ -73,14 +73,14 @@ def meaning_of(header: Any, path: Path) -> Meaning | None:
         )
     if name == "Mapping" or (not name and re.fullmatch(_SPM_DEFORMATION, note)):
         return _POSITIONS
-    if name and not (code == 1006 and "disp" in name.lower()):  # which says the same twice
+    if name and not (code == 1006 and "disp" in name.lower()):  # name and code agree
         raise ValueError(
-            f"{path} is marked '{name}' (intent_name), a kind of field that is not supported. Let the program that "
-            "wrote it write displacements for ITK."
+            f"{path} is marked '{name}' (intent_name), a kind of field that is not supported. Use the program that "
+            "wrote it to export displacements for ITK."
         )
     if code in _FSL:
         raise ValueError(
-            f"{path} is an FSL warp (intent {code}), which depends on the voxels of two images. Name both: vxm convert "
+            f"{path} is an FSL warp (intent {code}), which depends on the voxels of two images. Give both: vxm convert "
             f"{path.name} OUTPUT.nii.gz --from fsl --reference FIXED --moving MOVING."
         )
     return {1006: _ALONG_RAS, 1007: _ALONG_LPS}.get(code)
@@ -90,9 +90,9 @@ def check_displacements(vectors: NDArray[np.float64], points: NDArray[np.float64
     """Raise ValueError if a field without a mark seems to hold positions, along RAS or LPS.
 
     Args:
-        vectors: as the file holds them, ``(..., 2 or 3)`` in mm.
+        vectors: vectors as stored in the file, ``(..., 2 or 3)`` in mm.
         points: positions of the voxels, of the same shape (RAS, mm).
-        path: path of the file, for the error.
+        path: path of the file, for the error message.
     """
     axes = tuple(range(points.ndim - 1))
     extent = np.linalg.norm(points - points.mean(axes))
@@ -101,5 +101,5 @@ def check_displacements(vectors: NDArray[np.float64], points: NDArray[np.float64
         if np.linalg.norm(off - off.mean(axes)) < _LOOKS_ALIKE * extent:
             raise ValueError(
                 f"{path} seems to hold positions, not displacements: its vectors grow with the position of the "
-                "voxel. If they are positions, subtract those of the voxels first."
+                "voxel. Subtract the positions of the voxels from them."
             )

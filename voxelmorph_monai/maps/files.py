@@ -4,11 +4,11 @@
 ITK, ANTs, 3D Slicer, elastix  ``.h5``, ``.tfm``, ``.txt``, ``.mat`` of ITK's transforms and composites
 displacement                   ``.nii``, ``.nii.gz`` of shape ``(X, Y, Z, 1, 3)``: intent 1006 RAS, 1007 LPS
 SPM, NiftyReg                  the same, also positions (:mod:`~voxelmorph_monai.maps.field_headers`)
-FreeSurfer                     ``.lta``; its warps where they are displacements of intent 1006
+FreeSurfer                     ``.lta``; warps that are displacements of intent 1006
 FSL                            ``.mat``, ``.nii.gz`` of FLIRT and FNIRT, together with both images
 =============================  ===========================================================================
 
-Once they are read, all of them take points of the fixed image to points of the moving one.
+All transforms in memory take points of the fixed image to points of the moving one, whatever the file format.
 """
 
 import math
@@ -58,7 +58,7 @@ __all__ = [
 itk = lazy("itk")
 
 FORMATS = ("itk", "1007", "1006", "ants", "lta", "fsl")
-"""What :func:`save_chain` writes: docs/transforms.md has a table of them."""
+"""Formats that :func:`save_chain` writes; see the table in docs/transforms.md."""
 _ITK = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 _NIFTI = (".nii", ".nii.gz")
 _ENDINGS = {"itk": _ITK, "1007": _NIFTI, "1006": _NIFTI, "lta": (".lta",), "fsl": (".mat", *_NIFTI)}
@@ -67,7 +67,7 @@ _OTHERS = (".m3z", ".mgz", ".mgh")
 _TEXTS = (".txt", ".tfm")
 _HDF5 = (".h5", ".hdf5")
 _UNKNOWN_TO_PYTHON = re.compile(rb"MatrixOffsetTransformBase(_(?:double|float)_[23]_[23])")
-# Parameters of what ITK writes as text, in 2-D and 3-D: of fewer it takes the rest from beyond its memory.
+# Number of parameters of transforms in text files, in 2-D and 3-D. If some are missing, ITK reads beyond its memory.
 _NUM_PARAMETERS = {
     "AffineTransform": (6, 12),
     "CenteredAffineTransform": (8, 15),
@@ -96,9 +96,10 @@ class Chain(NamedTuple):
     """Result of :func:`read_chain`.
 
     Attributes:
-        transform: in 3-D, from points of the fixed image to points of the moving one.
-        residual: residual of its numerical inverses in mm (:func:`~voxelmorph_monai.maps.chains.invert_transform`).
-        spatial_dims: dimensions of the files, 3 or 2; if 2, ``transform`` is their
+        transform: 3-D transform from points of the fixed image to points of the moving one.
+        residual: largest error of its numerical inverses in mm, see
+            :func:`~voxelmorph_monai.maps.chains.invert_transform`.
+        spatial_dims: number of dimensions of the files, 3 or 2; 2-D transforms are converted to 3-D by
             :func:`~voxelmorph_monai.maps.chains.lift`.
     """
 
@@ -120,21 +121,21 @@ def _is_finite(number: str) -> bool:
 
 
 def _check_text(path: Path) -> None:
-    """Raise ValueError for a text that is cut off, or has other than finite numbers, or too few or many of them.
+    """Raise ValueError for a text file that is cut off, or whose parameters are not finite or of the wrong number.
 
-    Without its fixed parameters ITK takes a transform for the identity, and the last number may lack digits. At what it
-    knows as no number ITK stops reading a line, and then takes parameters from beyond its end.
+    ITK does not detect these errors. It reads a transform without fixed parameters as the identity. It stops reading a
+    line at something that is not a number, and then takes the missing parameters from beyond its memory.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     if re.search(r"^\(Transform(Parameters)? ", text, re.MULTILINE):
         raise ValueError(
-            f"{path} is a parameter file of elastix. Let transformix write its displacement, which can be read here: "
+            f"{path} is a parameter file of elastix, which cannot be read. Let transformix write its displacement: "
             f'set (ResultImageFormat "nii.gz") in it and run transformix -def all -tp {path.name} -out FOLDER.'
         )
     transforms = re.findall("^Transform: (?!Composite)", text, re.MULTILINE)
     ends = re.findall("^FixedParameters:.*\n", text, re.MULTILINE)
     if len(ends) < len(transforms):
-        raise ValueError(f"{path} is cut off: not every transform in it ends with a line of FixedParameters.")
+        raise ValueError(f"{path} is cut off: a transform in it has no line FixedParameters.")
     for line in re.findall("^(?:Fixed)?Parameters:(.*)", text, re.MULTILINE):
         if not all(map(_is_finite, line.split())):
             raise ValueError(f"{path} has parameters that are not finite numbers: {line.strip()[:80]}.")
@@ -145,10 +146,11 @@ def _check_text(path: Path) -> None:
 
 
 def _parse_itk(path: Path) -> list[Transform]:
-    """Transforms in a file of ITK.
+    """Read all transforms in an ITK file.
 
-    c3d and ANTs write affine maps as ``MatrixOffsetTransformBase``. Python's ITK cannot create that class, but its
-    parameters are those of an ``AffineTransform``: a copy of the file calls it so, by a name of the same length.
+    c3d and ANTs write affine maps as ``MatrixOffsetTransformBase``. ITK's Python package cannot create this class, but
+    its parameters are those of an ``AffineTransform``, so a copy of the file with this name (padded to the same length)
+    is read instead.
     """
     try:
         return itk.transformread(str(path))
@@ -212,7 +214,7 @@ def _require_file(path: Path) -> None:
 
 
 def read_transform(path: str | Path) -> Transform:
-    """Read one file: an ITK transform or composite, in 3-D or 2-D, a displacement, or FreeSurfer's linear transform.
+    """Read one file: an ITK transform or composite (2-D or 3-D), a displacement, or a linear FreeSurfer transform.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -231,15 +233,15 @@ def read_transform(path: str | Path) -> Transform:
             f"{path} is a FreeSurfer warp, which only FreeSurfer can convert: mri_warp_convert --inm3z (or "
             "--inmgzwarp) FILE --outitk FILE.nii.gz."
         )
-    raise ValueError(f"{path} does not end like a transform file: {', '.join(_READ)}.")
+    raise ValueError(f"{path} is not a transform file: its name does not end in {', '.join(_READ)}.")
 
 
 def read_chain(names: Sequence[str]) -> Chain:
-    """Read transforms in ANTs' order: a point of the fixed image goes through the first one first.
+    """Read transforms in ANTs' order: a point of the fixed image passes through the first one first.
 
     Args:
-        names: paths; ``[PATH,1]`` is the inverse of the transform in the file, as on ANTs' command lines; for a
-            displacement it is numerical.
+        names: paths; ``[PATH,1]`` stands for the inverse of the transform in the file, as on ANTs' command lines. A
+            displacement is inverted numerically.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -290,11 +292,11 @@ def read_fsl_transform(path: str | Path, fixed: ImageGrid, moving: ImageGrid) ->
 
 
 def _form_of(path: Path, form: str | None) -> str:
-    """Format to write, by the ending of ``path`` where none is given."""
+    """Return the format to write; if ``form`` is None, by the extension of ``path``."""
     possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
     if form is None and not possible:
         raise ValueError(
-            f"{path} does not end like a transform file. Use one of {', '.join(_READ)}, or name the format (--to)."
+            f"{path} has no extension of a transform file. Use one of {', '.join(_READ)}, or give the format (--to)."
         )
     if form is None:
         return possible[0]
@@ -310,7 +312,7 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
 
 
 def _sample(transform: Transform, grid: ImageGrid | None) -> tuple[NDArray[np.floating], Affine]:
-    """One displacement that does what the transform does: on the given grid, or that of its first displacement."""
+    """Sample a transform as one displacement, on the given grid or on the grid of its first displacement."""
     parts = flatten(transform)
     if grid is None and is_field(parts[0]):
         ddf, affine = field_of(parts[0])
@@ -319,8 +321,8 @@ def _sample(transform: Transform, grid: ImageGrid | None) -> tuple[NDArray[np.fl
         grid = ImageGrid(ddf.shape[1:], affine)
     if grid is None:
         raise ValueError(
-            "the grid of the displacement is unknown, as the transform does not begin with a displacement. Give the "
-            "fixed image (--reference)."
+            "the grid for the displacement is unknown, because the transform does not begin with a displacement. Give "
+            "the fixed image (--reference)."
         )
     return on_grid(transform, grid), grid.affine
 
@@ -331,7 +333,7 @@ def _save_itk(path: Path, transform: Transform, spatial_dims: int = 3) -> None:
         written = linear_transform(matrix_of(parts[0]))
     elif path.suffix not in _HDF5:
         raise ValueError(
-            f"{path} cannot hold the transform, which is not linear: write .h5, or a displacement, .nii.gz."
+            f"{path} cannot hold the transform, which is not linear. Write .h5, or .nii.gz for a displacement."
         )
     else:
         written = chain(parts)
@@ -339,17 +341,17 @@ def _save_itk(path: Path, transform: Transform, spatial_dims: int = 3) -> None:
 
 
 def _save_pair(prefix: Path, transform: Transform, grid: ImageGrid | None, spatial_dims: int) -> None:
-    """Write what a point of the fixed image goes through as a displacement first, then all that is linear."""
+    """Write a transform as an ANTs pair: a displacement, and the linear transform that follows it."""
     matrix = np.eye(4)
     for part in flatten(transform):
         matrix = matrix_of(part) @ matrix if part.IsLinear() else matrix
     warp, affine = _pair(prefix)
     rest = flatten(chain([transform, linear_transform(np.linalg.inv(matrix))]))
     if all(part.IsLinear() for part in rest):
-        warp.unlink(missing_ok=True)  # an old one would be taken for part of this pair
+        warp.unlink(missing_ok=True)  # an old file would be mistaken for part of this pair
     else:
         if rest[-1].IsLinear() and np.allclose(matrix_of(rest[-1]), np.eye(4), atol=1e-9):
-            rest.pop()  # so that a displacement that came on a grid is written as it came
+            rest.pop()  # so that a displacement that was read is written without resampling
         save_displacement(warp, *_sample(chain(rest), grid), spatial_dims=spatial_dims)
     _save_itk(affine, linear_transform(matrix), spatial_dims)
 
@@ -362,7 +364,9 @@ def _save_foreign(
     parts = flatten(transform)
     linear = len(parts) == 1 and parts[0].IsLinear()
     if not linear and not path.name.endswith(_NIFTI):
-        raise ValueError(f"{path} cannot hold the transform, which is not linear: {form} {path.suffix} is a matrix.")
+        raise ValueError(
+            f"{path} cannot hold the transform, which is not linear: {path.suffix} files of {form} are matrices."
+        )
     if form == "lta":
         save_lta(path, matrix_of(parts[0]), fixed, moving)
     elif path.name.endswith(_NIFTI):
@@ -372,7 +376,7 @@ def _save_foreign(
 
 
 def check_target(path: Path, form: str | None, overwrite: bool, inputs: Sequence[str | Path] = ()) -> str:
-    """Raise an error if :func:`save_chain` could not write ``path``; returns the format that it would write."""
+    """Return the format that :func:`save_chain` would write to ``path``; raises an error if it could not."""
     form = _form_of(path, form)
     for each in _pair(path) if form == "ants" else [path]:
         check_output(each, overwrite, inputs)
@@ -394,20 +398,20 @@ def save_chain(
 
     Args:
         path: file, or prefix of an ANTs pair.
-        transform: in 3-D, from points of the fixed image to points of the moving one.
-        form: one of ``FORMATS`` (default: by the ending of the file, 1007 for NIfTI).
+        transform: 3-D transform from points of the fixed image to points of the moving one.
+        form: one of ``FORMATS`` (default: by the extension, 1007 for NIfTI).
         grid: size and affine (RAS, mm) of the fixed image, for a displacement (default: the grid of the displacement
-            that the transform begins with).
-        moving_grid: the same for the moving image; files for FSL and FreeSurfer need both.
+            with which the transform begins).
+        moving_grid: size and affine of the moving image; FSL and FreeSurfer files need both grids.
         spatial_dims: 2 to write a transform of 2-D images, see :class:`Chain`.
         overwrite: replace an existing file.
-        inputs: files that are never replaced.
+        inputs: input files, which are never replaced.
     """
     path = Path(path)
     form = check_target(path, form, overwrite, inputs)
     if form in ("lta", "fsl"):
         if spatial_dims == 2:
-            raise ValueError(f"format {form} holds transforms in 3-D, not {path}, which would be in 2-D.")
+            raise ValueError(f"{path} cannot be written: format {form} holds only 3-D transforms, but this one is 2-D.")
         _save_foreign(path, transform, form, grid, moving_grid)
     elif form == "ants":
         _save_pair(path, transform, grid, spatial_dims)

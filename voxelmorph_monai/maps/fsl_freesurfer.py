@@ -1,9 +1,9 @@
-r"""Transforms of FSL and FreeSurfer, read and written with the libraries `fslpy` and `nitransforms`.
+r"""Read and write transforms of FSL and FreeSurfer with the libraries `fslpy` and `nitransforms`.
 
-FSL's files hold no position in space. Their numbers are in scaled voxels of the fixed and the moving image, with the
-first axis reversed if an affine has a positive determinant, so they mean something only together with both images. A
-FLIRT matrix maps points of the *moving* image to points of the fixed one. A FNIRT warp maps in the opposite direction,
-like ITK's transforms, and like all functions here.
+FSL files store no position in space. Their numbers are in scaled voxels of the fixed and the moving image, with the
+first axis reversed if an affine has a positive determinant, so both images are needed to interpret them. A FLIRT matrix
+maps points of the *moving* image to points of the fixed one. A FNIRT warp maps in the opposite direction, as do ITK
+transforms and all functions in this module.
 """
 
 import importlib
@@ -23,7 +23,7 @@ __all__ = ["read_flirt", "read_fnirt", "read_lta", "save_flirt", "save_fnirt", "
 
 
 def _library(name: str) -> Any:
-    """Import a module of an optional library; some take half a second."""
+    """Import a module of an optional library when it is needed, as this can take half a second."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -34,7 +34,7 @@ def _library(name: str) -> Any:
 
 
 def _header(grid: ImageGrid) -> nib.Nifti1Image:
-    """Image on this grid, without voxels of its own."""
+    """Image on this grid, whose voxels take no memory."""
     return nib.Nifti1Image(np.broadcast_to(np.uint8(0), tuple(grid.size)), grid.affine)
 
 
@@ -48,9 +48,9 @@ def read_flirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> Affine:
     try:
         matrix = flirt.readFlirt(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not a FLIRT matrix, which is 4 x 4 numbers as text: {error}.") from error
+        raise ValueError(f"{path} is not a FLIRT matrix, a text file of 4 x 4 numbers: {error}.") from error
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-6:
-        raise ValueError(f"{path} is not a FLIRT matrix, which is 4 x 4 numbers with an inverse: {matrix.tolist()}.")
+        raise ValueError(f"{path} is not a FLIRT matrix, which has 4 x 4 numbers and an inverse: {matrix.tolist()}.")
     return np.linalg.inv(flirt.fromFlirt(matrix, _nifti(moving), _nifti(fixed), "world", "world"))
 
 
@@ -103,14 +103,14 @@ def save_fnirt(path: Path, ddf: NDArray[np.floating[Any]], fixed: ImageGrid, mov
 
 
 def read_lta(path: Path) -> Affine:
-    """Read FreeSurfer's linear transform: map from points of the fixed to the moving image, 4 x 4 (RAS, mm)."""
+    """Read a linear FreeSurfer transform: 4 x 4 matrix from points of the fixed to the moving image (RAS, mm)."""
     lta = _library("nitransforms.io.lta")
     try:
         read = lta.FSLinearTransform.from_string(path.read_text(encoding="utf-8"))
         kind = int(read["type"])
         matrix = read.to_ras() if kind in (0, 1) else None
     except (AssertionError, LookupError, ValueError, np.linalg.LinAlgError) as error:
-        reason = str(error) or "its lines are others"
+        reason = str(error) or "its lines are not as expected"
         raise ValueError(f"{path} is not a linear FreeSurfer transform with an inverse: {reason}.") from error
     if matrix is None:
         raise ValueError(f"{path} is of type {kind}; only types 0 (voxels to voxels) and 1 (RAS to RAS) are read.")
@@ -118,10 +118,10 @@ def read_lta(path: Path) -> Affine:
 
 
 def save_lta(path: Path, matrix: Affine, fixed: ImageGrid, moving: ImageGrid) -> None:
-    """Write a map from points of the fixed to the moving image, 4 x 4 (RAS, mm), as FreeSurfer's linear transform."""
+    """Write a 4 x 4 matrix from points of the fixed to the moving image (RAS, mm) as a linear FreeSurfer transform."""
     lta = _library("nitransforms.io.lta")
     written = lta.FSLinearTransform.from_ras(matrix)
-    # nitransforms 25.1 assigns the two images in the opposite way to FreeSurfer, whose matrix maps from src.
+    # nitransforms 25.1 exchanges the two images: in FreeSurfer, the matrix maps from src to dst.
     for role, grid in (("src", moving), ("dst", fixed)):
         written.structarr[role] = np.asanyarray(lta.VolumeGeometry.from_image(_header(grid)))
     with atomic(path) as temporary:

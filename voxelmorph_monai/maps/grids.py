@@ -1,7 +1,7 @@
-"""The two scans that a transform belongs to: its file records their grids, which are compared with those of its inputs.
+"""Record in a transform file the grids of its two scans, and find out whether it is applied in the right direction.
 
-The name of a transform does not show its direction, and applied the wrong way it moves everything by about the right
-amount. In ITK's HDF5 files the grids follow the last byte that HDF5 reads, so other programs read the file as before. A
+The name of a transform does not show its direction, and a result in the wrong direction looks plausible. In ITK's HDF5
+files the grids are appended after the last byte that HDF5 reads, so other programs can still read the file. A
 displacement in NIfTI lies on the grid of the fixed scan.
 """
 
@@ -25,11 +25,11 @@ _LOGGER = logging.getLogger(__name__)
 _MARK = b"\nvoxelmorph_monai grids "
 _LONGEST = 1 << 13  # bytes: two grids take 1 KB
 _HDF5 = (".h5", ".hdf5")
-_LATTICE = 9  # points along each axis at which two grids are compared
+_LATTICE = 9  # number of points along each axis at which two grids are compared
 
 
 class Ends(NamedTuple):
-    """Grids of the two scans that a transform connects; None for an unknown one."""
+    """Grids of the two scans that a transform connects; None if a grid is unknown."""
 
     fixed: ImageGrid | None
     moving: ImageGrid | None
@@ -46,7 +46,7 @@ def write_ends(path: str | Path, fixed: ImageGrid, moving: ImageGrid) -> None:
 
 
 def read_ends(path: str | Path) -> Ends:
-    """The grids that a transform file records; None where it records none or cannot be read."""
+    """Read the grids recorded in a transform file; None for each grid that is missing or unreadable."""
     path = Path(path)
     with suppress(OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
         if path.name.endswith((".nii", ".nii.gz")):
@@ -76,7 +76,7 @@ def _covers(first: ImageGrid, second: ImageGrid) -> bool:
     axes = [np.linspace(0, n - 1, _LATTICE) for n in second.size]
     index = np.stack(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
     at = apply_affine(np.linalg.inv(first.affine) @ second.affine, index)
-    at[np.array(first.size) == 1] = 0.0  # across a slice there is no outside
+    at[np.array(first.size) == 1] = 0.0  # a slice extends without limit across its plane
     return bool(inside(at, first.size).any())
 
 
@@ -89,19 +89,19 @@ def is_backwards(ends: Ends, image: ImageGrid, reference: ImageGrid, names: tupl
 
     Args:
         ends: grids of the transform.
-        image: grid of the image that is to be resampled.
-        reference: the grid that it is to be resampled on.
-        names: names of both, for the error.
+        image: grid of the image to resample.
+        reference: grid to resample the image on.
+        names: names of the image and the reference, for error messages.
 
     Raises:
-        ValueError: one of the two overlaps neither of the scans that the transform belongs to.
+        ValueError: the image or the reference overlaps neither scan of the transform.
     """
     known = ends.fixed is not None and ends.moving is not None
     for grid, name in zip((image, reference), names, strict=True):
         if known and not _overlap(grid, ends.fixed) and not _overlap(grid, ends.moving):
             raise ValueError(
-                f"{name} overlaps neither of the scans that the transform was made from. Does the transform belong to "
-                "another pair?"
+                f"{name} overlaps neither of the scans that the transform was made from. Choose the transform of this "
+                "pair."
             )
     if _same(image, ends.moving) or _same(reference, ends.fixed):
         return False
@@ -112,9 +112,10 @@ def is_backwards(ends: Ends, image: ImageGrid, reference: ImageGrid, names: tupl
 
 
 def fits_backwards(names: Sequence[str], image: ImageGrid, reference: ImageGrid, of: tuple[str, str]) -> bool:
-    """Like :func:`is_backwards`, for transforms in ANTs' order, of which the first one begins in the fixed space.
+    """Whether files of transforms, in ANTs' order, fit an image and a reference only in reverse.
 
-    A warning is logged if they fit only in reverse.
+    The grids are compared as in :func:`is_backwards`; ``of`` names the image and the reference. If the transforms fit
+    only in reverse, a warning is logged.
     """
     first, last = (
         Ends(*read_ends(path)[::-1]) if inverted else read_ends(path)
@@ -123,7 +124,7 @@ def fits_backwards(names: Sequence[str], image: ImageGrid, reference: ImageGrid,
     backwards = is_backwards(Ends(first.fixed, last.moving), image, reference, of)
     if backwards:
         _LOGGER.warning(
-            "%s fits only in reverse: %s lies on the fixed side and %s on the moving side. The inverse was used.",
+            "%s fits only in reverse, so its inverse was used: %s is in its fixed space, and %s in its moving space.",
             " ".join(map(str, names)),
             *of,
         )

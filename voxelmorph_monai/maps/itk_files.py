@@ -1,10 +1,10 @@
-"""ITK transform files for the maps of this package: linear maps as text, chains with a field as HDF5.
+"""Read and write ITK transform files without ITK: linear maps as text, chains with a field as HDF5.
 
-They are written and read like ITK does, but without it: importing ITK for them takes 2 to 9 s of processor time,
-``h5py`` 0.1 s. Other transforms, and other files of ITK, are read by ITK in :mod:`~voxelmorph_monai.maps.files`.
+Importing ITK would take 2 to 9 s of processor time, ``h5py`` takes 0.1 s. Other transforms and other ITK files are read
+with ITK in :mod:`~voxelmorph_monai.maps.files`.
 
-A chain is a list of parts, in the order in which a point goes through them: matrices, 4 x 4, between points in RAS mm,
-or pairs of a displacement ``(3, X, Y, Z)`` in voxels of its grid and the affine of that grid (RAS, mm).
+A chain is a list of parts, in the order in which a point passes through them. A part is a 4 x 4 matrix between points
+in RAS mm, or a pair of a displacement ``(3, X, Y, Z)`` in voxels and the affine of its grid (RAS, mm).
 """
 
 import re
@@ -25,18 +25,18 @@ __all__ = ["Part", "check_chain_file", "read_chain_file", "save_chain_file", "sa
 h5py = lazy("h5py")
 
 Part = NDArray[np.floating[Any]] | tuple[NDArray[np.floating[Any]], Affine]
-_DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError)  # what h5py raises on one or another fault
+_DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError)  # errors that h5py raises for damaged files
 _KIND = re.compile(rb"(AffineTransform|DisplacementFieldTransform)_(?:double|float)_3_3")
 
 
 def _parameters(matrix: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """A linear map, 4 x 4 or in 2-D 3 x 3 (RAS, mm), as ITK counts its parameters: matrix by rows (LPS), shift."""
+    """ITK's parameters of a linear map, 4 x 4 or 3 x 3 in 2-D (RAS, mm): the matrix by rows and the shift, in LPS."""
     lps = to_lps(matrix)
     return np.concatenate([lps[:-1, :-1].ravel(), lps[:-1, -1]])
 
 
 def save_linear(path: str | Path, matrix: NDArray[np.floating[Any]]) -> None:
-    """Write a linear map, 4 x 4 or in 2-D 3 x 3 (RAS, mm), as an ITK text file, ``.txt``; completely or not at all."""
+    """Write a linear map, 4 x 4 or 3 x 3 in 2-D (RAS, mm), as an ITK text file ``.txt``, completely or not at all."""
     dims = len(matrix) - 1
     lines = [
         "#Insight Transform File V1.0",
@@ -51,7 +51,7 @@ def save_linear(path: str | Path, matrix: NDArray[np.floating[Any]]) -> None:
 
 def _add(group: Any, kind: str, parameters: NDArray[np.float32], fixed: Sequence[float], dims: int) -> None:
     _add_text(group, "TransformType", f"{kind}_float_{dims}_{dims}")
-    # Not compressed: deflate takes seconds of processor time to make a field's noise in float32 a tenth smaller.
+    # Not compressed: it would take seconds of processor time and save only a tenth of the size of a field in float32.
     group.create_dataset("TransformParameters", data=parameters.reshape(-1))
     group.create_dataset("TransformFixedParameters", data=np.asarray(fixed, np.float64))
 
@@ -61,9 +61,9 @@ def _add_text(group: Any, name: str, text: str) -> None:
 
 
 def save_chain_file(path: str | Path, parts: Sequence[Part], spatial_dims: int = 3) -> None:
-    """Write a chain of maps as an ITK composite in float32, ``.h5``; completely or not at all.
+    """Write a chain of maps as an ITK composite in float32, ``.h5``, completely or not at all.
 
-    With ``spatial_dims`` 2, maps that keep the plane of z = 0 are written as transforms of 2-D images.
+    If ``spatial_dims`` is 2, maps that keep the plane z = 0 are written as transforms of 2-D images.
 
     Raises:
         OSError: the file cannot be written.
@@ -94,7 +94,7 @@ def save_chain_file(path: str | Path, parts: Sequence[Part], spatial_dims: int =
 def read_chain_file(path: str | Path) -> list[Part] | None:
     """Read a chain of linear maps and displacements in 3-D that ITK, ANTs or this package wrote as HDF5.
 
-    Returns None for any other file, damaged or not: ITK says what is wrong with it.
+    Returns None for any other or damaged file, which the caller can pass to ITK.
     """
     try:
         with h5py.File(path) as file:
@@ -129,7 +129,7 @@ def check_chain_file(path: str | Path) -> None:
 
 
 def _read_part(group: Any) -> Part | None:
-    """One transform of a file; None if it is none of those that are read here, or not whole."""
+    """Read one transform of a file; None if it is of another kind, or damaged."""
     kind = _KIND.fullmatch(group["TransformType"][0])
     if kind is None:
         return None

@@ -1,4 +1,4 @@
-"""Names of transforms on the command line, and checks of output files."""
+"""Parse names of transforms on the command line, and check output files."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ __all__ = ["check_image_output", "check_output", "parse_name"]
 
 
 def parse_name(name: str | Path) -> tuple[Path, bool]:
-    """Path of a transform, and whether its inverse is meant, which ANTs writes ``[PATH,1]``.
+    """Split the name of a transform into its path, and whether it stands for the inverse, ``[PATH,1]`` as in ANTs.
 
     >>> parse_name("[forward.h5,1]")[1], parse_name("forward.h5")[1]
     (True, False)

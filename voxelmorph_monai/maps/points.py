@@ -1,6 +1,6 @@
-"""Files of points in mm: CSV tables and the markups of 3D Slicer.
+"""Read and write points in mm: CSV tables and markups of 3D Slicer.
 
-Everything else in a file, such as labels and visibility, is copied to the file of moved points.
+Everything else in a file, such as labels and visibility, is copied to the file with the moved points.
 """
 
 import csv
@@ -20,7 +20,7 @@ __all__ = ["COORDINATES", "PointFile", "read_points", "save_points"]
 
 COORDINATES = ("RAS", "LPS")
 _MADE_OF_POINTS = ("Fiducial", "Line", "Angle", "Curve", "ClosedCurve")
-_FCSV_SYSTEMS = {"RAS": "RAS", "LPS": "LPS", "0": "RAS", "1": "LPS"}  # a number in files of older versions
+_FCSV_SYSTEMS = {"RAS": "RAS", "LPS": "LPS", "0": "RAS", "1": "LPS"}  # older versions write a number
 _Points = NDArray[np.float64]
 _Text = Callable[[_Points], str]
 _Rows = list[tuple[int, list[str]]]  # number of the line, and its cells
@@ -28,11 +28,11 @@ _Parsed = tuple[str | None, list[list[float]], _Text]  # the file's system (None
 
 
 class PointFile(NamedTuple):
-    """Points of a file, and a function that writes the same file with other points.
+    """Points of a file, and a function that returns the text of the same file with other points.
 
     Attributes:
-        points: ``(N, 3)`` in RAS, mm, converted from the file's own system.
-        text: function that returns the text of the file with other points, the same number and in the same order.
+        points: ``(N, 3)`` in RAS, mm, converted from the coordinate system of the file.
+        text: function of other points ``(N, 3)`` in RAS, mm, in the same order; returns the text of the file with them.
     """
 
     points: _Points
@@ -50,7 +50,7 @@ def _numbers(cells: Any, subject: str) -> list[float]:
 
 
 def _rows(path: Path, text: str) -> _Rows:
-    """Rows that are not empty, with the number of the line where they end."""
+    """Rows that are not empty, each with the number of its last line."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
@@ -67,7 +67,7 @@ def _csv_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _table(path: Path, rows: _Rows, columns: Sequence[str]) -> tuple[list[list[float]], _Text]:
-    """Numbers in the columns x, y and z of ``rows``, and a function that writes the rows with other numbers."""
+    """Coordinates in the columns x, y and z of ``rows``, and a function that writes the rows with other ones."""
     names = [name.strip().lower() for name in columns]
     if not {"x", "y", "z"} <= set(names):
         raise ValueError(f"{path} has no columns named x, y and z: its columns are {', '.join(columns) or 'missing'}.")
@@ -96,7 +96,7 @@ def _read_fcsv(path: Path, content: str) -> _Parsed:
     header = {key.strip(): value.strip() for key, value in pairs}
     system = header.get("CoordinateSystem")
     if system not in _FCSV_SYSTEMS:
-        raise ValueError(f"{path} has no comment '# CoordinateSystem = ' that says RAS or LPS, but {system}.")
+        raise ValueError(f"{path} has the CoordinateSystem {system} in its comments, but it must be RAS or LPS.")
     lines = content.splitlines(keepends=True)
     rows = _rows(path, "".join("\n" if line.startswith("#") else line for line in lines))
     numbers, text = _table(path, rows, header.get("columns", "id,x,y,z").split(","))
@@ -108,10 +108,12 @@ def _system_of(path: Path, markups: Sequence[dict[str, Any]]) -> str:
     kinds = {str(markup.get("type")) for markup in markups}
     if not kinds <= set(_MADE_OF_POINTS):
         known, others = ", ".join(_MADE_OF_POINTS), ", ".join(sorted(kinds - set(_MADE_OF_POINTS)))
-        raise ValueError(f"{path} holds a markup of type {others}; only those made of points are read ({known}).")
+        raise ValueError(f"{path} holds a markup of type {others}. Only markups of these types can be read: {known}.")
     systems = {str(markup.get("coordinateSystem")) for markup in markups}
     if len(systems) != 1 or not systems <= set(COORDINATES):
-        raise ValueError(f"{path} does not say one coordinateSystem, RAS or LPS, but {sorted(systems)}.")
+        raise ValueError(
+            f"{path} has the coordinateSystem {sorted(systems)}, but it must be RAS or LPS for all markups."
+        )
     units = [markup.get("coordinateUnits") for markup in markups]
     if any(unit not in (None, "mm", ["mm"] * 3) for unit in units):
         raise ValueError(f"{path} is not in mm: its coordinateUnits are {units}.")
@@ -125,7 +127,7 @@ def _read_markups(path: Path, content: str) -> _Parsed:
         points = [point for markup in markups for point in markup.get("controlPoints", [])]
         placed = [point for point in points if point.get("position") is not None]  # others are still to be placed
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or no markups file of 3D Slicer: {error!r}.") from error
+        raise ValueError(f"{path} is damaged, or not a markups file of 3D Slicer: {error!r}.") from error
     system = _system_of(path, markups)
     numbers = [_numbers(point["position"], f"{path}, point {i},") for i, point in enumerate(placed, 1)]
 
@@ -133,7 +135,7 @@ def _read_markups(path: Path, content: str) -> _Parsed:
         for each, point in zip(placed, points.tolist(), strict=True):
             each["position"] = [round(number, 6) + 0.0 for number in point]
         for markup in markups:
-            markup.pop("measurements", None)  # lengths and angles as they were; Slicer measures again
+            markup.pop("measurements", None)  # old lengths and angles; Slicer measures again
         return json.dumps(document, indent=4, ensure_ascii=False) + "\n"
 
     return system, numbers, text
@@ -150,7 +152,7 @@ def _ending(path: Path) -> str:
     for ending in _READERS:
         if path.name.endswith(ending):
             return ending
-    raise ValueError(f"{path} is not a file of points: these end in {', '.join(_READERS)}.")
+    raise ValueError(f"{path} is not a file of points: its name does not end in {', '.join(_READERS)}.")
 
 
 def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:
@@ -158,11 +160,11 @@ def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:
 
     Args:
         path: file to read.
-        coordinates: ``"RAS"`` or ``"LPS"``, mm, for a CSV file; the other formats state it themselves.
+        coordinates: coordinate system of a CSV file, ``"RAS"`` or ``"LPS"``; the other formats state it themselves.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, holds no points, lacks coordinates, or does not state its system.
+        ValueError: the file is damaged, holds no points, lacks coordinates, or does not state its coordinate system.
     """
     path = Path(path)
     ending = _ending(path)
@@ -174,7 +176,9 @@ def read_points(path: str | Path, coordinates: str | None = None) -> PointFile:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
     if declared is None and coordinates not in COORDINATES:
-        raise ValueError(f"{path} does not state whether it is in RAS or LPS. Give its system (--coordinates).")
+        raise ValueError(
+            f"{path} does not state whether it is in RAS or LPS. Give its coordinate system (--coordinates)."
+        )
     if coordinates not in (None, declared or coordinates):
         raise ValueError(f"{path} states that it is in {declared}, which contradicts --coordinates {coordinates}.")
     if not numbers:

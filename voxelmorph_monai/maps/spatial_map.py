@@ -30,14 +30,14 @@ __all__ = [
 itk, ndimage = lazy("itk"), lazy("scipy.ndimage")
 
 INTERPOLATIONS = ("linear", "nearest", "bspline", "lanczos")
-"""How an image is read between voxels; cubic B-splines, and a windowed sinc of radius 3."""
+"""Interpolations of images: ``"bspline"`` is cubic, ``"lanczos"`` a windowed sinc of radius 3."""
 
 LABEL_INTERPOLATIONS = ("nearest", "linear")
-"""How a label map is read between voxels: the label of the nearest voxel, or the one with the largest linear share."""
+"""Interpolations of label maps: label of the nearest voxel, or label with the largest linearly interpolated weight."""
 
 
 def _within(index: NDArray[np.float64], shape: Sequence[int]) -> NDArray[np.float64]:
-    """Set the coordinate across a slice to 0: there SciPy takes for outside what is only rounding."""
+    """Set the coordinate across a slice to 0, as SciPy would treat rounding errors in it as outside."""
     index[np.array(shape) == 1] = 0.0
     return index
 
@@ -58,12 +58,12 @@ class SpatialMap(NamedTuple):
     r"""Map of points in RAS mm, :math:`p \mapsto B A (x + u(x))` with :math:`x = A^{-1} P p`.
 
     Attributes:
-        pre: 4 x 4 matrix :math:`P`, applied first: from the points' space to the displacement's.
+        pre: 4 x 4 matrix :math:`P`, applied first: from the space of the points to the space of the displacement.
         post: 4 x 4 matrix :math:`B`, applied last.
-        field: the displacement :math:`u` on its grid, with the affine :math:`A`; None for no displacement. Beyond the
-            grid the displacement is 0, as it is for ITK: a field should end in zeros.
-        spatial_dims: 2 to save a map that keeps the plane of z = 0 as a transform of 2-D images.
-        name: what it maps, to show.
+        field: displacement :math:`u` on a grid with the affine :math:`A`, or None. As in ITK, the displacement is 0
+            outside the grid, so it should taper to 0 at the border.
+        spatial_dims: 2 to save a map that keeps the plane z = 0 as a transform of 2-D images.
+        name: name of the map to show, such as ``moving -> fixed``.
     """
 
     pre: NDArray[np.floating[Any]]
@@ -99,14 +99,14 @@ class SpatialMap(NamedTuple):
         return apply_affine(self.post, points)
 
     def apply(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Map ``points`` ``(N, 3)`` in mm (RAS)."""
+        """Map ``points`` ``(N, 3)`` in RAS mm; returns ``(N, 3)``."""
         given = np.asarray(points, dtype=np.float64)
         if given.ndim != 2 or given.shape[1] != 3:
             raise ValueError(f"points have shape {given.shape}. Give (N, 3), in mm (RAS).")
         return self._map(given.T).T
 
     def on_grid(self, grid: ImageGrid) -> NDArray[np.float32]:
-        """The whole map as one displacement ``(3, X, Y, Z)`` in voxels of a grid."""
+        """Sample the whole map as one displacement ``(3, X, Y, Z)`` in voxels of a grid."""
         back, loops = np.linalg.inv(grid.affine), compiled_module("scan_loops")
         if loops is not None and self.field is not None:  # 15 times less processor time than SciPy
             to_field = np.linalg.inv(self.field.affine) @ self.pre @ grid.affine
@@ -143,7 +143,7 @@ class SpatialMap(NamedTuple):
         return cls(linear[0], linear[1], field) if parts else None
 
     def to_itk(self) -> Transform:
-        """Copy to an ITK composite transform (LPS) in float32, which is exact to 1e-5 mm in a brain."""
+        """Convert to an ITK composite transform (LPS) in float32, with errors of at most 1e-5 mm in a brain."""
         dims = self.spatial_dims
         restrict = in_plane if dims == 2 else np.asarray
         composite = itk.CompositeTransform[itk.F, dims].New()
@@ -165,7 +165,7 @@ class SpatialMap(NamedTuple):
         return composite
 
     def save(self, path: str | Path) -> None:
-        """Write the map as an ITK transform, ``.h5``; completely or not at all."""
+        """Write the map as an ITK transform ``.h5``, completely or not at all."""
         middle = [] if self.field is None else [(self.field.ddf, self.field.affine)]
         save_chain_file(path, [self.pre, *middle, self.post], self.spatial_dims)
 
@@ -178,14 +178,14 @@ def map_name(source: Scan, target: Scan) -> str:
 def warp_to_grid(
     scan: Scan, ddf: NDArray[np.floating[Any]], grid: ImageGrid, order: int = 1, outside: float = 0.0
 ) -> NDArray[Any]:
-    """Pull a scan onto a grid along a displacement, with a single interpolation: ``(X, Y, Z)`` in the type of the scan.
+    """Warp a scan to a grid by a displacement, with a single interpolation: ``(X, Y, Z)`` in the type of the scan.
 
     Args:
         scan: scan to warp.
-        ddf: ``(3, X, Y, Z)`` in voxels of the grid, from its points to those of ``scan``.
-        grid: size and affine.
-        order: 1, linear; or 0, nearest neighbour, which invents no labels.
-        outside: value more than half a voxel beyond the outermost voxels of ``scan`` (default: 0, like ITK).
+        ddf: ``(3, X, Y, Z)`` in voxels of the grid, from points of the grid to points of ``scan``.
+        grid: size and affine of the grid.
+        order: 1 for linear, 0 for nearest-neighbour interpolation, which suits labels.
+        outside: value more than half a voxel beyond the outermost voxels of ``scan`` (default: 0, as in ITK).
     """
     to_voxels = np.linalg.inv(scan.affine) @ grid.affine
     loops = loops_for(scan, order)
@@ -200,5 +200,5 @@ def warp_to_grid(
 
 
 def warp_scan(scan: Scan, ddf: NDArray[np.floating[Any]], like: Scan, order: int = 1, outside: float = 0.0) -> Scan:
-    """Warp like :func:`warp_to_grid`, to the grid of another scan, whose header the result has."""
+    """Warp a scan to the grid of ``like`` with :func:`warp_to_grid`; the result has the header of ``like``."""
     return like.like(warp_to_grid(scan, ddf, like.grid, order, outside), scan.name)

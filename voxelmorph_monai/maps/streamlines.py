@@ -1,7 +1,7 @@
-"""Rewrite streamline files with other points: TRK and TCK with nibabel, TRX as the zip archive that it is.
+"""Rewrite streamline files with other points: TRK and TCK with nibabel, TRX as a zip archive.
 
-Once read, all of them are in scanner RAS. Streamlines are moved a part at a time, so that memory does not depend on
-their number. Lengths, order, and the data of points, streamlines and groups stay as they are.
+All points in memory are in scanner RAS. Streamlines are processed in parts, so that memory does not depend on their
+number. Lengths, order, and the data of points, streamlines and groups are kept.
 """
 
 import json
@@ -26,9 +26,9 @@ from voxelmorph_monai.io.formats import reading
 __all__ = ["ENDINGS", "move_streamlines"]
 
 ENDINGS = (".trk", ".tck", ".trx")
-"""Of files of streamlines."""
+"""Extensions of streamline files."""
 
-_PART = 1 << 18  # points that are moved together
+_PART = 1 << 18  # points to move together
 _Move = Callable[[NDArray[Any]], NDArray[Any]]
 
 
@@ -52,10 +52,10 @@ def _parts(items: Iterable[TractogramItem]) -> Iterator[list[TractogramItem]]:
 
 
 class _Stream:
-    """Streamlines that are moved while nibabel writes them: what it asks of a tractogram, by a single pass.
+    """Streamlines that are moved in a single pass while nibabel writes them, with the interface of a tractogram.
 
-    Its own lazy tractogram reads what is first twice, and forgets the affine when points and their data are asked for
-    together.
+    nibabel's own lazy tractogram reads the first streamline twice, and loses the affine if points and their data are
+    requested together.
     """
 
     def __init__(self, items: Iterable[TractogramItem], affine: NDArray[Any]) -> None:
@@ -85,7 +85,7 @@ def _moved(
 
 
 def _space(grid: ImageGrid) -> dict[str, Any]:
-    """What the header of a TRK file says of the image that it belongs to."""
+    """Fields in the header of a TRK file that describe the image of the streamlines."""
     return {
         "voxel_to_rasmm": grid.affine.astype(np.float32),
         "dimensions": np.array(grid.size, np.int16),
@@ -101,7 +101,9 @@ def _by_nibabel(path: Path, target: Path, move: _Move, grid: ImageGrid | None) -
     is_trk = path.suffix.lower() == ".trk"
     if is_trk:
         if grid is None:
-            raise ValueError(f"{path} belongs to an image. Name the one whose space it goes to (--reference).")
+            raise ValueError(
+                f"TRK files store the grid of an image. Give the image that {path} is mapped to (--reference)."
+            )
         header |= _space(grid)
 
     to_world = get_affine_trackvis_to_rasmm(file.header) if is_trk else np.eye(4)
@@ -132,7 +134,7 @@ def _trx(path: Path, target: Path, move: _Move, grid: ImageGrid | None) -> int:
             elif member.filename.startswith("positions.3."):
                 if member.file_size != counts[0] * 3 * np.dtype(kind).itemsize:
                     raise ValueError(
-                        f"{path} is cut short: it lacks some of the {counts[0]} points that its header promises."
+                        f"{path} is cut short: it has fewer than the {counts[0]} points stated in its header."
                     )
                 name = zipfile.ZipInfo("positions.3.float32", member.date_time)
                 name.compress_type = member.compress_type
@@ -147,15 +149,15 @@ def _trx(path: Path, target: Path, move: _Move, grid: ImageGrid | None) -> int:
 
 
 def move_streamlines(path: str | Path, output: str | Path, move: _Move, grid: ImageGrid | None = None) -> int:
-    """Write a file of streamlines with other points, in the same format; completely or not at all.
+    """Write a file of streamlines with moved points in the same format, completely or not at all.
 
-    Points are written as float32, even if a TRX file has float16, which is 0.05 mm off at 170 mm.
+    Points are written as float32, even for a TRX file with float16, whose error is 0.05 mm at 170 mm.
 
     Args:
         path: ``.trk``, ``.tck`` or ``.trx``.
         output: file to write, with the same extension.
         move: function that maps points ``(N, 3)`` in scanner RAS, mm.
-        grid: grid of the image in whose space the moved streamlines lie, which TRK and TRX describe.
+        grid: grid of the image that the streamlines are moved to, which TRK and TRX files store.
 
     Returns:
         Number of streamlines.
@@ -168,7 +170,7 @@ def move_streamlines(path: str | Path, output: str | Path, move: _Move, grid: Im
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{path} is not a file of streamlines: these end in {', '.join(ENDINGS)}.")
+        raise ValueError(f"{path} is not a file of streamlines: its name does not end in {', '.join(ENDINGS)}.")
     write = _trx if path.suffix.lower() == ".trx" else _by_nibabel
     with atomic(output) as temporary:
         return write(path, temporary, move, grid)

@@ -1,13 +1,14 @@
-r"""Surface files: read their vertices in scanner RAS, and write the same file with other vertices.
+r"""Read the vertices of surface files in scanner RAS, and write the same file with other vertices.
 
 ================  ==========================================================================================
-GIFTI             ``.gii``, ``.surf.gii``: scanner RAS, unless its own data say FreeSurfer's frame
-FreeSurfer        no ending, or ``.white``, ``.pial``, ``.inflated``, ...: tkr RAS, unless "real RAS" is set
-meshes            ``.vtk``, ``.vtp``, ``.stl``, ``.ply``: as the comment ``SPACE=`` says, LPS where there is none
+GIFTI             ``.gii``, ``.surf.gii``: scanner RAS, or tkr RAS if you say so
+FreeSurfer        no extension, or ``.white``, ``.pial``, ``.inflated``, ...: tkr RAS, unless "real RAS" is set
+meshes            ``.vtk``, ``.vtp``, ``.stl``, ``.ply``: as stated by the comment ``SPACE=``, LPS without one
 ================  ==========================================================================================
 
-FreeSurfer's tkr RAS is centred on the conformed volume and runs along its axes. A surface stored in it is tied to one
-volume, which the footer of the file describes. For meshes there is no rule; 3D Slicer and ITK write LPS.
+The origin of FreeSurfer's tkr RAS is the centre of the conformed volume, and its axes follow those of the volume. A
+surface in tkr RAS therefore belongs to one volume, which the footer of the file describes. There is no rule for meshes;
+3D Slicer and ITK write LPS.
 """
 
 import importlib
@@ -31,24 +32,24 @@ from voxelmorph_monai.io.formats import reading
 __all__ = ["FRAMES", "SurfaceFile", "read_surface", "save_surface", "tkr_affine"]
 
 FRAMES = ("RAS", "LPS", "tkr")
-"""Coordinates of vertices: of the scanner, RAS or LPS, or FreeSurfer's."""
+"""Coordinate systems of vertices: scanner RAS, scanner LPS, or FreeSurfer's tkr RAS."""
 _MESHES = (".vtk", ".vtp", ".stl", ".ply")
 _TRIANGLES, _POINTS = "NIFTI_INTENT_TRIANGLE", "NIFTI_INTENT_POINTSET"
-_VOLUME = ("VolGeom", "SurfaceCenter")  # metadata of GIFTI that describe the volume of the old coordinates
+_VOLUME = ("VolGeom", "SurfaceCenter")  # prefixes of GIFTI metadata about the volume of the old vertices
 _INTEGERS = {"u1": np.uint8, "i1": np.int32, "i2": np.int32, "u2": np.int32, "i8": np.int32, "u4": np.int32}
 
 _Points = NDArray[np.float64]
 
 
 class SurfaceFile(NamedTuple):
-    """A surface, and how to write the same file with other vertices.
+    """A surface, and a function that writes the same file with other vertices.
 
     Attributes:
-        points: vertices ``(N, 3)`` in scanner RAS, mm, whatever the file has.
+        points: vertices ``(N, 3)`` in scanner RAS, mm, converted from the coordinate system of the file.
         frame: coordinate system of the file, one of ``FRAMES``.
-        note: what was assumed or is lost, to show; empty if nothing is.
-        write: ``write(path, points, grid, flip)`` writes the file with other vertices, for the volume of ``grid``;
-            ``flip`` turns its triangles over.
+        note: an assumption to show to the user, or empty.
+        write: ``write(path, points, grid, flip)`` writes the file with other vertices (scanner RAS, mm) for the volume
+            of ``grid``; ``flip`` reverses the order of the vertices in each triangle.
     """
 
     points: _Points
@@ -58,9 +59,9 @@ class SurfaceFile(NamedTuple):
 
 
 def tkr_affine(grid: ImageGrid) -> Affine:
-    """4 x 4 map from FreeSurfer's tkr RAS of a volume to scanner RAS.
+    """4 x 4 map from FreeSurfer's tkr RAS of a volume to scanner RAS (mm).
 
-    FreeSurfer gives each volume the axes of its conformed ones, about its middle.
+    The origin of tkr RAS is the centre of the volume, and its axes are those of a conformed volume.
     """
     tkr = np.eye(4)
     tkr[:3, :3] = LIA * spacing(grid.affine)
@@ -73,11 +74,11 @@ def _handedness(matrix: NDArray[np.floating[Any]]) -> bool:
 
 
 def _frame_matrix(frame: str, grid: ImageGrid | None, path: Path) -> Affine:
-    """From a frame to scanner RAS."""
+    """4 x 4 map from a coordinate system to scanner RAS (mm)."""
     if frame == "tkr":
         if grid is None:
             raise ValueError(
-                f"{path} is in FreeSurfer's tkr RAS and does not say of which volume. Name the image that the surface "
+                f"{path} is in FreeSurfer's tkr RAS, but does not describe its volume. Give the image that the surface "
                 "was made from (--volume)."
             )
         return tkr_affine(grid)
@@ -85,7 +86,7 @@ def _frame_matrix(frame: str, grid: ImageGrid | None, path: Path) -> Affine:
 
 
 def _footer_matrix(info: dict[str, Any]) -> Affine:
-    """From tkr RAS to scanner RAS, by the footer of a FreeSurfer surface."""
+    """4 x 4 map from tkr RAS to scanner RAS (mm), from the footer of a FreeSurfer surface."""
     matrix = np.eye(4)
     axes = np.stack([np.asarray(info[key], dtype=np.float64) for key in ("xras", "yras", "zras")], axis=1)
     matrix[:3, :3], matrix[:3, 3] = axes @ np.linalg.inv(LIA), info["cras"]
@@ -93,7 +94,7 @@ def _footer_matrix(info: dict[str, Any]) -> Affine:
 
 
 def _footer(info: dict[str, Any], grid: ImageGrid) -> dict[str, Any]:
-    """The footer of a surface for the volume of ``grid``."""
+    """Footer of a FreeSurfer surface for the volume of ``grid``."""
     sides = spacing(grid.affine)
     axes = (grid.affine[:3, :3] / sides).T
     centre = grid.affine[:3, :3] @ (np.array(grid.size) / 2) + grid.affine[:3, 3]
@@ -110,12 +111,12 @@ def _footer(info: dict[str, Any], grid: ImageGrid) -> dict[str, Any]:
 
 
 def _footer_start(content: bytes, num_vertices: int, num_triangles: int) -> int:
-    """Where the footer of a FreeSurfer surface begins: after a magic number, two lines, and both counts and tables."""
+    """Offset of the footer of a FreeSurfer surface, after a magic number, two lines, both counts and both tables."""
     return content.index(b"\n\n", 3) + 2 + 8 + 12 * (num_vertices + num_triangles)
 
 
 def _read_footer(footer: bytes) -> tuple[bool, dict[str, Any]]:
-    """Whether vertices are in scanner RAS ("real RAS"), and what is said of the volume; nibabel knows no real RAS."""
+    """Read whether vertices are in scanner RAS ("real RAS", unknown to nibabel), and the data about the volume."""
     real = footer[:4] == (2).to_bytes(4, "big") and footer[4:8] != bytes(4)
     pairs = (line.split("=", 1) for line in footer.decode("latin-1").splitlines() if "=" in line)
     said = {key.strip()[-9:].split("\x14")[-1]: value.strip() for key, value in pairs}  # 20 comes before the first
@@ -143,8 +144,7 @@ def _read_freesurfer(path: Path, frame: str | None, volume: ImageGrid | None) ->
     def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
         if grid is None:
             raise ValueError(
-                f"{path} has a footer that describes its volume. Name the image whose space the surface goes to "
-                "(--reference)."
+                f"FreeSurfer surfaces store an image's grid. Give the image that {path} is mapped to (--reference)."
             )
         out = np.eye(4) if real else tkr_affine(grid)
         turned = flip != (_handedness(matrix) != _handedness(out))
@@ -164,15 +164,13 @@ def _read_freesurfer(path: Path, frame: str | None, volume: ImageGrid | None) ->
 
 
 def _gifti_type(array: NDArray[Any]) -> NDArray[Any]:
-    """The types that every reader of GIFTI takes: uint8, int32, float32."""
+    """Convert an array to a type that every GIFTI reader accepts: uint8, int32 or float32."""
     kind = array.dtype.newbyteorder("=").str[1:]
     if array.dtype.kind == "f":
         return array.astype(np.float32)
     wanted: Any = _INTEGERS.get(kind, np.int32)
     if array.size and (array.max() > np.iinfo(wanted).max or array.min() < np.iinfo(wanted).min):
-        raise ValueError(
-            f"GIFTI has no type for the numbers in an array of {array.dtype}: they go up to {array.max()}."
-        )
+        raise ValueError(f"an array of {array.dtype} cannot be written as GIFTI: its numbers go up to {array.max()}.")
     return array.astype(wanted)
 
 
@@ -181,15 +179,15 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
         image: Any = nib.load(path)
         arrays = image.get_arrays_from_intent(_POINTS)
     if len(arrays) != 1:
-        raise ValueError(f"{path} holds {len(arrays)} sets of vertices; a surface has one.")
+        raise ValueError(f"{path} holds {len(arrays)} sets of vertices, but a surface has one.")
     vertices, meta = arrays[0], dict(arrays[0].meta)
     centre = [float(meta.get(f"VolGeomC_{axis}", 0) or 0) for axis in "RAS"]
-    # of several the reader keeps the last, so the text is asked
+    # nibabel keeps only the last data space, so all are taken from the text
     spaces = set(re.findall(rb"<DataSpace>\s*(?:<!\[CDATA\[)?\s*(\w+)", path.read_bytes()))
     if frame is None and spaces <= {b"NIFTI_XFORM_UNKNOWN", b"0"} and any(centre):
         raise ValueError(
-            f"{path} does not say whether its vertices are in scanner RAS or in FreeSurfer's tkr RAS: it names no data "
-            f"space, but a volume centred at {centre} (VolGeomC). Pass --coordinates RAS or tkr."
+            f"{path} does not say whether its vertices are in scanner RAS or in FreeSurfer's tkr RAS: it has no data "
+            f"space, but a volume with its centre at {centre} (VolGeomC). Pass --coordinates RAS or tkr."
         )
     said = frame or "RAS"
     if said == "tkr" and volume is None:
@@ -197,7 +195,7 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
         axes = [[float(meta.get(f"VolGeom{a}_{b}", np.nan)) for b in "RAS"] for a in "XYZ"]
         if not np.isfinite(axes).all():
             raise ValueError(
-                f"{path} does not describe the volume of its tkr RAS. Name the image that the surface was made from "
+                f"{path} does not describe the volume of its tkr RAS. Give the image that the surface was made from "
                 "(--volume)."
             )
         matrix[:3, :3], matrix[:3, 3] = np.array(axes).T @ np.linalg.inv(LIA), centre
@@ -205,7 +203,7 @@ def _read_gifti(path: Path, frame: str | None, volume: ImageGrid | None) -> Surf
         matrix = _frame_matrix(said, volume, path)
 
     def write(target: Path, points: _Points, grid: ImageGrid | None, flip: bool) -> None:
-        """Write in one space, scanner RAS, whatever the space of the file."""
+        """Write the vertices in scanner RAS, whatever the coordinate system of the input."""
         turned = flip != _handedness(matrix)
         for array in image.darrays:
             data = points if array is vertices else array.data
@@ -238,7 +236,7 @@ _VTK_CLASSES = {  # module, reader, writer
 
 
 def _comment(reader: Any, mesh: Any, ending: str) -> str:
-    """What a mesh says of itself."""
+    """Comment or header of a mesh file, where its coordinate system may be stated."""
     if ending == ".vtp":
         array = mesh.GetFieldData().GetAbstractArray("SPACE")
         return f"SPACE={array.GetValue(0)}" if array is not None and array.GetNumberOfValues() else ""
@@ -249,7 +247,7 @@ def _comment(reader: Any, mesh: Any, ending: str) -> str:
 
 
 def _declare(writer: Any, mesh: Any, ending: str, comment: str, frame: str) -> None:
-    """Have a mesh say which frame it is in, beside what it said before."""
+    """State the coordinate system in the comment of a mesh file, and keep the rest of the comment."""
     said = re.sub(r"SPACE=\w+", "", comment).strip() if ending != ".vtp" else ""
     if ending == ".vtp":
         array = _vtk("vtkCommonCore", Path(ending)).vtkStringArray()
@@ -258,7 +256,7 @@ def _declare(writer: Any, mesh: Any, ending: str, comment: str, frame: str) -> N
         mesh.GetFieldData().AddArray(array)
     elif ending == ".ply":
         for line in [*filter(None, said.split("\n")), f"SPACE={frame}"]:
-            if "VTK generated" not in line:  # which the writer says itself
+            if "VTK generated" not in line:  # the writer adds this line itself
                 writer.AddComment(line)
     else:
         writer.SetHeader(f"{said[:60]} SPACE={frame}".strip())
@@ -276,7 +274,9 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
     reader.Update()
     mesh = reader.GetOutput()
     if problems or not mesh.GetNumberOfPoints():
-        raise ValueError(f"{path} is damaged, or no mesh with vertices: {problems[0] if problems else 'it is empty'}.")
+        raise ValueError(
+            f"{path} is damaged, or not a mesh with vertices: {problems[0] if problems else 'it is empty'}."
+        )
     comment = _comment(reader, mesh, ending)
     found = re.search(r"SPACE=(RAS|LPS)", comment)
     if found and frame not in (None, found[1]):
@@ -291,7 +291,7 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
         mesh.GetPoints().SetData(numpy_support.numpy_to_vtk(places, deep=True))
         for data in (mesh.GetPointData(), mesh.GetCellData()):
             if data.GetNormals() is not None:
-                data.RemoveArray(data.GetNormals().GetName())  # they were those of the old shape
+                data.RemoveArray(data.GetNormals().GetName())  # normals of the old shape
         if flip != (_handedness(matrix) != _handedness(out)):
             for cell in range(mesh.GetPolys().GetNumberOfCells()):
                 mesh.GetPolys().ReverseCellAtId(cell)
@@ -310,7 +310,7 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
 
 
 def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid | None = None) -> SurfaceFile:
-    """Read a surface: GIFTI, VTK, STL or PLY by the extension, or FreeSurfer's format if that is not a known one.
+    """Read a surface: GIFTI, VTK, STL or PLY by its extension, and FreeSurfer's format for any other extension.
 
     Args:
         path: file to read.
@@ -337,14 +337,14 @@ def read_surface(path: str | Path, frame: str | None = None, volume: ImageGrid |
 def save_surface(
     path: str | Path, source: SurfaceFile, points: NDArray[np.floating[Any]], grid: ImageGrid | None, mirrored: bool
 ) -> None:
-    """Write the file ``source`` with other vertices; completely or not at all.
+    """Write the file ``source`` with other vertices, completely or not at all.
 
     Args:
         path: file to write.
         source: result of :func:`read_surface`.
         points: vertices ``(N, 3)`` in scanner RAS, mm.
-        grid: grid of the image in whose space they lie, which FreeSurfer files describe.
-        mirrored: whether the map swapped left and right, which would turn the triangles inside out.
+        grid: grid of the image in whose space the vertices lie, which FreeSurfer files store.
+        mirrored: whether the map is a reflection, so that the triangles must be turned over.
     """
     with atomic(path) as temporary:
         source.write(temporary, np.asarray(points, dtype=np.float64), grid, mirrored)

@@ -1,8 +1,8 @@
-r"""Map many points along a transform, or back: hundreds of thousands of vertices of surfaces and streamlines.
+r"""Map the many points of surfaces and streamlines by a transform or its inverse.
 
-:func:`~voxelmorph_monai.maps.chains.map_points` calls ITK for each point; here NumPy maps all of them together. There
-is one difference: outside the grid of a displacement ITK uses 0, which tears whatever crosses the border. Here it
-continues with its border value, and the points outside are counted.
+:func:`~voxelmorph_monai.maps.chains.map_points` calls ITK for each point; here NumPy maps all points together. There is
+one difference: outside the grid of a displacement, ITK uses 0, which would tear a shape that crosses the border. Here
+the value at the border is used, and the points outside are counted.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ __all__ = ["Mover"]
 
 ndimage = lazy("scipy.ndimage")
 
-_MISS = 1e-3  # mm by which an inverse point may miss, as in `invert_points`
-_ROUNDS = ((1.0, 30), (0.5, 200))  # step and number of them: full ones are fast, half ones converge up to 300 % stretch
+_MISS = 1e-3  # largest error in mm of an inverse point, as in `invert_points`
+_ROUNDS = ((1.0, 30), (0.5, 200))  # step and count: full steps are fast, half steps converge up to 300 % stretch
 _Points = NDArray[np.float64]
 
 
 class _Bent:
-    """A displacement as a map of points that continues beyond its grid."""
+    """A displacement as a map of points, which uses the value at the border outside its grid."""
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
@@ -37,12 +37,12 @@ class _Bent:
 
     def __call__(self, points: _Points) -> _Points:
         index = apply_affine(self.to_voxels, points.T)
-        index[np.array(self.ddf.shape[1:]) == 1] = 0.0  # across a slice there is no outside
+        index[np.array(self.ddf.shape[1:]) == 1] = 0.0  # a slice extends without limit across its plane
         offset = np.stack([ndimage.map_coordinates(u, index, np.float64, order=1, mode="nearest") for u in self.ddf])
         return points + (self.affine[:3, :3] @ offset).T
 
     def back(self, points: _Points) -> _Points:
-        """Points that this map takes to ``points``, by fixed-point iteration, or the last guess of it."""
+        """Search the points that this map takes to ``points`` by fixed-point iteration, which may not converge."""
         found, left = points.copy(), np.arange(len(points))
         for step, number in _ROUNDS:
             for _ in range(number):
@@ -55,11 +55,12 @@ class _Bent:
 
 
 class Mover:
-    """Maps points along a transform, or back, and keeps count over all calls.
+    """Map points by a transform or its inverse, and record problems over all calls.
 
     Args:
-        transform: in 3-D, from points of the fixed image to points of the moving one.
-        drawn_in: ``"fixed"``: points go along the transform, to the moving image; ``"moving"``: they go back.
+        transform: 3-D transform from points of the fixed image to points of the moving one.
+        drawn_in: image of the points: ``"fixed"`` maps them to the moving image by the transform, ``"moving"`` maps
+            them to the fixed image by the inverse.
 
     Attributes:
         outside: number of points so far that lay outside the grid of a displacement.
@@ -82,10 +83,10 @@ class Mover:
         self.outside, self.residual = 0, 0.0
 
     def __call__(self, points: NDArray[np.floating[Any]]) -> _Points:
-        """Move ``points`` ``(N, 3)`` (RAS, mm).
+        """Map ``points`` ``(N, 3)`` (RAS, mm); returns ``(N, 3)``.
 
         Raises:
-            ValueError: a point that goes back has no counterpart: the transform folds there.
+            ValueError: a point cannot be mapped by the inverse, as the transform folds there or does not reach it.
         """
         found = np.asarray(points, dtype=np.float64).reshape(-1, 3)
         beyond = np.zeros(len(found), dtype=bool)
@@ -107,7 +108,7 @@ class Mover:
     def _undo(self, part: _Bent, points: _Points) -> _Points:
         found = part.back(points)
         wrong = ~(np.linalg.norm(part(found) - points, axis=1) <= _MISS)
-        if wrong.any():  # where it stretches or folds too much for a fixed point
+        if wrong.any():  # stretched or folded too much for the iteration to converge
             found[wrong] = invert_points(part.transform, points[wrong])[0]
         self.residual = max(self.residual, float(np.linalg.norm(part(found) - points, axis=1).max(initial=0.0)))
         return found

@@ -32,9 +32,7 @@ __all__ = [
 datasets = lazy("nilearn.datasets")
 
 _MARGIN = 8  # voxels around the image in a grid that fits it
-_LEAST_IN_GRID = (
-    0.75  # smallest fraction of a brain that must lie in a grid around MNI152; aligned brains lie in it entirely
-)
+_LEAST_IN_GRID = 0.75  # smallest fraction of a brain that must lie in a grid around MNI152; aligned ones lie in it
 
 
 @dataclass(frozen=True)
