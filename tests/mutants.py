@@ -703,7 +703,7 @@ SCANS = [
 ]
 COHORT_PAGE = [
     ('entry.failed == "", entry.name', "entry.name, entry.failed", "what failed is among the others"),
-    ("        if reason:  # what", "        if not reason:  # what", "a stale result for a failure"),
+    ("        if reason:  # a result", "        if not reason:  # what", "a stale result for a failure"),
 ]
 REGISTRATION_PAGE = [
     ('each["sha256"]) for role', 'each["path"]) for role', "privacy: paths are shown"),

@@ -294,7 +294,7 @@ def test_a_batch_saves_labels_with_their_names(url: str, studies: Path) -> None:
 
 BAD = [
     ("label_propagation", {"image": "nobody"}, {}, 404, "no study 'nobody'"),
-    ("label_propagation", {"session_id": "nobody"}, {}, 404, "names no study, or a session"),
+    ("label_propagation", {"session_id": "nobody"}, {}, 404, "has no study"),
     ("segmentation", {"image": "c"}, {}, 404, "no model 'segmentation'. Choose one of label_propagation, register"),
     ("label_propagation", {"image": "c"}, {"moving": "nobody"}, 404, "no study 'nobody'"),
     ("label_propagation", {"image": "c"}, {"moving": 3}, 422, "moving is 3. Give the id"),
@@ -331,7 +331,7 @@ BAD = [
         "result_extension is '.png'. Choose one of .nii",
     ),
     ("label_propagation", {"image": "broken"}, {"moving": "a"}, 422, "not compressed"),
-    ("register", {"image": "c"}, {}, 404, "names no study, or a session"),
+    ("register", {"image": "c"}, {}, 404, "has no study"),
     ("register", {"image": "c"}, {"moving": "../a"}, 404, "no study '../a'"),
     ("register", {"image": "c"}, {"moving": "broken"}, 422, "not compressed"),
     (
@@ -440,7 +440,7 @@ def test_training_needs_four_labelled_studies_and_leaves_weights_that_are_used(a
 
 def test_wrong_options_of_the_server_are_told_before_it_starts(app: Path, studies: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(AssertionError, match=r"--conf does not know bugdet\. .* alignment, budget, device, "),
+        pytest.raises(AssertionError, match=r"--conf has unknown options: bugdet\. .* alignment, budget, device, "),
         serving(tmp_path, app, studies, {"bugdet": "5"}),
     ):
         pass

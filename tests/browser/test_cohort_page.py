@@ -105,7 +105,7 @@ def test_walk_decide_and_keep(show: Open, cohort: Path) -> None:
     page.wait_for_function("document.getElementById('message').textContent !== ''")
     assert (
         page.inner_text("#message")
-        == "2 decisions read, 1 of pairs that are not here, 1 that are neither accept nor reject."
+        == "2 decisions read, 1 of pairs that are not in this index, 1 that are neither accept nor reject."
     )
     assert "1 accepted, 1 rejected" in page.inner_text("#counts")
     page.click(f'#pairs button:text-is("{rejected}")')

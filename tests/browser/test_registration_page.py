@@ -307,7 +307,7 @@ def test_a_click_finds_its_partner(show: Open, report: Path) -> None:
     true = fixed + np.array([SHIFT, 0, 0])
     assert np.abs(moving - true).max() < 1.2 * SIDE * 1.01  # the wave is at most 1.2 voxels high
     assert np.abs(moving - true).max() > 0.2
-    assert "Displaced by" in page.inner_text("#readout")
+    assert "Displacement without the linear part" in page.inner_text("#readout")
     # a click on the partner in the other pane leads back
     second = page.locator('figure[data-plane="0"] canvas').nth(1)
     other = second.bounding_box()

@@ -55,7 +55,7 @@ def test_a_shift_of_more_than_half_the_field_of_view(place: float, side: str) ->
     fixed, moving = (
         Scan(100 * ball(points_of(affine), (x, 0, 0), (20, 20, 20)).astype(np.float32), affine) for x in (place, -place)
     )
-    assert f"if it lay 123 mm to the {side} of where it is" in checks(registered(fixed, moving))["shift"]
+    assert f"if it were moved 123 mm to the {side}" in checks(registered(fixed, moving))["shift"]
 
 
 def test_an_axis_inverted() -> None:

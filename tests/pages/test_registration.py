@@ -64,7 +64,7 @@ def test_without_labels_the_structures_of_heads_are_outlined(tmp_path: Path) -> 
         assert at == pytest.approx([-18 + shift, 18 + shift], abs=1.5)
     result.report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "outlines, warped structures that were found" in page
+    assert "outlines, warped segmented structures" in page
     assert len(pictures(page)) == 1 + 3 * (3 + 1 + 2)
     given = registered(scan, scan, matrix, anatomy=found, fixed_labels=labels_of(scan))
     assert given.outlines == {"fixed": given.fixed_labels}

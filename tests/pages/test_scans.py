@@ -90,7 +90,7 @@ def test_segmentations_have_volumes_and_what_failed_is_on_top(tmp_path: Path) ->
     assert list(found) == ["again", "c", "lost", "a", "b", "extra"]
     assert found["again"].failed == "memory ran out"
     assert found["c"].failed == "SCAN shows no head"
-    assert "not here" in found["lost"].failed
+    assert "missing" in found["lost"].failed
     assert found["a"].values["Hippocampus"] == 6.0
     assert found["a"].values["brain"] == pytest.approx(len(STRUCTURES) + 4.0)
     assert found["a"].values["asymmetry"] == pytest.approx(100 / 3)

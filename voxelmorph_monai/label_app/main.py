@@ -1,7 +1,7 @@
 """MONAI Label app for VoxelMorph: label a study from other studies, register two studies, and train.
 
-Start it with ``monailabel start_server --app FOLDER --studies STUDIES``. Only code that needs MONAI Label is here; the
-rest is in the package ``voxelmorph_monai``.
+Start it with ``monailabel start_server --app FOLDER --studies STUDIES``. This file contains only the code that needs
+MONAI Label; everything else is in the package ``voxelmorph_monai``.
 """
 
 import json
@@ -40,8 +40,8 @@ from voxelmorph_monai.space.template import WorkingGrid
 logger = logging.getLogger(__name__)
 
 _SIMILAR = "most similar"
-_LONGEST = 600.0  # seconds of refinement; MONAI Label's clients do not wait longer
-_MOST = 9  # studies to fuse
+_LONGEST = 600.0  # longest refinement in seconds; clients of MONAI Label do not wait longer
+_MOST = 9  # largest number of studies to label from
 _RESULTS = {
     "warped": "warped.nii.gz",
     "transform": "forward.h5",
@@ -72,22 +72,22 @@ def _number(name: str, value: Any, least: float, most: float, kind: Callable[[An
 
 
 def _first(default: str, known: Sequence[str]) -> list[str]:
-    """Choices with the default first, which 3D Slicer sends unless another one is chosen."""
+    """Choices with the default first, because 3D Slicer preselects the first one."""
     return [default, *(each for each in known if each != default)]
 
 
 class Settings(NamedTuple):
-    """How to register: options from ``--conf KEY VALUE``, which a request can change for itself.
+    """Options from ``--conf KEY VALUE`` of the server; a request can change those from ``space`` on.
 
     Attributes:
-        weights: file of the network's weights, or ``none``; None: suitable weights.
+        weights: file of the network's weights, or ``none`` for no network; None for the default.
         preset: preset of the network.
         device: device to compute on.
-        grid: grid of the displacement; None: the standard grid for brains, a grid that fits for other scans.
-        space: space in which the network works.
+        grid: grid of the displacement; None for the standard grid, or with ``space="fixed"`` a grid that fits the scan.
+        space: space to align the scans in.
         alignment: alignment of the scans before the deformation.
-        budget: seconds of refinement; 0 for none.
-        num_studies: number of most similar studies whose labels are used.
+        budget: time limit of the refinement in seconds; 0 for no refinement.
+        num_studies: number of similar studies to take labels from.
     """
 
     weights: str | None
@@ -110,7 +110,7 @@ class Settings(NamedTuple):
         unknown = conf.keys() - known - {"preload", "server_mode"}  # these two are MONAI Label's
         if unknown:
             raise ValueError(
-                f"--conf does not know {', '.join(sorted(unknown))}. Its options are {', '.join(sorted(known))}."
+                f"--conf has unknown options: {', '.join(sorted(unknown))}. Use {', '.join(sorted(known))}."
             )
         weights, device = conf.get("weights"), conf.get("device")
         if weights not in (None, "none") and not Path(weights).is_file():
@@ -129,7 +129,7 @@ class Settings(NamedTuple):
         ).asked(conf)
 
     def asked(self, request: Mapping[str, Any]) -> "Settings":
-        """Settings of one request; empty fields in a client's form change nothing.
+        """Settings for one request; empty fields of a client's form keep the settings of the server.
 
         Raises:
             ValueError: an option cannot be used.
@@ -143,7 +143,7 @@ class Settings(NamedTuple):
         )
 
     def shown(self) -> dict[str, Any]:
-        """Options of a request for the form of a client."""
+        """Options that a client shows in its form for a request."""
         return {
             "space": _first(self.space, SPACES),
             "alignment": _first(self.alignment, ALIGNMENTS),
@@ -151,7 +151,7 @@ class Settings(NamedTuple):
         }
 
     def weights_in_use(self, trained: Path) -> str | None:
-        """File of the weights for MNI152; ``trained`` is the file of weights trained here, which may not exist."""
+        """File of the weights for brains in MNI152; ``trained`` is the file of this server's own training, if any."""
         if self.weights is None:
             return str(trained if trained.is_file() else shipped_weights())
         return None if self.weights == "none" else self.weights
@@ -172,7 +172,7 @@ class Settings(NamedTuple):
 
 @contextmanager
 def _answering(names: Mapping[str, str]) -> Iterator[None]:
-    """Answer wrong input with status 422 and the reason, with ``names`` instead of paths; other errors stay 500."""
+    """Answer wrong input with status 422 and the reason, where ``names`` replace paths; other errors stay 500."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -184,7 +184,7 @@ def _answering(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _answer(ending: str) -> Iterator[Path]:
-    """New file for an answer, which MONAI Label removes after sending it; it is removed here after an error."""
+    """Create a file for an answer. MONAI Label removes it after sending it; after an error it is removed here."""
     handle, name = tempfile.mkstemp(suffix=ending)
     os.close(handle)
     try:
@@ -214,14 +214,14 @@ class _Studies:
     def image(self, study: str) -> Path:
         """File of a study's image; HTTP 404 if there is no such study."""
         if not study:
-            raise HTTPException(404, "the request names no study, or a session that has ended.")
+            raise HTTPException(404, "the request has no study, or its session has ended.")
         path = self.datastore.get_image_uri(study) if isinstance(study, str) else ""
         if not path:
             raise HTTPException(404, f"the datastore has no study '{study}'.")
         return Path(path)
 
     def labelled(self, tag: str = DefaultLabelTag.FINAL) -> dict[str, Study]:
-        """Studies with submitted labels."""
+        """Studies that have labels with this tag (default: submitted labels), by id."""
         labelled = {}
         for study in sorted(self.datastore.list_images()):
             label = self.datastore.get_label_by_image_id(study, tag)
@@ -245,14 +245,14 @@ class _Studies:
 
 
 class LabelPropagation(InferTask):
-    """Label the open study from labelled studies."""
+    """Task that labels the open study from labelled studies."""
 
     def __init__(self, studies: _Studies, settings: Settings) -> None:
         super().__init__(
             type=InferType.SEGMENTATION,
             labels=[],
             dimension=3,
-            description="Labels for the open study from a labelled one, or the most similar ones, by registration",
+            description="Label the open study by registering one labelled study, or the most similar ones, to it",
         )
         self.studies = studies
         self.settings = settings
@@ -262,7 +262,7 @@ class LabelPropagation(InferTask):
         return True
 
     def info(self) -> dict[str, Any]:
-        """Description for clients; it depends on the studies labelled so far."""
+        """Describe the task to clients; the description depends on the studies labelled so far."""
         studies = self.studies.usable()
         self.labels = number_structures(list(studies.values()))
         self._config = {
@@ -275,7 +275,7 @@ class LabelPropagation(InferTask):
     def _chosen(
         self, labelled: Mapping[str, Study], moving: Any, fixed: Path, settings: Settings
     ) -> tuple[list[Study], dict[str, Any]]:
-        """Choose studies from ``labelled``; also returns information about the choice for the answer."""
+        """Choose studies from ``labelled``; also returns what the answer says about the choice."""
         if moving != _SIMILAR:
             chosen = [moving] if isinstance(moving, str) else moving
             if not isinstance(chosen, list):
@@ -323,14 +323,14 @@ class LabelPropagation(InferTask):
 
 
 class Register(InferTask):
-    """Register another study to the open one."""
+    """Task that registers another study to the open one."""
 
     def __init__(self, studies: _Studies, settings: Settings) -> None:
         super().__init__(
             type="registration",
             labels=[],
             dimension=3,
-            description="Another study, or the file sent as label, on the grid of the open study; or the transform",
+            description="Register another study, or the file sent as label, to the open study",
         )
         self.studies = studies
         self.settings = settings
@@ -340,7 +340,7 @@ class Register(InferTask):
         return True
 
     def info(self) -> dict[str, Any]:
-        """Description for clients."""
+        """Describe the task to clients."""
         studies = sorted(self.studies.datastore.list_images())
         self._config = {"moving": studies, "result": list(_RESULTS), **self.settings.shown()}
         return super().info()
@@ -362,7 +362,7 @@ class Register(InferTask):
 
 
 class Training(TrainTask):
-    """Train the network on the labelled studies, with the config of the bundle."""
+    """Task that trains the network on the labelled studies, with the config of the bundle."""
 
     def __init__(self, studies: _Studies, settings: Settings) -> None:
         super().__init__("Train the registration on the labelled studies of this datastore")
@@ -370,7 +370,7 @@ class Training(TrainTask):
         self.settings = settings
 
     def config(self) -> dict[str, Any]:
-        """Options of a training for the form of a client."""
+        """Options that a client shows in its form for a training."""
         return {
             "max_epochs": 10,
             "pairs_per_epoch": 100,
@@ -399,8 +399,8 @@ class Training(TrainTask):
             held_back = max(2, round(fraction * len(studies)))
             if len(studies) < held_back + 2:
                 raise ValueError(
-                    f"{len(studies)} studies have labels, of which {held_back} are for validation. At least 2 for "
-                    "training and 2 for validation are needed: label more, or lower val_split."
+                    f"{len(studies)} studies have labels, of which {held_back} are for validation. At least 2 must "
+                    "remain for training: label more studies, or lower val_split."
                 )
             target = self.studies.trained
             start = self.settings.weights_in_use(target) if given["pretrained"] else None
@@ -461,7 +461,7 @@ def _bundles(folder: Path, conf: Mapping[str, str]) -> dict[str, InferTask]:
 
 
 class VoxelMorphApp(MONAILabelApp):
-    """The app that MONAI Label loads."""
+    """App that MONAI Label loads."""
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         self.settings = Settings.read(conf)
@@ -479,7 +479,7 @@ class VoxelMorphApp(MONAILabelApp):
         return _Studies(self.datastore(), self.model_dir / "voxelmorph" / "model.pt")
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Tasks that answer at once."""
+        """Create the tasks that answer a request directly, by name."""
         return {
             "label_propagation": LabelPropagation(self._studies(), self.settings),
             "register": Register(self._studies(), self.settings),
@@ -487,7 +487,7 @@ class VoxelMorphApp(MONAILabelApp):
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        """Tasks that run for a long time."""
+        """Create the tasks that run in the background, by name."""
         return {"voxelmorph": Training(self._studies(), self.settings)}
 
     def infer(self, request: Mapping[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:

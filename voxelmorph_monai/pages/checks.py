@@ -1,7 +1,7 @@
 """Warnings about a registration in plain words, from checks that need no ground truth.
 
-They use points on a lattice of a few millimetres over the fixed scan, so they take a fraction of a second. A
-registration that passes them can still be wrong.
+The checks look at points every few millimetres over the fixed scan, so they take only a fraction of a second. A
+registration that passes all checks can still be wrong.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,29 +22,29 @@ ndimage = lazy("scipy.ndimage")
 
 Array = NDArray[Any]
 
-_POINTS = 48  # of the lattice along each axis, at most
-_STEP = 4.0  # mm between them, at least
-_FAR = 8.0  # mm: what is shown does not lie where the other scan shows something
-_LITTLE = 0.85  # of what is shown in common, as Dice
-_OUTSIDE = 0.1  # of what the fixed scan shows that the moving one cannot reach
-_FOLDS = 0.05  # percent of the voxels
-_UNLIKE = 0.5  # correlation of two scans of one contrast
-_MISS = 2.0  # mm by which the inverse misses, or the longest side of a voxel
-_SCALES = (0.7, 1.4)  # of the linear part; adult heads differ by less
-_TURN = 75.0  # degrees
-_STRETCH = (0.1, 10.0)  # of a volume, beside the linear part
-_STRETCHED = 0.01  # of what is shown
-_LOOSE = 0.1  # of labelled voxels where the scan shows nothing
-_BETTER = 0.15  # of an image, explained by the labels of the other scan; own ones explain about as much or more
-_ALIKE = 0.5  # of the numbers of two label maps, in common
-_FEW = 20  # points of the lattice in a structure: fewer say nothing of where it is
+_POINTS = 48  # largest number of lattice points along each axis
+_STEP = 4.0  # smallest distance in mm between lattice points
+_FAR = 8.0  # distance in mm between the contents of the scans above which they are misplaced
+_LITTLE = 0.85  # Dice of the contents of the scans below which they hardly overlap
+_OUTSIDE = 0.1  # fraction of the fixed scan outside the moving scan that is reported
+_FOLDS = 0.05  # largest acceptable percentage of folded voxels
+_UNLIKE = 0.5  # smallest acceptable correlation of two scans of the same contrast
+_MISS = 2.0  # largest acceptable error of the inverse in mm, unless voxels are larger
+_SCALES = (0.7, 1.4)  # acceptable scales of the linear part; adult heads differ by less
+_TURN = 75.0  # largest acceptable rotation in degrees
+_STRETCH = (0.1, 10.0)  # acceptable change of volume, apart from the linear part
+_STRETCHED = 0.01  # largest acceptable fraction of tissue with a larger change
+_LOOSE = 0.1  # largest acceptable fraction of labelled voxels where the scan shows nothing
+_BETTER = 0.15  # how much more of the variance the labels of the other scan may explain than a scan's own labels
+_ALIKE = 0.5  # fraction of common numbers above which two label maps are comparable
+_FEW = 20  # lattice points in a structure below which its position is unreliable
 
 
 class Concern(NamedTuple):
     """A warning about a registration.
 
     Attributes:
-        check: a word for what was checked, the same in all registrations.
+        check: name of the check, the same in all registrations.
         text: what looks wrong, and the likely reason.
     """
 
@@ -53,7 +53,7 @@ class Concern(NamedTuple):
 
 
 class _Lattice:
-    """Both scans at points spread over the fixed grid."""
+    """Values of both scans at lattice points spread over the fixed grid."""
 
     def __init__(self, result: Registered) -> None:
         frame = Frame.of(result.fixed.grid)
@@ -75,19 +75,19 @@ class _Lattice:
 
 
 def _at(scan: Scan, index: Array) -> Array:
-    """Values of a scan at voxel indices ``(3, ...)``, linear."""
+    """Linearly interpolated values of a scan at voxel indices ``(3, ...)``."""
     return ndimage.map_coordinates(scan.array, index, np.float64, order=1, mode="nearest")
 
 
 def _shown(values: Array, background: float) -> NDArray[np.bool_]:
-    """Where an image shows something: more than noise."""
+    """Whether each value is above background and noise."""
     above = values[values > background]
     level = background + 0.12 * (np.percentile(above, 95) - background) if len(above) else background
     return values > level
 
 
 def _where(vector: Array) -> str:
-    """A vector (RAS, mm) as its longest parts in words: ``20 mm to the right and 5 mm down``."""
+    """Describe the longest components of a vector (RAS, mm): ``20 mm to the right and 5 mm down``."""
     names = (("to the left", "to the right"), ("to the back", "to the front"), ("down", "up"))
     size = np.abs(vector)
     return " and ".join(
@@ -98,14 +98,14 @@ def _where(vector: Array) -> str:
 
 
 def _of_place(lattice: _Lattice) -> Iterator[Concern]:
-    """Whether both scans show something at the same places."""
+    """Check whether both scans have content at the same places."""
     shown, other = lattice.shown & lattice.common, lattice.shown_warped
     outside = 1 - shown.sum() / max(lattice.shown.sum(), 1)
     if outside > _OUTSIDE:
         yield Concern(
             "field of view",
-            f"{outside:.0%} of what the fixed scan shows lies outside the moving scan: nothing was measured there, and "
-            "the warped scan is empty.",
+            f"{outside:.0%} of the content of the fixed scan lies outside the moving scan. Nothing was registered "
+            "there, and the warped scan is empty.",
         )
     if not shown.any() or not other.any():
         yield Concern("place", "The warped scan is empty where the fixed scan is not: they do not overlap.")
@@ -115,12 +115,12 @@ def _of_place(lattice: _Lattice) -> Iterator[Concern]:
     if np.linalg.norm(vector) > _FAR or both < _LITTLE:
         text = f"The two scans overlap by only {both:.0%} (Dice)"
         if np.linalg.norm(vector) > _FAR:
-            text += f": the warped scan would have to move {_where(vector)}"
+            text += f"; to match, the warped scan would have to move {_where(vector)}"
         yield Concern("place", f"{text}. The alignment may have failed, or one scan shows more of the body.")
 
 
 def _best_shift(lattice: _Lattice) -> tuple[Array, float, float]:
-    """Shift (mm) of the warped scan at which its edges match best; their correlation there, and where they are."""
+    """Shift (mm) of the warped scan for which edges match best, and the correlation of edges with and without it."""
     edges = []
     for image, there in ((lattice.fixed, lattice.shown), (lattice.warped, lattice.shown_warped)):
         level = np.percentile(image[there], 95) if there.any() else 1.0
@@ -138,26 +138,26 @@ def _best_shift(lattice: _Lattice) -> tuple[Array, float, float]:
 
 
 def _of_shift(lattice: _Lattice, turn: Affine) -> Iterator[Concern]:
-    """Whether the warped scan would match better elsewhere. ``turn``: of the frame's axes to RAS."""
+    """Check whether the warped scan would match better elsewhere; ``turn`` is the rotation from frame axes to RAS."""
     if not lattice.shown.any() or not lattice.shown_warped.any():
         return
     shift, there, here = _best_shift(lattice)
     if np.linalg.norm(shift) > _FAR and there > here + 0.1:
         yield Concern(
             "shift",
-            f"The edges of the warped scan would match those of the fixed scan better if it lay {_where(turn @ shift)} "
-            f"of where it is (correlation {there:.2f}, here {here:.2f}).",
+            f"The edges of the warped scan would match those of the fixed scan better if it were moved "
+            f"{_where(turn @ shift)} (correlation {there:.2f} instead of {here:.2f}).",
         )
 
 
 def _of_linear(linear: NDArray[np.floating[Any]]) -> Iterator[Concern]:
-    """Whether the linear part of the map mirrors, turns or scales as no alignment of bodies does."""
+    """Check whether the linear part of the map mirrors, rotates or scales more than bodies differ."""
     matrix = linear[:3, :3]
     if np.linalg.det(matrix) < 0:
         yield Concern(
             "mirrored",
-            "The map mirrors the scan: its determinant is negative, so left and right, or another pair of sides, are "
-            "swapped. One of the headers may have an inverted axis.",
+            "The map mirrors the scan: its determinant is negative, so left and right (or another pair of opposite "
+            "sides) are swapped. One of the headers may have an inverted axis.",
         )
         return
     u, scales, vt = np.linalg.svd(matrix)
@@ -165,64 +165,62 @@ def _of_linear(linear: NDArray[np.floating[Any]]) -> Iterator[Concern]:
         sizes = ", ".join(f"{1 / scale:.2f}" for scale in scales)
         yield Concern(
             "scale",
-            f"The linear part scales the moving scan by {sizes} along its axes. Are the spacings in both "
-            "headers right?",
+            f"The linear part scales the moving scan by {sizes} along its axes. Check the voxel sizes in both headers.",
         )
     angle = float(np.degrees(np.arccos(np.clip((np.trace(u @ vt) - 1) / 2, -1, 1))))
     if angle > _TURN:
         yield Concern(
             "turn",
-            f"The linear part turns the scan by {angle:.0f} degrees. Do the headers say how the patient lay, and is up "
-            "still up in the warped scan?",
+            f"The linear part rotates the scan by {angle:.0f} degrees. Check the orientation in both headers, and "
+            "whether the warped scan is upright.",
         )
 
 
 def _of_measures(measures: Mapping[str, Any], options: Mapping[str, Any], side: float) -> Iterator[Concern]:
-    """Whether the numbers are those of a good registration; ``side``: the longest of a fixed voxel, mm."""
+    """Check the measures of quality; ``side`` is the longest side of a fixed voxel in mm."""
     before, after = measures["correlation_before"], measures["correlation_after"]
     one_contrast = options.get("similarity", "lncc") == "lncc"
     if one_contrast and after < before - 0.01:
         yield Concern(
             "worse",
-            f"The scans are less alike than before: their correlation went from {before:.2f} to {after:.2f}.",
+            f"The scans are less alike than before: their correlation fell from {before:.2f} to {after:.2f}.",
         )
     if one_contrast and after < _UNLIKE:
         yield Concern(
             "unlike",
-            f"The scans are still unlike: their correlation is {after:.2f}. If they are of two contrasts, register "
+            f"The scans are still not alike: their correlation is {after:.2f}. If their contrasts differ, register "
             "them with --similarity mind.",
         )
     folds = measures["folding_percent"]
     if folds > _FOLDS:
         yield Concern(
             "folds",
-            f"The map folds in {folds:.2g} % of the voxels: several places map to one there, which is impossible for "
-            "tissue.",
+            f"The map folds in {folds:.2g} % of the voxels: it takes several points to the same point there, which is "
+            "impossible for tissue.",
         )
     miss = measures["inverse_consistency_mm"]
     if miss > max(_MISS, side):
         yield Concern(
             "inverse",
-            f"Mapped there and back, points end {miss:.1f} mm from where they started, on average: the inverse is "
-            "wrong.",
+            f"The inverse is wrong: points mapped there and back end {miss:.1f} mm from their start on average.",
         )
     dice = measures.get("dice")
     if dice and dice["after"]["mean"] < dice["before"]["mean"] - 0.01:
         yield Concern(
             "Dice",
-            f"The labels overlap less than before: mean Dice went from {dice['before']['mean']:.2f} to "
+            f"The labels overlap less than before: the mean Dice fell from {dice['before']['mean']:.2f} to "
             f"{dice['after']['mean']:.2f}.",
         )
     elif dice and one_contrast and after > 0.9 and dice["after"]["mean"] < 0.4:
         yield Concern(
             "Dice",
             f"The images agree (correlation {after:.2f}), but their labels do not (mean Dice "
-            f"{dice['after']['mean']:.2f}): does one of the label files belong to another scan?",
+            f"{dice['after']['mean']:.2f}). One of the label files may belong to another scan.",
         )
 
 
 def _of_volumes(result: Registered, determinant: Array, lattice: _Lattice) -> Iterator[Concern]:
-    """Whether much of what is shown grows or shrinks beyond what anatomy does."""
+    """Check whether much of the tissue grows or shrinks more than is anatomically possible."""
     linear = abs(np.linalg.det(result.forward.linear[:3, :3]))
     index = apply_affine(np.linalg.inv(result.fixed.affine), lattice.points[:, lattice.shown])
     change = determinant[tuple(np.rint(index).astype(int))] / linear
@@ -230,12 +228,12 @@ def _of_volumes(result: Registered, determinant: Array, lattice: _Lattice) -> It
     if share > _STRETCHED:
         yield Concern(
             "volumes",
-            f"In {share:.0%} of what is shown, tissue shrinks to less than a tenth or grows more than tenfold.",
+            f"{share:.0%} of the tissue shrinks to less than a tenth of its volume or grows more than tenfold.",
         )
 
 
 def _numbered(labels: Scan, index: Array) -> Array:
-    """Labels at voxel indices ``(3, ...)``, of the nearest voxel; 0 outside."""
+    """Labels of the nearest voxels at voxel indices ``(3, ...)``; 0 outside."""
     at = np.rint(index).astype(int)
     there = np.logical_and.reduce([(i >= 0) & (i < n) for i, n in zip(at, labels.shape, strict=True)])
     at = np.where(there, at, 0)
@@ -243,7 +241,7 @@ def _numbered(labels: Scan, index: Array) -> Array:
 
 
 def _of_fit(labels: Array, image: Array, background: float, name: str) -> Iterator[Concern]:
-    """Whether labels lie where the scan that they belong to shows something."""
+    """Check whether the labels lie where their scan shows something."""
     labelled = labels != 0
     if labelled.sum() < _FEW:
         return
@@ -257,7 +255,7 @@ def _of_fit(labels: Array, image: Array, background: float, name: str) -> Iterat
 
 
 def _centres(labels: Array, points: Array) -> dict[int, Array]:
-    """Mean point (RAS, mm) of each structure that is large enough: ``(3,)``."""
+    """Mean point ``(3,)`` (RAS, mm) of each structure with enough lattice points."""
     numbers, counts = np.unique(labels[labels != 0], return_counts=True)
     return {
         int(number): points[:, labels == number].mean(axis=1)
@@ -267,7 +265,7 @@ def _centres(labels: Array, points: Array) -> dict[int, Array]:
 
 
 def _of_sides(labels: Array, points: Array, name: str) -> Iterator[Concern]:
-    """Whether FreeSurfer's left structures lie to the left of the right ones."""
+    """Check whether FreeSurfer's left structures lie to the left of their right counterparts."""
     numbers = {structure.number for structure in STRUCTURES}
     centres = _centres(labels, points)
     if len(centres) < 4 or len(numbers & centres.keys()) < 0.6 * len(centres):
@@ -278,13 +276,13 @@ def _of_sides(labels: Array, points: Array, name: str) -> Iterator[Concern]:
     if len(wrong) > len(known) / 2:
         yield Concern(
             "sides",
-            f"The labels of the {name} scan call left what its header puts on the right in {len(wrong)} of "
-            f"{len(known)} pairs of structures: left and right are swapped in the label file or in the header.",
+            f"In {len(wrong)} of {len(known)} pairs of structures, the left structure of the {name} scan lies on the "
+            "right: left and right are swapped in its label file or in its header.",
         )
 
 
 def _of_exchange(moved: Array, fixed: Array) -> Iterator[Concern]:
-    """Whether structures of the one label map lie on others of the other map, and those on them."""
+    """Check whether two structures of one label map lie in each other's place in the other map."""
     both = (moved != 0) & (fixed != 0)
     if both.sum() < _FEW:
         return
@@ -301,29 +299,29 @@ def _of_exchange(moved: Array, fixed: Array) -> Iterator[Concern]:
         more = f", and {len(exchanged) - 3} more" if len(exchanged) > 3 else ""
         yield Concern(
             "sides",
-            f"Labels {', '.join(exchanged[:3])}{more} lie in each other's place: the two label files disagree about "
-            "the sides or the numbers.",
+            f"Labels {', '.join(exchanged[:3])}{more} lie in each other's place: the two label files differ in left "
+            "and right or in their numbers.",
         )
 
 
 def _explained(image: Array, labels: Array) -> float:
-    """How much of the variance of an image its labels explain, 0 to 1; both ``(N,)``."""
+    """Fraction (0 to 1) of the variance of an image that labels explain; both ``(N,)``."""
     _, place = np.unique(labels, return_inverse=True)
     means = np.bincount(place, image) / np.bincount(place)
     return 1 - float(np.sum((image - means[place]) ** 2)) / max(float(np.sum((image - image.mean()) ** 2)), 1e-12)
 
 
 def _of_other_scans(moved: Array, fixed: Array, lattice: _Lattice) -> Iterator[Concern]:
-    """Whether labels explain the image of the other scan better than that scan's own labels do.
+    """Check whether the labels of one scan explain the other image better than that scan's own labels do.
 
-    Of two brains of OASIS, registered to each other, own labels explained .71 to .76 of the variance, warped labels of
-    the other one .55 to .58, and labels of a third person .09 to .33.
+    For two registered brains of OASIS, a scan's own labels explained 0.71 to 0.76 of the variance, the warped labels of
+    the other scan 0.55 to 0.58, and the labels of a third person 0.09 to 0.33.
     """
     both = (moved != 0) & (fixed != 0)
     of_moved, of_fixed = np.unique(moved[both]), np.unique(fixed[both])
     common = len(np.intersect1d(of_moved, of_fixed))
     if both.sum() < 10 * _FEW or common < max(2, _ALIKE * len(np.union1d(of_moved, of_fixed))):
-        return  # too little to see, or maps of different things
+        return  # too few points, or label maps of different structures
     for name, image, own, other in (
         ("fixed", lattice.fixed, fixed, moved),
         ("moving", lattice.warped, moved, fixed),
@@ -332,16 +330,16 @@ def _of_other_scans(moved: Array, fixed: Array, lattice: _Lattice) -> Iterator[C
         if others > mine + _BETTER:
             yield Concern(
                 "labels",
-                f"The labels of the other scan explain {others:.0%} of the contrasts of the {name} scan, its own "
-                f"labels only {mine:.0%}: the label file of the {name} scan may be that of another scan.",
+                f"The labels of the other scan explain {others:.0%} of the contrast in the {name} scan, its own labels "
+                f"only {mine:.0%}: the label file of the {name} scan may belong to another scan.",
             )
 
 
 def concerns(result: Registered, measures: Mapping[str, Any], determinant: Array) -> list[Concern]:
-    """What looks wrong about a registration; empty if nothing does.
+    """Run all checks of a registration; returns those that failed.
 
     Args:
-        result: the registration.
+        result: registration to check.
         measures: ``correlation_before`` and ``_after``, ``folding_percent``, ``inverse_consistency_mm``, ``dice``.
         determinant: Jacobian determinant of the whole map, on the fixed grid.
     """

@@ -1,4 +1,4 @@
-"""The index of a folder: of registrations, segmentations, prepared scans or an evaluation, whatever lies there."""
+"""Write the index of a folder of registrations, segmentations, prepared scans or an evaluation: ``vxm report``."""
 
 import base64
 import csv
@@ -27,8 +27,8 @@ from voxelmorph_monai.pages.scans import find_prepared, find_segmentations, hold
 __all__ = ["find_entries", "save_index"]
 
 _SUMMARY, _PAGE, _PICTURE = "*summary.json", "*report.html", "*report.png"
-_DEPTH = 3  # folders between the cohort's and a registration's, at most
-_HEAD = 2**16  # bytes of a page in which its icon is
+_DEPTH = 3  # largest number of folder levels below the folder of the cohort
+_HEAD = 2**16  # bytes at the start of a page that contain its icon
 _ICON = re.compile(r'<link rel="icon" type="image/jpeg" href="data:image/jpeg;base64,([A-Za-z0-9+/=]+)">')
 
 _KIND = Kind(
@@ -51,7 +51,7 @@ _MEASURES = (
 
 
 def _values(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """The measures of a summary."""
+    """Measures in a summary, by key."""
     found = dict(summary)
     for stage in ("before", "after"):
         dice = summary.get("dice")
@@ -67,7 +67,7 @@ def _first(folder: Path, pattern: str) -> Path | None:
 
 
 def _summaries(folder: Path) -> Iterator[Path]:
-    """Summaries of registrations in folders below, in the order of their names."""
+    """Find the summaries of registrations in subfolders, ordered by depth and name."""
     for depth in range(1, _DEPTH + 1):
         for path in sorted(folder.glob("*/" * depth + _SUMMARY)):
             if not any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -75,7 +75,7 @@ def _summaries(folder: Path) -> Iterator[Path]:
 
 
 def _entry(path: Path, folder: Path) -> Entry:
-    """What one summary says. Nothing but the files beside it is read."""
+    """Make an entry from one summary and the files beside it."""
     entry = Entry(path.parent.relative_to(folder).as_posix())
     page, picture = _first(path.parent, _PAGE), _first(path.parent, _PICTURE)
     entry.page = "" if page is None else address(page, folder)
@@ -84,7 +84,7 @@ def _entry(path: Path, folder: Path) -> Entry:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(summary, dict) or "folding_percent" not in summary:
-            raise ValueError("it is not that of a registration")
+            raise ValueError("it is not the summary of a registration")
     except (OSError, ValueError) as error:
         entry.failed = f"{path.name} cannot be used: {error}"
         return entry
@@ -94,7 +94,7 @@ def _entry(path: Path, folder: Path) -> Entry:
 
 
 def _thumbnail(page: Path, name: str, folder: Path) -> str:
-    """Write the icon of a page as a file of its own, unless that is there already; its address."""
+    """Save the icon of a page as a thumbnail, unless there is a newer one; returns its address, or an empty text."""
     target = thumbnail_of(name, folder)
     if not target.exists() or target.stat().st_mtime < page.stat().st_mtime:
         with page.open("rb") as file:
@@ -108,7 +108,7 @@ def _thumbnail(page: Path, name: str, folder: Path) -> str:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Names in the table of a cohort, if there is one, with the reason of those that have no result."""
+    """Names in the table of a cohort, if there is one, with the reason why a pair has no result (empty if it has)."""
     table = folder / "cohort.csv"
     if not table.exists():
         return {}
@@ -124,10 +124,10 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _find_registrations(folder: Path) -> Index:
-    """Registrations: what the table ``cohort.csv`` lists, and every folder with a summary."""
+    """Find the registrations listed in ``cohort.csv``, and all folders with a summary."""
     entries = {entry.name: entry for entry in (_entry(path, folder) for path in _summaries(folder))}
     for name, reason in _listed(folder).items():
-        if reason:  # what lies there is of an earlier call
+        if reason:  # a result in its folder is from an earlier call
             entries[name] = Entry(name, failed=reason)
         elif name not in entries:
             entries[name] = Entry(name, failed="its folder has no summary")
@@ -135,7 +135,7 @@ def _find_registrations(folder: Path) -> Index:
 
 
 def find_entries(folder: Path) -> Index:
-    """What lies in a folder, and what is unlike the others in it; what failed comes first.
+    """Find the results in a folder and flag outliers among them; failed ones come first.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -156,7 +156,7 @@ def find_entries(folder: Path) -> Index:
 
 
 def save_index(folder: str | Path) -> Index:
-    """Write ``index.html``, and ``thumbnails`` if there are pictures, into a folder; returns what they show.
+    """Write ``index.html``, and ``thumbnails/`` if there are pictures, into a folder; returns the content of the index.
 
     Raises:
         FileNotFoundError: the folder does not exist.

@@ -1,4 +1,4 @@
-"""What the index of an evaluation shows: a row for each pair, and boxes for each structure."""
+"""Collect the results of an evaluation for its index: a row for each pair, and box plots for the structures."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ _Pair = tuple[str, str]
 
 
 def holds_evaluation(folder: Path) -> bool:
-    """Whether a folder is one that an evaluation wrote."""
+    """Whether a folder holds the tables of an evaluation."""
     return (folder / _STRUCTURES).is_file() and (folder / _PAIRS).is_file()
 
 
 def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Measures and rows of a table."""
+    """Read the names of the measures and the rows of a table."""
     columns, rows = read_table(path, "a table of an evaluation")
     if not {*_ROW[:2]} <= set(columns):
         raise ValueError(f"{path} has the columns {', '.join(columns) or '(none)'}: moving and fixed are missing.")
@@ -30,7 +30,7 @@ def _table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _measure(key: str) -> Measure:
-    """A column: overlaps should be high; all else, distances and folds, should be low."""
+    """Column of a measure: Dice should be high, everything else (distances, folds) low."""
     plain, after = key.removesuffix(_BEFORE), not key.endswith(_BEFORE)
     suspect = ("low" if "dice" in plain else "high") if after else ""
     return Measure(key, plain.replace("_", " ") + ("" if after else " before"), 3, suspect)
@@ -42,12 +42,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _plots(measures: list[str], values: Mapping[str, dict[str, dict[_Pair, Any]]], pairs: list[_Pair]) -> list[BoxPlot]:
-    """Boxes of each measure, before and after side by side.
+    """Box plots of all measures, each with the values before and after registration.
 
     Args:
-        measures: in the order of the table.
-        values: of each measure, by structure and pair.
-        pairs: in the order of the entries.
+        measures: names of the measures, in the order of the table.
+        values: values of each measure, by structure and pair.
+        pairs: pairs in the order of the entries.
     """
     plots = []
     for measure in measures:
@@ -63,7 +63,7 @@ def _plots(measures: list[str], values: Mapping[str, dict[str, dict[_Pair, Any]]
 
 
 def find_evaluation(folder: Path) -> Index:
-    """The pairs of an evaluation with their measures; those of structures as means.
+    """Read the pairs of an evaluation and their measures, averaged over structures.
 
     Raises:
         ValueError: a table cannot be read.
@@ -81,6 +81,6 @@ def find_evaluation(folder: Path) -> Index:
         found = {name: number(row.get(name)) for name in names}
         found |= {m: _mean(structure.get(pair) for structure in values[m].values()) for m in measures}
         entries[pair] = Entry(" to ".join(pair), values=found)
-    pairs = sorted(entries, key=" to ".join)  # as the index has them
+    pairs = sorted(entries, key=" to ".join)  # in the order of the index
     columns = [_measure(key) for key in [*measures, *names]]
     return Index(_KIND, columns, [entries[pair] for pair in pairs], _plots(measures, values, pairs))

@@ -1,4 +1,4 @@
-"""A page with a row for each of many results: what is unlike the others, and what people decide about them."""
+"""Write a page with a row for each of many results, to find outliers and to accept or reject results."""
 
 import hashlib
 import math
@@ -38,7 +38,7 @@ _FILE = r"\.(?:nii|mgz|mgh|nrrd|nhdr|mha|mhd|img|hdr|dcm|ima|h5|mat|pt|csv|txt|j
 _PATH = re.compile(
     rf"{_ROOT}(?:(?:(?! /)[^'\",;:\n])*?{_FILE}|[^\s'\",;:]+)"
 )  # folders of a file may have spaces in their names
-_FEWEST = 5  # rows that say what is usual
+_FEWEST = 5  # smallest number of rows in which outliers can be found
 _ODD = 3.5  # robust z-score (Iglewicz and Hoaglin, How to detect and handle outliers, 1993)
 
 
@@ -49,7 +49,7 @@ class Measure(NamedTuple):
         key: key of its values in an entry.
         name: name to show.
         digits: number of decimals to show.
-        suspect: which values far from the others are a reason to look: ``"low"``, ``"high"``, ``"both"`` or ``""``.
+        suspect: outliers to flag: ``"low"``, ``"high"``, ``"both"``, or ``""`` for none.
     """
 
     key: str
@@ -59,14 +59,14 @@ class Measure(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What the rows of an index are.
+    """Words for the rows of an index.
 
     Attributes:
-        title: of the page.
-        one: what a row is.
-        many: what rows are.
-        picture: what a thumbnail shows.
-        none: what to say if there are no rows.
+        title: title of the page.
+        one: name of a row, such as ``"pair"``.
+        many: plural of this name.
+        picture: content of a thumbnail.
+        none: sentence to show if there are no rows.
     """
 
     title: str
@@ -78,17 +78,17 @@ class Kind(NamedTuple):
 
 @dataclass
 class Entry:
-    """A result.
+    """One result: a row of the index.
 
     Attributes:
-        name: its folder within the index's, or its name in a list.
-        failed: why there is no result; empty if there is one.
-        values: by the key of the measure; None where there is none.
-        warnings: what its own checks found.
-        odd: how it differs from the others.
-        page: address of its page, relative to the index; empty if there is none.
-        picture: address of its picture.
-        thumbnail: address of its thumbnail.
+        name: folder of the result, relative to the index, or its name in a list.
+        failed: reason why there is no result; empty if there is one.
+        values: values by key of the measure; None if a value is missing.
+        warnings: warnings of the checks of the result itself.
+        odd: measures in which the result is an outlier, in words.
+        page: address of its report, relative to the index; empty if there is none.
+        picture: address of its picture, relative to the index; empty if there is none.
+        thumbnail: address of its thumbnail, relative to the index; empty if there is none.
     """
 
     name: str
@@ -102,16 +102,16 @@ class Entry:
 
 
 class Box(NamedTuple):
-    """Quartiles of some values; whiskers end at the last values within 1.5 times their distance.
+    """A box of a box plot; its whiskers end at the last values within 1.5 times the interquartile range.
 
     Attributes:
         low: end of the lower whisker.
         first: first quartile.
-        median: of the values.
+        median: median.
         third: third quartile.
         high: end of the upper whisker.
-        number: of values.
-        beyond: entries, counted from 0, with their values beyond the whiskers.
+        number: number of values.
+        beyond: index of each entry beyond the whiskers, and its value.
     """
 
     low: float
@@ -124,7 +124,7 @@ class Box(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Box | None":
-        """Box of the values of all entries, in their order; None if there are none."""
+        """Make a box from the values of all entries, in their order; None if there are no values."""
         known = [(i, value) for i, value in enumerate(values) if value is not None]
         if not known:
             return None
@@ -136,13 +136,13 @@ class Box(NamedTuple):
 
 
 class BoxPlot(NamedTuple):
-    """Boxes of one measure.
+    """Box plot of one measure.
 
     Attributes:
-        name: of the measure.
-        digits: after the point.
-        stages: what the boxes of a row are, as ``("before", "after")``.
-        rows: name of a structure, and a box for each stage.
+        name: name of the measure.
+        digits: number of decimals to show.
+        stages: names of the boxes in a row, such as ``("before", "after")``.
+        rows: name of each structure, and a box for each stage.
     """
 
     name: str
@@ -152,13 +152,13 @@ class BoxPlot(NamedTuple):
 
 
 class Index(NamedTuple):
-    """All that an index shows.
+    """Content of an index page.
 
     Attributes:
-        kind: what its rows are.
-        measures: the columns.
-        entries: the rows.
-        plots: boxes to show above them.
+        kind: words for the rows.
+        measures: columns.
+        entries: rows.
+        plots: box plots to show above the rows.
     """
 
     kind: Kind
@@ -168,9 +168,9 @@ class Index(NamedTuple):
 
 
 def number(value: object) -> float | None:
-    """A finite number, also one of a table; None if it is none."""
+    """Convert a number or the text of a number to a finite float; None for anything else."""
     try:
-        found = float(value)  # type: ignore[arg-type] # what is none raises an error
+        found = float(value)  # type: ignore[arg-type] # other types raise an error
     except (TypeError, ValueError):
         return None
     return found if math.isfinite(found) and not isinstance(value, bool) else None
@@ -182,16 +182,16 @@ def address(path: Path, folder: Path) -> str:
 
 
 def thumbnail_of(name: str, folder: Path) -> Path:
-    """Where the thumbnail of an entry lies. No name can lead out of the folder, or collide with another."""
+    """Path of the thumbnail of an entry. It is a hash, so that no name can lead out of the folder."""
     return folder / _THUMBNAILS / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.jpg"
 
 
 def without_paths(text: str, names: Mapping[str, str]) -> str:
-    """A sentence as it may be shown to others: without paths, which often hold names of people.
+    """Remove paths, which often contain names of people, from a sentence that others may see.
 
     Args:
-        text: the sentence, say the reason of a failure.
-        names: what to write for paths that are known.
+        text: the sentence, for example the reason of a failure.
+        names: replacements of known paths; other paths become ``FILE``.
 
     >>> without_paths("/data/doe/t1.nii.gz and /tmp/x.nii differ", {"/data/doe/t1.nii.gz": "MOVING"})
     'MOVING and FILE differ'
@@ -204,15 +204,15 @@ def without_paths(text: str, names: Mapping[str, str]) -> str:
 
 
 def flag_outliers(entries: Sequence[Entry], measures: Sequence[Measure], many: str) -> None:
-    """Note for each entry in which measures it is unlike the others, by robust z-scores of at least five entries.
+    """Flag outliers among at least five entries by robust z-scores: adds a note to ``odd`` of the entry.
 
-    The score is the distance to the median in units of 1.4826 median absolute deviations; where more than half of the
-    values are equal, in units of 1.2533 mean absolute deviations. Only deviations to a suspect side count.
+    The score is the distance from the median in units of 1.4826 median absolute deviations or, if more than half of the
+    values are equal, of 1.2533 mean absolute deviations. Only outliers on a suspect side are flagged.
 
     Args:
-        entries: the rows, which are changed.
-        measures: the columns.
-        many: what rows are called.
+        entries: rows, which are changed.
+        measures: columns.
+        many: name of the rows in the plural.
     """
     for measure in measures:
         known = [(entry, value) for entry in entries if (value := entry.values.get(measure.key)) is not None]

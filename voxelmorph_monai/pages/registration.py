@@ -1,4 +1,4 @@
-"""The report page of a registration: a single file that does not reveal whose scans they are."""
+"""Write the report page of a registration: a single file without names, identifiers or paths of the scans."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["save_page"]
 
-_SHOWN = (0.25, 0.5, 1.0, 2.0)  # octaves of the change of volume at the ends of the scale
+_SHOWN = (0.25, 0.5, 1.0, 2.0)  # choices for the ends of the scale of volume change, in octaves
 _MILLIMETRES = (
     0.1,
     0.2,
@@ -31,8 +31,8 @@ _MILLIMETRES = (
     200.0,
 )  # at the end of the scale of displacements
 _MOST_LABELS = 255
-_LESS = 60  # quality of the JPEGs of a CT's other windows, so that its page is not three times as large
-_LUNG = -920.0  # Hounsfield units: air is below, lungs are above
+_LESS = 60  # JPEG quality for the other windows of a CT, whose page would be three times as large otherwise
+_LUNG = -920.0  # Hounsfield units, between air and lungs
 _ICON = 140  # pixels
 
 _REFERENCES = {
@@ -59,7 +59,7 @@ _SIMILARITIES = {
 
 
 class _Row(NamedTuple):
-    """A measure: its values by stage, and what it means."""
+    """A measure: its name, its values by stage, and its meaning."""
 
     name: str
     stages: dict[str, str]
@@ -71,7 +71,7 @@ def _number(value: float | None, digits: int = 3, unit: str = "") -> str:
 
 
 def _measures(summary: Mapping[str, Any], linear: float, size: str) -> list[_Row]:
-    """Rows of the table of numbers; ``linear``: determinant of the linear part; ``size``: what it changes."""
+    """Rows of the table of measures; ``linear`` is the determinant of the linear part, ``size`` "Volume" or "Area"."""
 
     def row(name: str, meaning: str, after: str, before: str = "", aligned: str = "") -> _Row:
         return _Row(name, {"before": before, "aligned": aligned, "after": after}, meaning)
@@ -80,35 +80,34 @@ def _measures(summary: Mapping[str, Any], linear: float, size: str) -> list[_Row
     rows = [
         row(
             "Correlation of the images",
-            "1: alike; 0: not. For two contrasts it may be low or negative although all is well.",
+            "1 means alike, 0 unrelated. For scans of different contrasts, a low or negative value can be correct.",
             stages[2],
             *stages[:2],
         )
     ]
     if summary.get("dice"):
         dice = [_number(summary["dice"][stage]["mean"]) for stage in ("before", "affine", "after")]
-        rows.append(row("Dice, mean", "Overlap of the labels of both scans; 1: complete.", dice[2], *dice[:2]))
+        rows.append(row("Dice, mean", "Overlap of the labels of both scans; 1 means complete.", dice[2], *dice[:2]))
     rows += [
         row(
             "Folded voxels",
-            "Where the map takes several places to the same one. Should be 0.",
+            "Voxels where the map takes several points to the same point. Should be 0.",
             _number(summary["folding_percent"], 4, " %"),
         ),
         row(
             "Smoothness (SDlogJ)",
-            f"How much the change of {size.lower()} varies from place to place; 0: not at all. Of two maps with the "
-            "same overlap, the lower value is the better one.",
+            f"How much the change of {size.lower()} varies from place to place; 0 means not at all. If two maps have "
+            "the same overlap, the one with the lower value is better.",
             _number(summary["sdlogj"]),
         ),
         row(
             "Inverse consistency",
-            "Mean distance between where points start and where they end, mapped there and back. Less than the side "
-            "of a voxel is good.",
+            "Mean distance between points and the same points mapped there and back. Less than a voxel is good.",
             _number(summary["inverse_consistency_mm"], 2, " mm"),
         ),
         row(
             f"{size}, linear part",
-            f"By how much the alignment changes every {size.lower()} of the moving scan, before the deformation.",
+            f"Change of every {size.lower()} of the moving scan by the alignment, before the deformation.",
             f"{100 * (1 / linear - 1):+.1f} %" if linear > 0 else "n/a",
         ),
     ]
@@ -119,14 +118,14 @@ def _measures(summary: Mapping[str, Any], linear: float, size: str) -> list[_Row
 
 
 def _label_names(numbers: Sequence[int]) -> list[str]:
-    """What to call labels: as FreeSurfer does, if they are its."""
+    """Names of labels: those of FreeSurfer if most numbers are FreeSurfer's, otherwise ``label N``."""
     known = {structure.number: structure.name.replace("-", " ") for structure in STRUCTURES}
     freesurfer = len(numbers) > 3 and sum(number in known for number in numbers) > 0.6 * len(numbers)
     return [f"{known[n]} ({n})" if freesurfer and n in known else f"label {n}" for n in numbers]
 
 
 def _dice(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of bars: structures with the overlap before and after, the best first."""
+    """Rows of the Dice table: structures with the overlap before and after, the best first."""
     table = summary.get("dice")
     if not table:
         return []
@@ -144,7 +143,7 @@ def _grid(scan: Scan) -> str:
 
 
 def _command(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """The command that makes such a result, with roles in place of paths."""
+    """Command that gives this result, with roles such as MOVING in place of paths."""
     words = [options.get("command", "vxm register MOVING FIXED --output DIR")]
     for role in ("moving_labels", "fixed_labels", "moving_mask", "fixed_mask"):
         if role in inputs:
@@ -171,7 +170,7 @@ def _provenance(views: Views, summary: Mapping[str, Any]) -> list[tuple[str, str
 
 
 def _methods(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A paragraph for a paper, with numbers of references."""
+    """Methods paragraph for a paper, and the references that it cites by number."""
     options, used = summary["options"], []
 
     def cite(name: str) -> str:
@@ -190,7 +189,7 @@ def _methods(summary: Mapping[str, Any]) -> dict[str, Any]:
     elif alignment:
         parts.append(f"The moving scan was aligned to the fixed scan by {alignment} transform.")
     else:
-        parts.append("The scans were taken as aligned by their headers.")
+        parts.append("The scans were already aligned by their headers.")
     refines = options.get("steps") is not None or options.get("budget") not in (0, 0.0)
     if options.get("preset"):
         parts.append(f"A convolutional network (preset “{options['preset']}”) predicted the deformation.")
@@ -207,19 +206,21 @@ def _methods(summary: Mapping[str, Any]) -> dict[str, Any]:
             f"displacement ({how})."
         )
     elif not options.get("preset"):
-        parts.append("No deformation was sought.")
+        parts.append("No deformation was computed.")
     parts.append(
         f"The map folds in {summary['folding_percent']:.2g} % of the voxels, and the mean inverse consistency error is "
         f"{summary['inverse_consistency_mm']:.2f} mm."
     )
     if summary.get("dice"):
         before, after = (summary["dice"][stage]["mean"] for stage in ("before", "after"))
-        parts.append(f"The mean Dice coefficient {cite('dice')} of the labels went from {before:.3f} to {after:.3f}.")
+        parts.append(
+            f"The mean Dice coefficient {cite('dice')} of the labels changed from {before:.3f} to {after:.3f}."
+        )
     return {"text": " ".join(parts), "references": [_REFERENCES[name] for name in used]}
 
 
 def _numbers(*scans: Scan) -> NDArray[Any]:
-    """Labels that are drawn; of very many the most frequent ones."""
+    """Numbers of the labels to draw: all of them, or the 255 most frequent."""
     counts: dict[int, int] = {}
     for scan in scans:
         for number, count in zip(*np.unique(scan.array, return_counts=True), strict=True):
@@ -229,7 +230,7 @@ def _numbers(*scans: Scan) -> NDArray[Any]:
 
 
 def _images(views: Views, plane: Plane) -> dict[str, list[str]]:
-    """The slices of each scan, once for each of its windows, or once if it has a single one."""
+    """Data URIs of the slices of each scan, one for each of its windows."""
     found: dict[str, list[str]] = {}
     for number, name in enumerate(views.choices):
         for image, slices in views.images(plane, name).items():
@@ -240,7 +241,7 @@ def _images(views: Views, plane: Plane) -> dict[str, list[str]]:
 
 
 def _shown(views: Views) -> tuple[int, int]:
-    """Number of the window, and the level of grey in it, above which a slice shows something."""
+    """Number of a window, and the grey level in it above which a voxel shows something."""
     if "lung" not in views.choices:
         return 0, 12
     number = list(views.choices).index("lung")
@@ -249,7 +250,7 @@ def _shown(views: Views) -> tuple[int, int]:
 
 
 def _plane(views: Views, plane: Plane, determinant: NDArray[Any], labels: Mapping[str, Scan], numbers: Any) -> Any:
-    """A plane and its pictures, for the script."""
+    """Description and pictures of a plane, for the script of the page."""
     gaps = np.diff(plane.positions) if len(plane.positions) > 1 else np.ones(1)
     return {
         "axis": plane.axis,
@@ -267,7 +268,7 @@ def _plane(views: Views, plane: Plane, determinant: NDArray[Any], labels: Mappin
 
 
 def _icon(views: Views) -> NDArray[np.uint8]:
-    """The fixed and the warped scan side by side: the page's icon, and its thumbnail in an index: ``(1, R, C)``."""
+    """Picture ``(1, R, C)`` of the fixed and the warped scan side by side: icon of the page, thumbnail in an index."""
     plane = views.planes[0]
     shown = views.images(plane._replace(positions=[plane.positions[plane.start]]))
     picture = Image.fromarray(np.concatenate([shown["fixed"][0], shown["warped"][0]], axis=1))
@@ -277,15 +278,15 @@ def _icon(views: Views) -> NDArray[np.uint8]:
 
 
 def _grey(views: Views) -> str:
-    """What the levels of grey are."""
+    """Sentence that explains the grey levels."""
     if all(is_ct(scan) for scan in (views.result.fixed, views.result.moving)):
-        return "Grey levels: windows of CT in Hounsfield units, the same for both scans."
-    what = "the brain" if all(face is not None for face in views.faces) else "what the scans show"
-    return f"Grey levels: percentiles of {what}, the same for the moving scan before and after."
+        return "Grey levels: CT windows in Hounsfield units, the same for both scans."
+    what = "the brain" if all(face is not None for face in views.faces) else "all voxels above the background"
+    return f"Grey levels: from percentiles of {what}, the same for the moving scan before and after."
 
 
 def _window_names(views: Views) -> list[str]:
-    """What to call the windows of a CT; those of anything else have no names."""
+    """Names of the CT windows, with their limits in Hounsfield units."""
     ends = [(name, pair[0 if is_ct(views.result.fixed) else 1]) for name, pair in views.choices.items()]
     return [f"{name}, {low:.0f} to {high:.0f} HU".replace("-", "\N{MINUS SIGN}") for name, (low, high) in ends]
 
@@ -295,7 +296,7 @@ def _at_least(choices: Sequence[float], value: float) -> float:
 
 
 def _data(views: Views, determinant: NDArray[Any]) -> dict[str, Any]:
-    """All that the script needs: grids, map, pictures."""
+    """Data for the script of the page: grids, map and pictures."""
     result = views.result
     numbers = _numbers(*result.outlines.values())
     labels = result.outlines if len(numbers) else {}
@@ -320,22 +321,22 @@ def _data(views: Views, determinant: NDArray[Any]) -> dict[str, Any]:
 
 
 def save_page(path: str | Path, views: Views, determinant: NDArray[Any], summary: Mapping[str, Any]) -> None:
-    """Write the page of a registration; completely or not at all.
+    """Write the report page of a registration, completely or not at all.
 
     Args:
         path: file to write, ``.html``.
         views: the images to show.
         determinant: Jacobian determinant of the whole map, on the fixed grid.
-        summary: its measures, ``warnings``, ``options``, and optionally ``versions`` and ``inputs`` (the page shows
-            their hashes, not their paths).
+        summary: measures, ``warnings`` and ``options`` of the registration, and optionally ``versions`` and ``inputs``
+            (the page shows hashes of the inputs, not their paths).
     """
     data = _data(views, determinant)
     linear = float(np.linalg.det(views.result.forward.linear[:3, :3]))
     given = views.result.fixed_labels is not None or views.result.warped_labels is not None
-    labels = "labels" if given else "structures that were found"
-    face = "Nothing of the scans is hidden."
+    labels = "labels" if given else "segmented structures"
+    face = "No part of the scans is hidden."
     if views.hides:
-        face = "Faces are hidden: what lies in front of and below the plane that touches the brain is black."
+        face = "Faces are hidden: everything in front of and below a plane along the brain is black."
     page = render(
         "report",
         concerns=[{"check": each["check"], "text": each["text"]} for each in summary["warnings"]],

@@ -1,4 +1,4 @@
-"""Render each page as one file with its style and script, and a policy that lets nothing else run or load."""
+"""Render a page as one file with its style and script, and a security policy that blocks all other content."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ _ASSETS = Path(__file__).parent / "assets"
 def _environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(_ASSETS),
-        autoescape=True,  # names of pairs come from elsewhere
+        autoescape=True,  # names of pairs are not trusted
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -30,12 +30,12 @@ def _environment() -> Environment:
 
 
 def encode(array: NDArray[Any]) -> str:
-    """The bytes of an array in base64."""
+    """Encode the bytes of an array in base64."""
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
 
 
 def data_uri(slices: NDArray[np.uint8], *, exact: bool = False, quality: int = 80) -> str:
-    """Data URI of slices ``(n, R, C)`` below each other in one picture: JPEG, or PNG if values must stay exact."""
+    """Data URI of one picture with slices ``(n, R, C)`` one below the other: JPEG, or PNG to keep exact values."""
     stream = io.BytesIO()
     picture = Image.fromarray(slices.reshape(-1, slices.shape[-1]))
     if exact:
@@ -52,11 +52,11 @@ def _hash(text: str) -> str:
 
 
 def render(name: str, pictures: str = "data:", **context: Any) -> str:
-    """Fill the template ``name.html``, with ``common.css``, ``name.css`` and ``name.js`` in it.
+    """Fill the template ``name.html``, and include ``common.css``, ``name.css`` and ``name.js``.
 
     Args:
         name: name of the template.
-        pictures: where the page may load pictures from, as in a Content Security Policy.
+        pictures: sources from which the page may load pictures, as in a Content Security Policy.
         context: variables of the template.
     """
     style = "".join((_ASSETS / file).read_text(encoding="utf-8") for file in ("common.css", f"{name}.css"))

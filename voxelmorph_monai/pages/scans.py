@@ -1,4 +1,4 @@
-"""What the index of segmentations, and that of scans prepared for training, shows: a picture and numbers of each."""
+"""Collect segmentations or prepared scans for their index: a picture and measures of each."""
 
 import csv
 import json
@@ -31,19 +31,19 @@ _SEGMENTATIONS = Kind(
     "Segmentations",
     "scan",
     "scans",
-    "brain and outlines of its structures",
+    "brain with outlines of its structures",
     "There are no segmentations in this folder.",
 )
 _SCANS = Kind(
     "Prepared scans",
     "scan",
     "scans",
-    "scan and outline of the template's brain",
+    "scan with the outline of the template's brain",
     "There are no prepared scans in this folder.",
 )
 _OF_PREPARED = (
     Measure("ncc", "correlation with the template", 3, "low"),
-    Measure("volume", "volume, times the template's", 2, "both"),
+    Measure("volume", "volume relative to the template", 2, "both"),
 )
 _Row = dict[str, str]
 
@@ -52,7 +52,7 @@ _Row = dict[str, str]
 
 
 def _edges(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Pixels of labels ``(R, C)`` that touch another label."""
+    """Pixels of a label map ``(R, C)`` that touch another label."""
     edges = np.zeros(labels.shape, bool)
     for turned, at in ((labels, edges), (labels.T, edges.T)):
         change = turned[:-1] != turned[1:]
@@ -62,12 +62,12 @@ def _edges(labels: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def draw_scan(image: Scan, labels: NDArray[Any], colours: Mapping[int, tuple[int, int, int]]) -> NDArray[np.uint8]:
-    """A sagittal, a coronal and an axial slice side by side, with the outlines of labels: ``(R, C, 3)``.
+    """Draw a sagittal, a coronal and an axial slice side by side, with outlines of labels: ``(R, C, 3)``.
 
     Args:
-        image: a brain.
-        labels: on its grid, ``(X, Y, Z)``.
-        colours: red, green and blue by number, 0 to 255; others are white.
+        image: brain to draw.
+        labels: label map on the grid of the image, ``(X, Y, Z)``.
+        colours: red, green and blue (0 to 255) by label; other labels are white.
     """
     frame, window = Frame.of(image.grid), window_of(image)
     volume, numbers = frame.orient(image.array), frame.orient(labels)
@@ -75,7 +75,7 @@ def draw_scan(image: Scan, labels: NDArray[Any], colours: Mapping[int, tuple[int
     low, high = np.maximum(low - 2, 0), np.minimum(high + 2, np.array(frame.shape) - 1)
     voxels = [np.arange(first, last + 1) for first, last in zip(low, high, strict=True)]
     sides = (high - low + 1) * frame.spacing
-    pixels = np.maximum(np.rint(sides * _HEIGHT / sides[1:].max()), 1).astype(int)  # all planes alike
+    pixels = np.maximum(np.rint(sides * _HEIGHT / sides[1:].max()), 1).astype(int)  # one scale for all planes
     tiles = []
     for axis, (up, across) in enumerate(((2, 1), (2, 0), (1, 0))):
         at = round(float(low[axis] + START[axis] * (high[axis] - low[axis])))
@@ -88,7 +88,7 @@ def draw_scan(image: Scan, labels: NDArray[Any], colours: Mapping[int, tuple[int
 
 
 def _tile(grey: Image.Image, labels: NDArray[Any], colours: Mapping[int, Any], axis: int) -> NDArray[np.uint8]:
-    """A slice with outlines in a tile of the height of the picture, and what is on its left and right."""
+    """Draw a slice with outlines and letters for its sides (L R or P A), padded to the height of the picture."""
     pixels = np.repeat(np.asarray(grey)[..., None], 3, axis=2)
     edges = _edges(labels)
     for label in np.unique(labels[edges]):
@@ -104,7 +104,7 @@ def _tile(grey: Image.Image, labels: NDArray[Any], colours: Mapping[int, Any], a
 
 
 def _picture(name: str, folder: Path, source: Path, draw: Callable[[], NDArray[np.uint8]]) -> str:
-    """Draw the picture of an entry, unless there is one that is newer than ``source``; its address, empty if none."""
+    """Draw the picture of an entry if ``source`` is newer than it; returns its address, empty without a picture."""
     target = thumbnail_of(name, folder)
     if source.exists() and (not target.exists() or target.stat().st_mtime < source.stat().st_mtime):
         target.parent.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def _picture(name: str, folder: Path, source: Path, draw: Callable[[], NDArray[n
 
 
 def _drawn(entries: Iterable[Entry], draw: Callable[[Entry], str]) -> None:
-    """Give each entry its picture; what cannot be drawn has failed."""
+    """Draw the picture of each entry; entries that cannot be drawn are marked as failed."""
     entries = [entry for entry in entries if not entry.failed]
     with Progress("draw", len(entries), "picture") as progress:
         for entry in entries:
@@ -139,12 +139,12 @@ def _segmented(folder: Path) -> list[Path]:
 
 
 def holds_segmentations(folder: Path) -> bool:
-    """Whether a folder is one of segmentations: it has their table, or folders of them."""
+    """Whether a folder holds a table of segmentations, or folders with segmentations."""
     return (folder / _TABLE).is_file() or bool(_segmented(folder))
 
 
 def _merged(structure: str) -> str:
-    """What a structure and its counterpart on the other side are called together."""
+    """Common name of a structure and its counterpart on the other side."""
     return structure.removeprefix("Left-").removeprefix("Right-").replace("-", " ")
 
 
@@ -152,13 +152,13 @@ def _of_segmentations() -> list[Measure]:
     names = dict.fromkeys(_merged(structure.name) for structure in STRUCTURES)
     return [
         Measure("brain", "brain, ml", 0, "both"),
-        Measure("asymmetry", "largest difference of sides, %", 0, "high"),
+        Measure("asymmetry", "largest left-right difference, %", 0, "high"),
         *(Measure(name, f"{name}, ml", 2, "both") for name in names),
     ]
 
 
 def _volumes(rows: Iterable[_Row]) -> dict[str, float | None]:
-    """The measures of a segmentation, volumes in ml, from its table; without a structure there is none of it."""
+    """Measures of a segmentation from its table, with volumes in ml; missing structures have no measure."""
     single = {row["structure"]: value / 1000 for row in rows if (value := number(row["volume_mm3"])) is not None}
     found: dict[str, float | None] = {"brain": sum(single.values()) if single else None}
     pairs = [
@@ -174,14 +174,14 @@ def _volumes(rows: Iterable[_Row]) -> dict[str, float | None]:
 
 
 def find_segmentations(folder: Path) -> Index:
-    """Segmentations with their volumes: what the table ``volumes.csv`` lists, and every folder of one."""
+    """Find the segmentations listed in ``volumes.csv``, and all folders with a segmentation, with their volumes."""
     colours = {structure.number: structure.colour for structure in STRUCTURES}
     entries = {}
     for path in _segmented(folder):
         entries[path.name] = Entry(path.name, values=_volumes(_rows(path / _TABLE)))
     for row in _rows(folder / _TABLE) if (folder / _TABLE).is_file() else ():
         if row.get("name") and (row.get("reason") or row["name"] not in entries):
-            reason = without_paths(row.get("reason") or "its folder is not here", {row.get("scan") or "": "SCAN"})
+            reason = without_paths(row.get("reason") or "its folder is missing", {row.get("scan") or "": "SCAN"})
             entries[row["name"]] = Entry(row["name"], failed=reason)
 
     def draw(entry: Entry) -> str:
@@ -201,12 +201,12 @@ def find_segmentations(folder: Path) -> Index:
 
 
 def holds_prepared(folder: Path) -> bool:
-    """Whether a folder is one that ``vxm prepare`` wrote."""
+    """Whether a folder was written by ``vxm prepare``."""
     return (folder / _PREPARED).is_file()
 
 
 def find_prepared(folder: Path) -> Index:
-    """Prepared scans, with how they agree with the template: what the table ``scans.csv`` lists."""
+    """Find the prepared scans listed in ``scans.csv``, with their agreement with the template."""
     entries = [
         Entry(
             row["name"],

@@ -1,4 +1,4 @@
-"""What a page shows of a registration: slices with anatomy, windows, a hidden face, the map at low resolution."""
+"""Compute the pictures of a report: slices through the anatomy, intensity windows, hidden faces, a coarse map."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -36,22 +36,22 @@ ndimage = lazy("scipy.ndimage")
 
 Array = NDArray[Any]
 
-SLICES = 12  # of each plane, at most; their number is even, so that none lies in the fissure between the hemispheres
-PIXELS = 256  # of a slice, along each side, at most: pages of 0.5 mm scans are no larger than those of 1 mm
-OCTAVES = 2.0  # of the change of volume that a page can show: a quarter to four times
-_STEP = 5.0  # mm between the vectors of a page, where that takes at most as many as the next line says
-_VECTORS = 44  # along each axis
-_EDGE = 0.08  # of the extent of the anatomy, at either end, where slices show little of it
-START = (0.35, 0.45, 0.55)  # which slice is shown first: through a hemisphere, not between them
-_BUFFER = 8.0  # mm between the brain and the part of the head that is hidden
-_BRAIN = 2.2  # litres: what shows more is a head, air around it included; the largest brains have 1.9
-_MEAN_BRAIN = 1.83  # litres, of MNI152
+SLICES = 12  # largest number of slices per plane; even, so that none lies in the fissure between the hemispheres
+PIXELS = 256  # largest number of pixels along a side, so that finer scans do not make larger pages
+OCTAVES = 2.0  # largest change of volume that a page can show: a quarter to four times
+_STEP = 5.0  # distance in mm between the vectors of a page, unless they are too many
+_VECTORS = 44  # largest number of vectors along each axis
+_EDGE = 0.08  # fraction of the extent of the anatomy to skip at both ends, where slices show little of it
+START = (0.35, 0.45, 0.55)  # position of the first slice to show, through a hemisphere
+_BUFFER = 8.0  # mm between the brain and the hidden part of the head
+_BRAIN = 2.2  # litres; a scan that shows more is a head, perhaps with air around it; the largest brains have 1.9
+_MEAN_BRAIN = 1.83  # volume of the brain of MNI152 in litres
 _TO_FACE = np.array([0.0, 1.0, -1.0]) / np.sqrt(2)  # in MNI152: to the front and down
-_BRAIN_ONLY = 1.5  # times what is found to be brain: the head of a newborn shows more, too
-_CLEAR = 0.8  # R2 of a pose that needs no second look: 0.85 was seen for upright heads, 0.6 for a chest
-_SAMPLES = 200_000  # voxels that percentiles are taken of
-_AIR = -500.0  # Hounsfield units: the background of a CT is below
-_TISSUE = (-100.0, 300.0)  # Hounsfield units, between which the median of a body lies, lungs left out
+_BRAIN_ONLY = 1.5  # a scan that shows less than this multiple of its brain is a brain; the head of a newborn shows more
+_CLEAR = 0.8  # R2 above which a pose needs no second look; upright heads reached 0.85, a chest 0.6
+_SAMPLES = 200_000  # number of voxels to compute percentiles from
+_AIR = -500.0  # Hounsfield units; the background of a CT is below
+_TISSUE = (-100.0, 300.0)  # Hounsfield units between which the median of a body without lungs lies
 
 
 class Registered(Protocol):
@@ -84,31 +84,31 @@ class Registered(Protocol):
 
 
 class Window(NamedTuple):
-    """Intensities that are drawn black and white."""
+    """Intensities to draw as black (``low``) and white (``high``)."""
 
     low: float
     high: float
 
     def grey(self, image: Array) -> NDArray[np.uint8]:
-        """An image as levels of grey, 0 to 255."""
+        """Convert an image to grey levels from 0 to 255."""
         return (255 * self.scale(image)).astype(np.uint8)
 
     def scale(self, image: Array) -> NDArray[np.float32]:
-        """An image as fractions from black to white, 0 to 1."""
+        """Convert an image to values from 0 (black) to 1 (white)."""
         return np.clip((image.astype(np.float32) - self.low) / (self.high - self.low), 0, 1)
 
 
 CT_WINDOWS = {"soft tissue": Window(-160, 240), "lung": Window(-1350, 150), "bone": Window(-500, 1300)}
-"""What a CT is looked at with, in Hounsfield units."""
+"""Windows for CT, in Hounsfield units."""
 
 
 class Face(NamedTuple):
-    """The brain of a head, and the half-space in front of and below it that holds the face.
+    """The brain of a head, and the half-space in front of and below it that contains the face.
 
     Attributes:
-        brain: points in it, ``(N, 3)``, RAS mm.
-        normal: from the brain to the face, half forward and half down in the head's own axes: ``(3,)``, RAS.
-        limit: mm along ``normal`` beyond which a head is hidden; infinite if the skull is already stripped.
+        brain: points in the brain, ``(N, 3)`` (RAS, mm).
+        normal: unit vector from the brain to the face, forward and down at 45 degrees in the head's axes: ``(3,)``.
+        limit: distance in mm along ``normal`` beyond which the head is hidden; infinite for a stripped brain.
     """
 
     brain: Array
@@ -116,7 +116,7 @@ class Face(NamedTuple):
     limit: float
 
     def hides(self, points: Array) -> NDArray[np.bool_]:
-        """Which of ``points`` ``(3, ...)`` (RAS, mm) belong to the face."""
+        """Whether each of ``points`` ``(3, ...)`` (RAS, mm) belongs to the face."""
         return np.tensordot(self.normal, points, 1) > self.limit
 
 
@@ -133,18 +133,18 @@ def _template() -> tuple[Array, float]:
 
 
 def find_face(scan: Scan, network: AnatomyNet, *, is_head: bool = False) -> Face | None:
-    """Find the face in a scan of a head in any pose; None if there is no head.
+    """Find the face in a scan of a head in any pose; None if the scan shows no head.
 
-    Everything more than 8 mm beyond the plane that touches the brain from the front and from below, at 45 degrees, is
-    hidden: eyes, nose, mouth, chin. The plane is that of MNI152, mapped to the scan by the pose of the head, so the
-    same is hidden in any pose. It is the cut of quickshear (Schimke and Hale, Quickshear defacing for neuroimages,
-    HealthSec 2011) at a fixed angle. The brain and what is behind it are shown.
+    A plane at 45 degrees touches the brain from the front and from below. Everything more than 8 mm beyond it is
+    hidden: eyes, nose, mouth and chin. The plane is defined in MNI152 and mapped to the scan by the pose of the head,
+    so the same part is hidden in any pose. This is the cut of quickshear (Schimke and Hale, Quickshear defacing for
+    neuroimages, HealthSec 2011) at a fixed angle.
 
     Args:
         scan: any scan.
         network: network that finds brains.
-        is_head: it is known to show a head. Otherwise a fine look must confirm what the coarse one takes for a brain,
-            unless that is clear: in a chest, the coarse look may take the heart between the lungs for one.
+        is_head: whether the scan is known to show a head. Otherwise, if the coarse search is not certain, a fine search
+            must confirm the brain: in a chest, the coarse search can mistake the heart between the lungs for a brain.
     """
     if scan.is_slice:
         return None
@@ -169,14 +169,14 @@ def find_face(scan: Scan, network: AnatomyNet, *, is_head: bool = False) -> Face
 
 
 def _no_face(scan: Scan) -> Face:
-    """Of a brain that is stripped already."""
+    """Face of a skull-stripped brain: nothing is hidden."""
     shown = np.flatnonzero(scan.array > scan.background)
     some = np.stack(np.unravel_index(shown[:: max(1, len(shown) // _SAMPLES)], scan.shape))
     return Face(apply_affine(scan.affine, some.astype(float)).T, np.zeros(3), np.inf)
 
 
 def _voxels_at(scan: Scan, points: Array) -> Array:
-    """Values of a scan at ``points`` ``(N, 3)``, of the nearest voxels; what lies outside is left out."""
+    """Values of the nearest voxels at ``points`` ``(N, 3)`` (RAS, mm), without points outside the scan."""
     index = np.rint(apply_affine(np.linalg.inv(scan.affine), points.T)).astype(int)
     inside = np.logical_and.reduce([(i >= 0) & (i < n) for i, n in zip(index, scan.shape, strict=True)])
     values: Array = scan.array[tuple(index[:, inside])]
@@ -184,13 +184,13 @@ def _voxels_at(scan: Scan, points: Array) -> Array:
 
 
 def _foreground(scan: Scan) -> Array:
-    """Some of the voxels above the background."""
+    """Values of a sample of the voxels above the background."""
     some = scan.array.ravel()[:: max(1, scan.array.size // _SAMPLES)]
     return some[some > scan.background]
 
 
 def is_ct(scan: Scan) -> bool:
-    """Whether intensities are Hounsfield units: air far below 0, and most of the rest near it."""
+    """Whether intensities are Hounsfield units: air far below 0, most other voxels near 0."""
     if scan.background > _AIR:
         return False
     body = _foreground(scan)
@@ -199,7 +199,7 @@ def is_ct(scan: Scan) -> bool:
 
 
 def windows_of(scan: Scan, face: Face | None = None) -> dict[str, Window]:
-    """Windows of a scan by name, the first one to show first: those of radiology for a CT, else only one."""
+    """Windows of a scan by name, the one to show first at the top: several for a CT, otherwise one without a name."""
     if not is_ct(scan):
         return {"": window_of(scan, face)}
     if face is not None:
@@ -208,14 +208,14 @@ def windows_of(scan: Scan, face: Face | None = None) -> dict[str, Window]:
 
 
 def window_of(scan: Scan, face: Face | None = None) -> Window:
-    """Window of a scan from the percentiles of its brain, or of everything that it shows if no brain is known.
+    """Window of a scan from the percentiles of its brain or, if no brain is known, of all voxels above the background.
 
-    The bright fat of a head does not count. All images of one scan, before and after, share its window.
+    With a brain, the bright fat of a head has no effect. All images of a scan, before and after, share one window.
     """
     values = _foreground(scan) if face is None else _voxels_at(scan, face.brain)
     if not len(values):
         return Window(scan.background, scan.background + 1.0)
-    # of a rough mask some voxels are fat; beyond the 95th percentile tissue goes on by about as much again
+    # the brain is approximate and may contain fat, so its top is extrapolated from the 95th percentile
     top, more = (99.5, 0.0) if face is None else (95, 0.2)
     low, high = (float(v) for v in np.percentile(values.astype(np.float64), (2, top)))
     low, high = low - 0.08 * (high - low), high + more * (high - low)
@@ -226,9 +226,9 @@ class Frame(NamedTuple):
     """A grid with its axes reordered to right, front, up.
 
     Attributes:
-        change: nibabel's orientation transform for the axes of an array.
-        affine: affine of the grid in the new order (RAS, mm).
-        shape: voxels to the right, to the front, up.
+        change: nibabel's orientation transform that reorders the axes of an array.
+        affine: affine of the reordered grid (RAS, mm).
+        shape: number of voxels to the right, to the front and up.
     """
 
     change: Array
@@ -237,7 +237,7 @@ class Frame(NamedTuple):
 
     @classmethod
     def of(cls, grid: ImageGrid) -> "Frame":
-        """Frame of a grid in any order."""
+        """Frame of a grid with axes in any order."""
         change = ornt_transform(io_orientation(grid.affine), axcodes2ornt("RAS"))
         order = np.argsort(change[:, 0])
         affine = grid.affine @ inv_ornt_aff(change, tuple(grid.size))
@@ -245,17 +245,17 @@ class Frame(NamedTuple):
 
     @property
     def spacing(self) -> Affine:
-        """Sides of a voxel in mm, ``(3,)``."""
+        """Voxel size in mm, ``(3,)``."""
         return spacing(self.affine)
 
     def orient(self, volume: Array) -> Array:
-        """An array ``(X, Y, Z)`` of the grid in the new order."""
+        """Reorder an array ``(X, Y, Z)`` of the grid to right, front, up."""
         turned: Array = apply_orientation(volume, self.change)
         return turned
 
 
 def shown_box(volume: Array, threshold: float) -> Array:
-    """First and last voxel along each axis of what lies above ``threshold``: ``(3, 2)``. A few voxels do not count."""
+    """First and last index along each axis of voxels above ``threshold``, ``(3, 2)``; isolated voxels are ignored."""
     shown = volume > threshold
     box = np.empty((3, 2), int)
     for axis in range(3):
@@ -269,11 +269,11 @@ class Plane(NamedTuple):
     """Parallel slices through the frame.
 
     Attributes:
-        axis: axis across the slices; 0 sagittal, 1 coronal, 2 axial.
-        positions: their indices along it, in the frame.
+        axis: axis across the slices: 0 sagittal, 1 coronal, 2 axial.
+        positions: index of each slice along this axis of the frame.
         start: number of the slice to show first.
-        rows: index along the upward axis of each row of pixels, from the top, ``(R,)``; nearest voxels.
-        columns: index along the other axis of each column, ``(C,)``.
+        rows: nearest voxel of each row of pixels along the upward axis, from the top, ``(R,)``.
+        columns: nearest voxel of each column of pixels along the other axis, ``(C,)``.
     """
 
     axis: int
@@ -284,7 +284,7 @@ class Plane(NamedTuple):
 
     @property
     def across(self) -> int:
-        """Axis that runs along the columns: to the right, or of a sagittal slice to the front."""
+        """Axis that runs across the picture: to the right, or to the front in a sagittal slice."""
         return 1 if self.axis == 0 else 0
 
     @property
@@ -294,16 +294,16 @@ class Plane(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in radiology."""
+        """Name of the plane: sagittal, coronal or axial."""
         return ("sagittal", "coronal", "axial")[self.axis]
 
     def take(self, volume: Array, position: int) -> Array:
-        """Slice ``(up, across)`` of an array in the frame, its first row the lowest."""
+        """Take a slice ``(up, across)`` from an array in the frame; its first row is the lowest."""
         part: Array = np.moveaxis(volume, self.axis, 0)[position]  # a view: np.take would copy the volume
         return part.T
 
     def nearest(self, volume: Array) -> Array:
-        """The slices ``(n, R, C)`` of an array in the frame, by nearest neighbour."""
+        """Take all slices ``(n, R, C)`` from an array in the frame, by nearest neighbour."""
         return np.stack([self.take(volume, p)[np.ix_(self.rows, self.columns)] for p in self.positions])
 
     def grid(self) -> Array:
@@ -314,26 +314,26 @@ class Plane(NamedTuple):
 
 
 def _pixels(low: int, high: int) -> Array:
-    """Nearest voxels of the pixels of a side that spans the voxels ``low`` to ``high``."""
+    """Nearest voxel of each pixel along a side from voxel ``low`` to ``high``."""
     count = high - low + 1
     number = min(count, PIXELS)
     return low + np.minimum(((np.arange(number) + 0.5) * count / number).astype(int), count - 1)
 
 
 def _positions(low: int, high: int) -> list[int]:
-    """Up to twelve slices evenly spaced between two ends, the same distance from either."""
+    """Indices of up to twelve evenly spaced slices from ``low`` to ``high``."""
     number = min(SLICES, high - low + 1)
     return np.unique(np.rint(np.linspace(low, high, number)).astype(int)).tolist()
 
 
 class Views:
-    """Everything that a page shows of a registration, in the frame of the fixed scan.
+    """All pictures of the report of a registration, in the frame of the fixed scan.
 
     Args:
-        result: the registration.
-        network: network that finds brains (default: none; windows and slices go by everything that the scans show, and
-            no face is hidden).
-        show_face: hide nothing.
+        result: registration to show.
+        network: network that finds brains (default: none; then windows and slices are chosen from the whole content,
+            and no face is hidden).
+        show_face: do not hide faces.
     """
 
     def __init__(self, result: Registered, network: AnatomyNet | None = None, *, show_face: bool = False) -> None:
@@ -347,7 +347,7 @@ class Views:
         fixed, moving = (
             windows_of(scan, face) for scan, face in zip((result.fixed, result.moving), self.faces, strict=True)
         )
-        names = max(fixed, moving, key=len)  # of a CT, if the other is none
+        names = max(fixed, moving, key=len)  # if only one scan is a CT, its windows
         self.choices = {
             name: tuple(each.get(name, next(iter(each.values()))) for each in (fixed, moving)) for name in names
         }
@@ -356,7 +356,7 @@ class Views:
         self.planes = list(self._planes())
 
     def _box(self) -> Array:
-        """What is drawn of the frame: all that the fixed scan shows, and a margin."""
+        """Part of the frame to draw: the content of the fixed scan with a margin, ``(3, 2)`` indices."""
         volume, window = self.frame.orient(self.result.fixed.array), self.windows[0]
         threshold = max(window.low + 0.15 * (window.high - window.low), self.result.fixed.background)
         box = shown_box(volume, threshold)
@@ -365,7 +365,7 @@ class Views:
         return np.stack([np.maximum(box[:, 0] - margin, 0), np.minimum(box[:, 1] + margin, last)], axis=1)
 
     def _anatomy(self) -> Array:
-        """Lowest and highest frame index of the brain, or of what is drawn: ``(3, 2)``."""
+        """Lowest and highest frame index of the brain, or of the drawn part without a brain: ``(3, 2)``."""
         if self.faces[0] is None:
             return self.box.astype(float)
         index = apply_affine(np.linalg.inv(self.frame.affine), self.faces[0].brain.T)
@@ -383,7 +383,7 @@ class Views:
             yield Plane(axis, positions, start, _pixels(*self.box[up])[::-1], _pixels(*self.box[across]))
 
     def slices(self, plane: Plane, volume: Array, window: Window, hidden: Array | None) -> NDArray[np.uint8]:
-        """Grey slices ``(n, R, C)`` of an array on the fixed grid; what is ``hidden`` is black."""
+        """Grey slices ``(n, R, C)`` of an array on the fixed grid; ``hidden`` pixels are black."""
         turned, tiles = self.frame.orient(volume), []
         rows, columns = self.box[plane.up], self.box[plane.across]
         for position in plane.positions:
@@ -397,20 +397,20 @@ class Views:
         return found if hidden is None else np.where(hidden, np.uint8(0), found)
 
     def _moving_points(self, plane: Plane) -> Array:
-        """Where the whole map takes the pixels of a plane: ``(3, n, R, C)``, RAS mm of the moving scan."""
+        """Map the pixels of a plane to points of the moving scan by the whole map: ``(3, n, R, C)`` (RAS, mm)."""
         points = apply_affine(self.frame.affine, plane.grid())
         vectors = np.stack([plane.nearest(self.frame.orient(part)) for part in self.result.ddf])
         return points + np.tensordot(self.result.fixed.affine[:3, :3], vectors, 1)
 
     def starts(self) -> tuple[int, int, int]:
-        """Frame indices of the first slices that are shown: sagittal, coronal, axial."""
+        """Frame indices of the slices to show first: sagittal, coronal, axial."""
         middle = self.box.mean(axis=1).astype(int).tolist()
         for plane in self.planes:
             middle[plane.axis] = plane.positions[plane.start]
         return middle[0], middle[1], middle[2]
 
     def drawn(self) -> tuple[Array, Array, Array]:
-        """The linearly aligned, the fixed and the warped scan on the fixed grid, without faces, from 0 to 1."""
+        """The aligned, the fixed and the warped scan on the fixed grid, from 0 to 1, with faces hidden."""
         result, (window, other) = self.result, self.windows
         images = [other.scale(result.aligned.array), window.scale(result.fixed.array), other.scale(result.warped.array)]
         if self.hides:
@@ -430,7 +430,7 @@ class Views:
         return images[0], images[1], images[2]
 
     def images(self, plane: Plane, windows: str | None = None) -> dict[str, NDArray[np.uint8]]:
-        """The slices of the fixed, the linearly aligned and the warped scan, without faces: ``(n, R, C)`` each.
+        """Slices ``(n, R, C)`` of the fixed, the aligned and the warped scan, with faces hidden.
 
         ``windows`` is one of :attr:`choices` (default: the first).
         """
@@ -451,10 +451,10 @@ class Views:
     def volume_change(self, plane: Plane, determinant: Array) -> NDArray[np.uint8]:
         """Change of volume without the linear part, at half the resolution: ``(n, R / 2, C / 2)``.
 
-        0 is a fold; 1 to 255 stand for a quarter to four times, evenly in the logarithm.
+        The value 0 marks a fold; 1 to 255 are a quarter to four times the volume on a logarithmic scale.
 
         Args:
-            plane: the slices.
+            plane: plane of the slices.
             determinant: Jacobian determinant of the whole map, on the fixed grid.
         """
         linear = abs(np.linalg.det(self.result.forward.linear[:3, :3]))
@@ -462,17 +462,17 @@ class Views:
         n, rows, columns = values.shape
         values = np.pad(values, ((0, 0), (0, rows % 2), (0, columns % 2)), mode="edge")
         blocks = values.reshape(n, (rows + 1) // 2, 2, (columns + 1) // 2, 2)
-        folds = (blocks <= 0).any(axis=(2, 4))  # none gets lost
+        folds = (blocks <= 0).any(axis=(2, 4))  # keeps every fold
         octaves = np.log2(np.maximum(blocks / linear, 2.0**-OCTAVES)).mean(axis=(2, 4))
         level = np.clip(np.rint(128 + 127 * octaves / OCTAVES), 1, 255)
         return np.where(folds, 0, level).astype(np.uint8)
 
     def vectors(self) -> tuple[tuple[int, ...], NDArray[np.int16], float]:
-        """The displacement without the linear part, on a coarse lattice over what is drawn.
+        """Sample the displacement without the linear part on a coarse lattice over the drawn part.
 
         Returns:
-            Size of the lattice, whose first and last points are the corners of :attr:`box`; vectors ``(3, *size)`` in
-            voxels of the frame, in units of the third, a number.
+            The size of the lattice, whose first and last points are the corners of :attr:`box`; integer vectors
+            ``(3, *size)``; and the factor that converts them to voxels of the frame.
         """
         sides = (self.box[:, 1] - self.box[:, 0]) * self.frame.spacing
         size = tuple(int(n) for n in np.where(sides > 0, np.clip(np.ceil(sides / _STEP) + 1, 2, _VECTORS), 1))
@@ -485,7 +485,7 @@ class Views:
         return size, np.rint(bent / unit).astype("<i2").reshape(3, *size), unit
 
     def labels(self, plane: Plane, scan: Scan, numbers: Array) -> NDArray[np.uint8]:
-        """Slices of a label map on the fixed grid, its ``numbers`` counted from 1: ``(n, R, C)``."""
+        """Slices ``(n, R, C)`` of a label map on the fixed grid, with ``numbers`` renumbered from 1."""
         values = plane.nearest(self.frame.orient(scan.array))
         place = np.searchsorted(numbers, values).clip(max=len(numbers) - 1)
         return np.where(numbers[place] == values, place + 1, 0).astype(np.uint8)

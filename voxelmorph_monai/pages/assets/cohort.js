@@ -1,7 +1,7 @@
 "use strict";
 const { cohort, one, many, first, measures, rows, plots } = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const AT_A_TIME = 50; // rows in the page, whatever the number of pairs
+const AT_A_TIME = 50; // rows to show at a time
 const STORE = `voxelmorph_monai:${cohort}`;
 const state = { sort: null, descending: false, page: 0, current: null, shown: rows };
 rows.forEach((row) => { row.lower = row.name.toLowerCase(); });
@@ -26,12 +26,12 @@ const written = (row, m) => (row.values[m] === null || row.values[m] === undefin
 const decisions = new Map();
 function remember() {
   try { localStorage.setItem(STORE, JSON.stringify([...decisions])); } catch {
-    byId("message").textContent = "This browser stores nothing: export your decisions before you close the page.";
+    byId("message").textContent = "This browser does not store your decisions: export them before you close the page.";
   }
 }
 try {
   for (const [name, each] of JSON.parse(localStorage.getItem(STORE) || "[]")) decisions.set(name, each);
-} catch { /* nothing is kept, or it cannot be read */ }
+} catch { /* nothing is stored, or it cannot be read */ }
 const decision = (row) => decisions.get(row.name) || { decision: "", note: "" };
 function decide(row, change) {
   const next = { ...decision(row), ...change };
@@ -68,7 +68,7 @@ function parseCsv(text) {
 
 function fromCsv(text) {
   const [head, ...lines] = parseCsv(text.replace(/^\uFEFF/, "")), at = (name) => (head || []).indexOf(name);
-  if (at("name") < 0 || at("decision") < 0) return "That file has no columns name and decision.";
+  if (at("name") < 0 || at("decision") < 0) return "The file needs the columns name and decision.";
   const known = new Map(rows.map((row) => [row.name, row]));
   let taken = 0, unknown = 0, wrong = 0;
   for (const line of lines) {
@@ -81,7 +81,7 @@ function fromCsv(text) {
     }
   }
   const parts = [`${taken} decisions read`];
-  if (unknown) parts.push(`${unknown} of ${many} that are not here`);
+  if (unknown) parts.push(`${unknown} of ${many} that are not in this index`);
   if (wrong) parts.push(`${wrong} that are neither accept nor reject`);
   return `${parts.join(", ")}.`;
 }
@@ -112,7 +112,7 @@ function select() {
     const keys = new Map(state.shown.map((row) => [row, sortKey(row)])), sign = state.descending ? -1 : 1;
     state.shown.sort((a, b) => {
       const [x, y] = [keys.get(a), keys.get(b)];
-      if (x === null || y === null) return (x === null) - (y === null); // what was not measured comes last
+      if (x === null || y === null) return (x === null) - (y === null); // missing values come last
       return sign * (x < y ? -1 : x > y ? 1 : 0);
     });
   }
@@ -190,7 +190,7 @@ function plot() {
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.replaceChildren();
   const name = n === null ? measures[m].name : `${measures[m].name} against ${measures[n].name}`;
-  if (!known.length) { byId("plot-text").textContent = `${name}: measured in none of these ${many}`; return; }
+  if (!known.length) { byId("plot-text").textContent = `${name}: no values for these ${many}`; return; }
   const values = known.map((row) => row.values[m]), sorted = [...values].sort((a, b) => a - b);
   const median = (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
   const digits = measures[m].digits;
@@ -247,9 +247,9 @@ function boxes() {
   const found = structures.flatMap(([, all]) => all.filter(Boolean));
   const ends = found.flatMap((box) => [box.low, box.high, ...box.beyond.map(([, value]) => value)]);
   const low = Math.min(...ends), high = Math.max(...ends), x = (value) => left + ((value - low) / (high - low || 1)) * (right - left);
-  const told = (box) => `median ${box.median.toFixed(digits)}, half from ${box.first.toFixed(digits)} to ${box.third.toFixed(digits)}`;
+  const told = (box) => `median ${box.median.toFixed(digits)}, quartiles ${box.first.toFixed(digits)} and ${box.third.toFixed(digits)}`;
   byId("box-text").textContent = found.length
-    ? `${name} of each structure: median, quartiles, and what lies within 1.5 times their distance; ${stages.join(" above ")}`
+    ? `${name} of each structure: median, quartiles, and whiskers of up to 1.5 times the interquartile range; ${stages.join(" above ")}`
     : `${name}: no values`;
   svg.setAttribute("viewBox", `0 0 ${wide} ${height}`);
   svg.style.height = `${height}px`;
@@ -287,7 +287,7 @@ function boxes() {
   byId("box-table").replaceChildren(...table);
 }
 
-// ---- what people do
+// ---- user input
 
 function refresh() {
   select();

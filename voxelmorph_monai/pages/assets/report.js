@@ -17,7 +17,7 @@ const field = (() => {
   return { size: data.field.size, unit: data.field.unit, vectors: new Int16Array(bytes.buffer) };
 })();
 
-function displacement(index) { // in voxels, without the linear part; linear between the points of the lattice
+function displacement(index) { // in voxels, without the linear part; interpolated linearly on the lattice
   const low = [], weight = [];
   for (let a = 0; a < 3; a++) {
     const [start, end] = data.box[a], n = field.size[a];
@@ -413,7 +413,7 @@ function readout() {
   const size = length(vectorMm(displacement(state.point)));
   const words = [
     `Fixed scan ${mm(toFixedMm(state.point))} mm ↔ moving scan ${mm(toMovingMm(aligned))} mm (right, front, up).`,
-    `Displaced by ${size.toFixed(1)} mm beside the linear part.`,
+    `Displacement without the linear part: ${size.toFixed(1)} mm.`,
   ];
   const plane = data.planes[0], number = nearest(plane, state.point);
   const rows = Math.ceil(plane.rows / 2), columns = Math.ceil(plane.columns / 2), [x, y] = place(plane, state.point);
@@ -431,7 +431,7 @@ function readout() {
   byId("readout").textContent = words.join(" ");
 }
 
-// ---- what people do
+// ---- user input
 
 function nearest(plane, index) {
   let best = 0;
@@ -490,7 +490,7 @@ function setPoint(index) {
   update();
 }
 
-function imageUnder(pane, x) { // which image a click at x meant
+function imageUnder(pane, x) { // image at the horizontal position x
   const { mode, first, second, flicked, divider } = state;
   if (mode === "both") return pane ? second : first;
   if (mode === "slider" && !flicked) return x < divider ? first : second;
@@ -527,7 +527,7 @@ figures.forEach((figure, i) => {
     });
     canvas.addEventListener("pointercancel", () => { dragging = false; });
     canvas.addEventListener("wheel", (event) => {
-      if (!event.shiftKey) return; // scrolling the page stays what it is
+      if (!event.shiftKey) return; // without Shift, the wheel scrolls the page
       event.preventDefault();
       setSlice(i, state.slices[i] + Math.sign(event.deltaY || event.deltaX));
     }, { passive: false });
@@ -605,7 +605,7 @@ byId("copy").addEventListener("click", async () => {
     range.selectNodeContents(byId("methods"));
     getSelection().removeAllRanges();
     getSelection().addRange(range);
-    byId("copied").textContent = "Selected: copy it with Ctrl+C.";
+    byId("copied").textContent = "The text is selected: press Ctrl+C to copy it.";
   }
 });
 
