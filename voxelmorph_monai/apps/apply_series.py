@@ -211,7 +211,7 @@ def apply_to_vectors(
     if said is None and coordinates not in ("RAS", "LPS"):
         raise ValueError(f"{moving} does not state the axes of its vectors. Pass --coordinates RAS or LPS.")
     if said is not None and coordinates not in (None, said):
-        raise ValueError(f"{moving} says that it is in {said}, which contradicts --coordinates {coordinates}.")
+        raise ValueError(f"{moving} states that it is in {said}, which contradicts --coordinates {coordinates}.")
     found, grid = _fitting(transforms, moving, image, fixed), fixed.grid
     with reading(Path(moving)):
         vectors = np.asarray(image.dataobj, dtype=np.float32).reshape(*shape[:3], 3)

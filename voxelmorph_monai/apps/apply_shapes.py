@@ -45,7 +45,7 @@ def _mover(
 def _tell(mover: Mover, shape: str | Path, what: str) -> None:
     if mover.outside:
         _LOGGER.warning(
-            "%s: %d %s lie outside the grid of the displacement, where its value at the border was used.",
+            "%s: %d %s lie outside the grid of the displacement, so its value at the border was used for them.",
             shape,
             mover.outside,
             what,
@@ -68,7 +68,7 @@ def apply_to_surface(
     Args:
         transforms: files in ANTs' order, see :func:`~voxelmorph_monai.maps.files.read_chain`.
         surface: GIFTI, FreeSurfer, VTK, STL or PLY (:mod:`~voxelmorph_monai.maps.surfaces`).
-        output: file of the same ending.
+        output: file to write, with the same extension.
         made_from: ``"fixed"``: the transform maps the surface to the moving image; ``"moving"``: the inverse maps it to
             the fixed image.
         coordinates: coordinate system of a file that does not state it, ``"RAS"``, ``"LPS"`` or ``"tkr"``.
@@ -98,14 +98,14 @@ def apply_to_streamlines(
     reference: str | Path | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Move streamlines from one image to the other, in memory that does not depend on their number.
+    """Move streamlines from one image to the other, in parts to save memory.
 
     Args:
         transforms: as in :func:`apply_to_surface`.
         streamlines: ``.trk``, ``.tck`` or ``.trx``.
-        output: file of the same ending.
+        output: file to write, with the same extension.
         made_from: as in :func:`apply_to_surface`.
-        reference: the image that the streamlines are mapped to; TRX stores its geometry, and TRK requires it.
+        reference: the image that the streamlines are mapped to, required for TRK; TRK and TRX store its geometry.
         overwrite: replace ``output``.
 
     Returns:

@@ -32,7 +32,7 @@ __all__ = ["Cohort", "register_cohort"]
 _FILES = ("moving", "fixed", "moving_labels", "fixed_labels", "moving_mask", "fixed_mask")
 _NAME = re.compile(r"(?!.*\.$)\w[\w.+-]{0,199}", re.ASCII)  # safe as a folder on every system
 _OPTIONS, _RECORD, _TABLE = "options.json", "pair.json", "cohort.csv"
-_RESERVED = (_OPTIONS, _TABLE, "index.html", "thumbnails")  # the last two are those of vxm report
+_RESERVED = (_OPTIONS, _TABLE, "index.html", "thumbnails")  # vxm report writes the last two
 _COLUMNS = (
     *("name", "status", "reason", "dice_before", "dice_affine", "dice_after"),
     *("correlation_before", "correlation_affine", "correlation_after"),

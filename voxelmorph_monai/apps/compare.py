@@ -197,9 +197,9 @@ def compare(runs: Mapping[str, Evaluation], *, common: bool = False) -> Comparis
     :func:`holm` corrects the p values: for ``measures`` over the runs, for ``structures`` over runs and structures.
 
     Args:
-        runs: evaluations by name; a single one is only summarised.
-        common: if pairs, structures or groups differ, compare only what is in all runs; also accept labels that were
-            warped in different ways. Without it, either is an error.
+        runs: evaluations by name; a single evaluation is only summarised.
+        common: if pairs, structures or groups differ, compare only those that all runs have; also accept labels that
+            were warped in different ways. If False, both raise an error.
     """
     kept, note = _common(runs, common)
     by_structure = {
@@ -226,7 +226,9 @@ def compare_runs(folders: Sequence[str | Path], output: str | Path, *, common: b
     require_new(output)
     names = scan_names([Path(folder).absolute() for folder in folders])
     if len(set(names)) < len(names):
-        raise ValueError(f"{[str(folder) for folder in folders]} names a folder twice. Name each run once.")
+        raise ValueError(
+            f"two of the runs have the same folder: {[str(folder) for folder in folders]}. Give each once."
+        )
     runs = dict(zip(names, map(load_evaluation, folders), strict=True))
     comparison = compare(runs, common=common)
     with atomic_folder(output) as folder:

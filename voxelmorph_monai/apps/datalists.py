@@ -51,7 +51,7 @@ def _read_ixi(source: Path) -> Sections:
     names = [path.stem for paths in sections.values() for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{source} holds several scans named {twice}.pkl. Rename all but one.")
+        raise ValueError(f"{source} holds several scans with the name {twice}.pkl. Rename all but one.")
     return {section: [_scan(path, path) for path in paths] for section, paths in sections.items()}
 
 
@@ -338,8 +338,8 @@ def write_datalist(
             ``"csv"``: a table of scans or pairs.
         source: folder or table of the data set.
         output: folder of the datalist.
-        folds: split all scans except the atlas into this many parts, whatever their section; None: the published
-            sections, or 5 parts if no scan has a section.
+        folds: number of parts into which all scans except the atlas are split, regardless of their sections (default:
+            the published sections, or 5 parts if no scan has a section).
         fold: part for testing; the next one is for validation, the others are for training.
         seed: random seed of the split.
 

@@ -52,7 +52,7 @@ class _Layer(NamedTuple):
 
 
 def _read_layer(group: Any, name: str) -> _Layer | None:
-    """Kernel and bias of one layer, whatever its scope is called; None for a layer without weights."""
+    """Read kernel and bias of one layer, with any name of its scope; None for a layer without weights."""
     arrays: dict[str, NDArray[np.float32]] = {}
 
     def visit(path: str, item: Any) -> None:
@@ -158,7 +158,7 @@ def _config_of_grids(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _vxmdense_name(name: str) -> str:
-    """Name of one of our parameters in a checkpoint.
+    """Convert the name of a parameter of this package to its name in a checkpoint.
 
     >>> _vxmdense_name("unet.decoder.3.0.conv.bias"), _vxmdense_name("unet.decoder.4.1.conv.bias")
     ('unet_model.decoder.3.0.main.bias', 'unet_model.remaining.1.main.bias')
@@ -228,7 +228,7 @@ def import_weights(source: str | Path, output: str | Path, *, xy: bool = False) 
         preset, state = _from_keras(source, xy)
     elif xy:
         raise ValueError(
-            f"weights {source} are not a Keras file (.h5), but xy applies only to those of the MICCAI paper."
+            f"weights {source} are not a Keras file (.h5), but xy applies only to Keras files of the MICCAI paper."
         )
     else:
         preset, state = _from_checkpoint(source)

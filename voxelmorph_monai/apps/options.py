@@ -78,8 +78,8 @@ class Options:
         refine: improve the displacement by optimising it for these two scans, after the network or instead of it.
         budget: time limit of the refinement in seconds; infinity continues until nothing improves.
         steps: number of refinement steps at each resolution, without a time limit; every run gives the same result.
-        similarity: ``"lncc"`` for two scans of one contrast, ``"mi"`` or ``"mind"`` for different ones, such as T1 and
-            T2.
+        similarity: similarity measure to optimise: ``"lncc"`` for scans of the same contrast, ``"mi"`` or ``"mind"``
+            for different contrasts, such as T1 and T2.
         smoothness: smoothness of the refined displacement, ``"low"``, ``"default"``, ``"high"``, or a length in mm,
             which has the same effect on every grid.
         symmetric: treat both scans alike, so that exchanging them gives the inverse map; takes twice the time.

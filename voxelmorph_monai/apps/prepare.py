@@ -78,7 +78,7 @@ def _match(entries: Sequence[Path], pattern: str) -> dict[tuple[Path, str], Path
     """Find files that match ``pattern``; the keys are the folder where it starts and the text that ``*`` matches."""
     if "*" not in pattern or "**" in pattern or Path(pattern).is_absolute():
         raise ValueError(
-            f"'{pattern}' cannot be a pattern of scans. Give a relative path with '*' for the name of a scan."
+            f"'{pattern}' is not a pattern of scans. Give a relative path with '*' for the name of a scan."
         )
     first, *others = (re.escape(part) for part in pattern.split("*"))
     matcher = re.compile(first + "([^/.][^/]*)" + r"\1".join(others))
@@ -102,8 +102,8 @@ def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -
     matches = _match(entries, images)
     if not matches:
         raise ValueError(
-            f"no scan matches '{images}' in {_abbreviate(entries) or 'no input'}. Name other folders, or other "
-            "--images."
+            f"no scan matches '{images}' in {_abbreviate(entries) or 'no input'}. Give other folders, or another "
+            "pattern (--images)."
         )
     scans = []
     for (folder, name), path in matches.items():
@@ -221,7 +221,9 @@ def _given_sections(split: Path, names: Sequence[str]) -> dict[str, list[str]]:
             raise TypeError("a section is not a list")
         listed = [str(name) for section in sections.values() for name in section]
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{split} does not list names of scans by section, as a JSON object: {error}.") from error
+        raise ValueError(
+            f"{split} is not a JSON object with a list of scan names for each section: {error}."
+        ) from error
     if "grid" in sections:
         raise ValueError(f"{split} has a section 'grid', a name that the datalist uses for the grid. Rename it.")
     if sorted(listed) != sorted(names):

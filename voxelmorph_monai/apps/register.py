@@ -67,7 +67,7 @@ def _check_dimensions(network: Registration | None, space: str, spatial_dims: in
     if network is not None and (network.network.spatial_dims, network.network.in_channels) != (spatial_dims, 2):
         raise ValueError(
             f"the network takes {network.network.in_channels} channels in {network.network.spatial_dims}-D, but these "
-            f"scans need one for two {spatial_dims}-D images of one channel."
+            f"scans need a network with 2 channels in {spatial_dims}-D. Choose other weights."
         )
     if space == "mni152" and spatial_dims == 2:
         raise ValueError("slices and 2-D images cannot be aligned to MNI152, a volume: use space 'fixed'.")
@@ -247,7 +247,7 @@ def _towards_each_other(to_moving: Affine, to_fixed: Affine, mapping: Affine) ->
 
 
 def _linear_maps(scaled: tuple[Scan, Scan], heads: Sequence[Head | None], options: Options) -> tuple[Affine, Affine]:
-    """Maps from points of the space that the network works in to points of the moving and of the fixed scan."""
+    """Align two scans: maps from points of the common space to points of the moving and of the fixed scan (mm)."""
     if options.space == "fixed":
         return align(*scaled, "rigid" if options.same_person else options.alignment), np.eye(4)
     kind = "rigid" if options.same_person else options.alignment
@@ -268,7 +268,7 @@ def _fields(
     device: torch.device,
     stages: _Stages,
 ) -> tuple[Displacement, Displacement]:
-    """Displacement between two scans on the grid of the network, and its inverse."""
+    """Find the displacement between two scans on the working grid, and its inverse."""
     images = network_input(scaled, maps, grid, dims).to(device)
     seen = _Seen.of(scaled, maps, grid, dims) if options.refines else None
     found = _predict(network, options, images, seen, float(spacing(grid.affine)[:dims].max()), stages)
@@ -335,7 +335,9 @@ def register_scans(
         warped = warp_scan(moving, whole_ddf, fixed, outside=moving.background)
         warped_labels = None if moving_labels is None else warp_scan(moving_labels, whole_ddf, fixed, order=0)
     if not warped.array.max() > moving.background:
-        raise ValueError(f"{moving.name} and {fixed.name} do not overlap once they are aligned.")
+        raise ValueError(
+            f"{moving.name} and {fixed.name} do not overlap after the alignment. Check the positions in their headers."
+        )
     record = options.record() | {
         "preset": None if network is None else card.preset if card else options.preset or PRESET,
         "grid": None if working is None else {"size": [*map(int, working.size)], "spacing": float(working.spacing)},

@@ -20,7 +20,7 @@ __all__ = ["BRAIN", "Segmented", "by_name", "read_list", "segment_file", "segmen
 
 _SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".nrrd", ".mha", ".mhd")
 
-_RESERVED = ("..", "volumes.csv", "index.html", "thumbnails")  # the last two are those of vxm report
+_RESERVED = ("..", "volumes.csv", "index.html", "thumbnails")  # vxm report writes the last two
 
 BRAIN = "brain.nii.gz"
 """Name of the file with the brain: the scan, with its background outside the brain."""
@@ -98,7 +98,7 @@ def read_list(path: str | Path) -> dict[str, Path]:
     scans: dict[str, Path] = {}
     for line, row, cells in rows:
         if len(row) != len(columns) or not cells["scan"]:
-            raise ValueError(f"{path}, line {line}: give {len(columns)} cells, one of them the path of a scan.")
+            raise ValueError(f"{path}, line {line}: give {len(columns)} cells, one of them with the path of a scan.")
         _add(scans, cells.get("name"), Path(path).parent / cells["scan"], f"{path}, line {line}")
     return scans
 

@@ -98,7 +98,7 @@ class RunningVariance:
 
     @property
     def variance(self) -> NDArray[np.floating[Any]]:
-        """Variance so far, divided by n - 1."""
+        """Sample variance of the arrays added so far (sum of squares divided by n - 1)."""
         return self._squares / (self.count - 1)
 
     @property

@@ -11,7 +11,9 @@ __all__ = ["COMMANDS"]
 
 def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input and output")
-    group.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folders of scans, or scans (NIfTI, MGZ)")
+    group.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="folders of scans, or scan files (NIfTI, MGZ)"
+    )
     group.add_argument(
         "output", type=Path, metavar="OUTPUT", help="new folder, or the folder of an interrupted run to continue"
     )
@@ -136,7 +138,7 @@ def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, metavar="SOURCE", help="folder of the data set; for csv: table of scans or pairs"
     )
     parser.add_argument(
-        "output", type=Path, metavar="OUTPUT", help="folder for datalist.json; the bundle's dataset_dir"
+        "output", type=Path, metavar="OUTPUT", help="folder for datalist.json, the dataset_dir of the training bundle"
     )
     parser.add_argument(
         "--folds",

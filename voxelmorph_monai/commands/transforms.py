@@ -114,8 +114,8 @@ def _add_apply_arguments(parser: argparse.ArgumentParser) -> None:
         "--interpolation",
         type=_interpolation,
         choices=("linear", "nearest", "bspline", "lanczos"),
-        help="interpolation; for images any of these (default: linear), for labels nearest or linear, which takes the "
-        "label with the largest interpolated weight (default: nearest)",
+        help="interpolation method: any of these for images (default: linear); nearest or linear for labels, where "
+        "linear takes the label with the largest interpolated weight (default: nearest)",
     )
     group = parser.add_argument_group("points, surfaces and streamlines")
     group.add_argument(
@@ -244,8 +244,8 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="origin",
         choices=("fsl",),
-        help="program that wrote INPUT, required for FSL, whose -in image is --moving and whose -ref image is "
-        "--reference (default: any other program)",
+        help="program that wrote INPUT, only needed for FSL: then give FSL's -in image as --moving and its -ref image "
+        "as --reference (default: recognised by the file)",
     )
     _add_saving_arguments(parser)
 

@@ -11,9 +11,9 @@ class Row(NamedTuple):
     """A line of a table that is not empty.
 
     Attributes:
-        line: its number in the file.
-        cells: what it contains.
-        by_column: the same by column, without cells that are missing or too many.
+        line: number of the line in the file.
+        cells: cells of the line.
+        by_column: cells by name of the column, without missing and superfluous ones.
     """
 
     line: int
@@ -26,7 +26,7 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[Row]]:
 
     Args:
         path: file to read.
-        what: what the file should hold, for the error if it does not exist.
+        what: content of the file, such as ``"a list of pairs"``, for the error message if it does not exist.
 
     Raises:
         FileNotFoundError: the file does not exist.

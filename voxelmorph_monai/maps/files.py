@@ -264,10 +264,10 @@ def read_chain(names: Sequence[str]) -> Chain:
 
 
 def open_chain(transforms: Sequence[str], *images: Scan | Frame | None) -> Chain:
-    """Read transforms (:func:`read_chain`) for images in the same number of dimensions.
+    """Read transforms with :func:`read_chain`, and check that they have the number of dimensions of the images.
 
     Raises:
-        ValueError: an image has another number of dimensions (None: there is no image).
+        ValueError: an image that is not None has another number of dimensions.
     """
     found = read_chain(transforms)
     for image in images:

@@ -71,7 +71,9 @@ def read_fnirt(path: Path, fixed: ImageGrid, moving: ImageGrid) -> tuple[NDArray
         vectors = vectors - np.moveaxis(np.tensordot(affine[:3, :3], np.indices(vectors.shape[:3]), 1), 0, -1)
         vectors -= affine[:3, 3]
     if not np.isfinite(vectors).all():
-        raise ValueError(f"{path} holds {int((~np.isfinite(vectors)).sum())} numbers that are NaN or Inf.")
+        raise ValueError(
+            f"{path} holds {int((~np.isfinite(vectors)).sum())} numbers that are NaN or Inf. Correct the warp."
+        )
     return np.einsum("ij,...j->i...", np.linalg.inv(affine[:3, :3]), vectors), affine
 
 

@@ -31,6 +31,6 @@ def check_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ())
 
 
 def check_image_output(path: Path, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
-    """As :func:`check_output`, for an image: raises also ValueError unless ``path`` ends in ``.nii`` or ``.nii.gz``."""
+    """Check an output image like :func:`check_output`; also raises ValueError unless it ends in .nii or .nii.gz."""
     check_image_name(path)
     check_output(path, overwrite, inputs)

@@ -133,7 +133,7 @@ def _read_freesurfer(path: Path, frame: str | None, volume: ImageGrid | None) ->
         real, info = _read_footer(content[_footer_start(content, len(vertices), len(triangles)) :])
     said = "RAS" if real else "tkr"
     if frame not in (None, said):
-        raise ValueError(f"{path} says that it is in {said}, which contradicts --coordinates {frame}.")
+        raise ValueError(f"{path} states that it is in {said}, which contradicts --coordinates {frame}.")
     if real:
         matrix = np.eye(4)
     elif info.get("valid", "").startswith("1") and "cras" in info and volume is None:
@@ -280,7 +280,7 @@ def _read_mesh(path: Path, frame: str | None, volume: ImageGrid | None) -> Surfa
     comment = _comment(reader, mesh, ending)
     found = re.search(r"SPACE=(RAS|LPS)", comment)
     if found and frame not in (None, found[1]):
-        raise ValueError(f"{path} says that it is in {found[1]}, which contradicts --coordinates {frame}.")
+        raise ValueError(f"{path} states that it is in {found[1]}, which contradicts --coordinates {frame}.")
     said = found[1] if found else frame or "LPS"
     note = "" if found or frame else f"{path} names no coordinate system: LPS is assumed, as in 3D Slicer and ITK"
     matrix = _frame_matrix(said, volume, path)

@@ -35,7 +35,7 @@ def encode(array: NDArray[Any]) -> str:
 
 
 def data_uri(slices: NDArray[np.uint8], *, exact: bool = False, quality: int = 80) -> str:
-    """Data URI of one picture with slices ``(n, R, C)`` one below the other: JPEG, or PNG to keep exact values."""
+    """Data URI of a picture of slices ``(n, R, C)``, stacked from top to bottom: JPEG, or PNG for exact values."""
     stream = io.BytesIO()
     picture = Image.fromarray(slices.reshape(-1, slices.shape[-1]))
     if exact:

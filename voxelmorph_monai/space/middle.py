@@ -43,7 +43,7 @@ def grid_around(scans: Sequence[Scan], maps: Sequence[_Matrix], spacing: float |
     Args:
         scans: scans to enclose.
         maps: 4 x 4, from points of the grid to points of each scan (RAS, mm).
-        spacing: voxel size in mm (default: that of the finest scan, the geometric mean over its axes).
+        spacing: voxel size in mm (default: the smallest voxel size of a scan, as geometric mean over its axes).
     """
     side = spacing or min(float(np.prod(scan.spacing)) ** (1 / 3) for scan in scans)
     ends = []

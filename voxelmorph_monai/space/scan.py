@@ -75,7 +75,7 @@ class Scan:
         self._range = float(voxels.min()), float(voxels.max())
         if not np.isfinite(self._range).all():
             wrong = int(voxels.size - np.isfinite(voxels).sum())
-            raise ValueError(f"{name} has {wrong} voxels that are NaN or infinite.")
+            raise ValueError(f"{name} has {wrong} voxels that are NaN or infinite. Replace them, for example by 0.")
 
     @classmethod
     def read(cls, path: str | Path, series: int | None = None) -> "Scan":
@@ -225,13 +225,13 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 class Frame(NamedTuple):
-    """A scan in a file without its voxels: where they lie, and how others are saved like it.
+    """Header of a scan, without its voxels: their position, and how to save other voxels in the same way.
 
     Attributes:
         name: name of the scan in messages.
         grid: size and affine (RAS, mm).
-        header: its NIfTI header, if it has one.
-        spatial_dims: 2 for a 2-D image.
+        header: NIfTI header; None for other formats.
+        spatial_dims: 2 for a 2-D image, otherwise 3.
     """
 
     name: str
@@ -241,10 +241,10 @@ class Frame(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path, *, planar: bool = True, series: int | None = None) -> "Frame":
-        """Read what the header of a file says.
+        """Read the header of a file.
 
         Args:
-            path: file or folder, of the formats of :meth:`Scan.read`.
+            path: file or DICOM folder, in a format of :meth:`Scan.read`.
             planar: also accept a slice or a 2-D image.
             series: as in :meth:`Scan.read`.
 
@@ -257,7 +257,7 @@ class Frame(NamedTuple):
         return cls(str(path), ImageGrid(volume.shape, affine), **_header(Path(path)))
 
     def save(self, path: str | Path, array: NDArray[Any]) -> None:
-        """Write voxels ``(X, Y, Z)`` here as NIfTI, as :meth:`Scan.save` does."""
+        """Write voxels ``(X, Y, Z)`` on this grid and with this header as NIfTI, completely or not at all."""
         if self.header is None:
             save_image(path, array, self.grid.affine, self.spatial_dims)
         else:
