@@ -1,1 +1,1 @@
-"""What ``vxm`` does, one module a command."""
+"""The work of the commands of ``vxm``, usually one module per command."""

@@ -49,7 +49,7 @@ class _Atlas(NamedTuple):
 
 
 def _like() -> Path:
-    """Folder of the bundle whose weights are used."""
+    """Folder of the registration bundle, whose weights and versions are used."""
     return shipped_weights().parents[1]
 
 
@@ -75,7 +75,7 @@ def _read_names(path: Path) -> dict[int, str]:
 
 
 def _structures(names: Mapping[int, str], used: Iterable[int], subject: str) -> dict[str, list[int]]:
-    """Used labels by name, in the order of the table; labels without a name are left out."""
+    """Find the labels of each structure in use, by name, in the order of the table, without nameless labels."""
     used = sorted(set(used))
     missing = [label for label in used if label not in names]
     if missing:
@@ -115,7 +115,7 @@ def _renumber(atlas: _Atlas, structures: Mapping[str, Sequence[int]]) -> _Atlas:
 
 
 def _align(atlas: _Atlas, grid: WorkingGrid) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image (0 to 255) and labels, resampled on the grid."""
+    """Align an atlas to MNI152; returns its image (0 to 255) and its labels on the grid, ``(X, Y, Z)``."""
     (image, affine), target = aligned(atlas.image, grid), grid.around()
     labels = resample(atlas.labels, target, affine @ np.linalg.inv(target.affine), order=0)
     return np.rint(255 * image).astype(np.uint8), labels.array
@@ -124,7 +124,7 @@ def _align(atlas: _Atlas, grid: WorkingGrid) -> tuple[NDArray[np.uint8], NDArray
 def segmentation_network(
     pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], num_labels: int, weights: Path
 ) -> tuple[AtlasSegmentation, dict[str, Any]]:
-    """Create the network with weights and atlases; returns it with the arguments of its constructor.
+    """Create the network and load its weights and atlases; returns it and the arguments of its constructor.
 
     Args:
         pairs: image (0 to 255) and labels of each atlas, ``(X, Y, Z)`` on the grid, aligned to MNI152.
@@ -237,7 +237,7 @@ def make_atlas_bundle(
     licence: str | Path | None = None,
     grid: WorkingGrid = STANDARD_GRID,
 ) -> Path:
-    """Write a MONAI bundle that segments skull-stripped T1 scans with the given atlases; all or nothing.
+    """Write a MONAI bundle that segments skull-stripped T1 scans with the given atlases, completely or not at all.
 
     Args:
         atlases: scan and label map of each atlas, skull-stripped, both on one grid, in any position. Without atlases:

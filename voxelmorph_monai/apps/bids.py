@@ -1,4 +1,4 @@
-"""File names in the style of BIDS."""
+"""Name the files of a registration as BIDS derivatives."""
 
 import re
 from pathlib import Path

@@ -89,7 +89,7 @@ def _pair(cells: Mapping[str, str], folder: Path) -> _Pair:
 
 
 def _errors(pair: _Pair, output: Path) -> Iterator[str]:
-    """Errors in a single line of the list."""
+    """Find the errors in a single line of the list."""
     for role in _FILES[:2]:
         if role not in pair.files:
             yield f"{role} is empty"
@@ -214,13 +214,13 @@ def _is_done(pair: _Pair, output: Path, options_record: Mapping[str, Any]) -> bo
 
 
 def _row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of ``summary.json`` for the table."""
+    """Convert ``summary.json`` to a row of the table."""
     dice = {f"dice_{stage}": values["mean"] for stage, values in (summary["dice"] or {}).items()}
     return {**summary, **dice, "seconds": round(sum(summary["seconds"].values()), 3)}
 
 
 def _register_pair(pair: _Pair, output: Path, options: Options, options_record: Mapping[str, Any]) -> None:
-    """Register one pair into its folder, unless it is done: a cluster that loses a result calls this again."""
+    """Register one pair into its folder, unless this was done: a cluster that loses a result calls this again."""
     if _is_done(pair, output, options_record):
         return
     inputs = pair.inputs()

@@ -19,7 +19,7 @@ __all__ = ["Comparison", "PublishedTable", "compare", "compare_runs", "holm", "p
 
 
 class PublishedTable(NamedTuple):
-    """Numbers from the literature, not computed here.
+    """A table of numbers from a publication.
 
     Attributes:
         title: data, protocol, number of pairs.
@@ -63,7 +63,7 @@ def published(name: str) -> list[PublishedTable]:
 
 
 def holm(p: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """P values corrected for multiple tests (Holm, Scandinavian Journal of Statistics 1979); NaN does not count.
+    """Correct p values for multiple tests (Holm, Scandinavian Journal of Statistics 1979); NaN values are ignored.
 
     The smallest of n values is multiplied by n, the next by n - 1, and so on; no value falls below an earlier one.
 
@@ -178,7 +178,7 @@ def _structures(run: Evaluation) -> list[tuple[str, str]]:
 
 
 def _dependence(index: pd.MultiIndex) -> str:
-    """Warning if scans are in several pairs; an atlas, which is in all of them, does not count."""
+    """Return a warning if scans are in several pairs, except for an atlas that is in all of them."""
     for level in ("moving", "fixed"):
         if index.get_level_values(level).nunique() == 1 and len(index) > 1:
             return ""

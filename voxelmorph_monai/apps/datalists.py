@@ -102,7 +102,7 @@ def _read_learn2reg(source: Path) -> Sections:
 
 
 def _read_lpba40(source: Path) -> Sections:
-    """Read LPBA40 (Shattuck et al., NeuroImage 2008) in the form that registration papers share.
+    """Read LPBA40 (Shattuck et al., NeuroImage 2008) in the form used by registration papers.
 
     S11 to S40 are for training. S02 to S10 and the atlas S01 are for testing: S01 is the fixed image of each pair, or
     one of ten scans that form all ordered pairs. As there is no published validation set, the last five training scans
@@ -188,7 +188,7 @@ LAYOUTS: dict[str, Callable[[Path], Sections]] = {
 
 
 def _cross_validation(scans: Sequence[Item], num_folds: int, fold: int, seed: int) -> Sections:
-    """Split ``scans`` into ``num_folds`` equal parts: ``fold`` is the test, the next one the validation."""
+    """Split ``scans`` into ``num_folds`` parts: ``fold`` for testing, the next for validation, others for training."""
     if num_folds < 3:
         raise ValueError(f"folds is {num_folds}. At least 3 are needed: for training, validation and test.")
     if not 0 <= fold < num_folds:
@@ -203,7 +203,7 @@ def _cross_validation(scans: Sequence[Item], num_folds: int, fold: int, seed: in
 
 
 def _by_image(items: Sequence[Item]) -> dict[Path, Item]:
-    """Scans in ``items`` (scans or pairs) by image, each once, with its label if any of ``items`` has one."""
+    """Collect the scans of ``items`` (scans or pairs) by image, each once, with its label if an item has one."""
     scans: dict[Path, Item] = {}
     for item in items:
         for scan in split_pairs([item])[0]:
@@ -251,7 +251,7 @@ def _reconstructors() -> dict[tuple[str, str], Callable[..., object]]:
 
 
 def _to_bytes(text: str, encoding: str) -> bytes:
-    """Encode like pickles of protocol 0 to 2, which need only one of Python's codecs."""
+    """Replace Python's codecs, of which pickles of protocol 0 to 2 need only latin1."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the codec {encoding}, and only latin1 is allowed")
     return text.encode("latin1")

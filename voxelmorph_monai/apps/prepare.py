@@ -1,4 +1,4 @@
-"""Prepare scans for training: one space, one grid, one range of intensities.
+"""Prepare scans for training: align them to one space, on one grid, with one range of intensities.
 
 Each scan is aligned to the mean adult brain MNI152 by an affine transform and resampled once. The axes of the grid run
 left, inferior, anterior (LIA, like FreeSurfer's), and its centre is the centre of the template's brain. The default,
@@ -124,7 +124,7 @@ def _find_scans(inputs: Sequence[str | Path], images: str, labels: str | None) -
 
 
 def _read(scan: _Source) -> tuple[Scan, Scan | None]:
-    """Image, a brain or a head, and labels if there are any."""
+    """Read the image (or paint it) and the label map of a scan, None without labels."""
     if scan.label == scan.image:
         labels = Scan.read_labels(scan.image)
         image = labels.like(
@@ -151,7 +151,7 @@ def _record(output: Path, name: str) -> Path:
 
 
 def _prepare_scan(scan: _Source, grid: WorkingGrid, output: Path) -> None:
-    """Prepare one scan. Its record is written last: a scan without a record is not done."""
+    """Prepare one scan. Its record is written last, so a scan without a record is not complete."""
     inputs = scan.inputs()
     image, labels = _read(scan)
     head = None if scan.label == scan.image else find_brain(image)

@@ -188,7 +188,7 @@ class Processes:
         )
 
     def _child(self) -> _Child:
-        """The process of this thread."""
+        """Return the child process of this thread; starts one if there is none."""
         child = getattr(self._own, "child", None)
         if child is None:
             with self._lock:

@@ -81,7 +81,7 @@ class Segmented(NamedTuple):
 
 
 def read_list(path: str | Path) -> dict[str, Path]:
-    """Scans by name, from a CSV file with the column ``scan`` and optionally ``name``.
+    """Read a list of scans, by name, from a CSV file with the column ``scan`` and optionally ``name``.
 
     Paths in it are relative to its folder.
 
@@ -159,7 +159,7 @@ def segment_files(
 
 
 def by_name(scans: list[Path]) -> dict[str, Path]:
-    """Scans by the names of their files; a folder without DICOM files stands for the scans in it.
+    """Name scans after their files; a folder that holds scans in other formats than DICOM stands for these.
 
     Raises:
         ValueError: two scans have the same name, or a folder holds no scan.

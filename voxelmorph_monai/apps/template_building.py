@@ -60,7 +60,7 @@ class _Member(NamedTuple):
 
 
 def _read_members(path: Path) -> list[_Member]:
-    """Scans of a list, ordered by their voxels."""
+    """Read the scans of a list, ordered by a hash of their voxels."""
     columns, rows = read_table(path, "a list of scans")
     if not {"image"} <= set(columns) <= {"image", "labels", "name"}:
         raise ValueError(f"{path} has the columns {', '.join(columns) or 'none'}; it needs image, and may have labels.")
@@ -140,7 +140,7 @@ def _on_disk(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]
 
 
 def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only: bool, spacing: float | None) -> None:
-    """Write ``template.nii.gz`` of a round, from its registrations, and last ``round.json``."""
+    """Compute the next template from the registrations of a round; writes ``round.json`` last."""
     found = [_velocity(folder / "registered" / member.name, aligned_only) for member in members]
     mean_linear = linear_mean([linear for linear, _ in found])
     velocities = [velocity for _, velocity in found if velocity is not None]

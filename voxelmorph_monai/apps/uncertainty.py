@@ -1,4 +1,4 @@
-r"""Uncertainty of a registration by a probabilistic network: samples of its posterior, and their calibration.
+r"""Estimate the uncertainty of a registration by samples of a probabilistic network, and test its calibration.
 
 The network predicts a normal distribution of velocities, :math:`q(v) = N(\mu, diag(\sigma^2))`, an approximation of the
 posterior given the two scans (Dalca et al., MICCAI 2018). Each sample is integrated and applied like the mean. Their

@@ -1,1 +1,1 @@
-"""The commands of ``vxm``: what each takes, and the app that it calls."""
+"""The commands of ``vxm``: their arguments, and the functions in ``apps`` that they call."""

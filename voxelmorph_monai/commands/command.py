@@ -1,4 +1,4 @@
-"""What a command is, and the options that several commands share."""
+"""The class of a command, and options that several commands share."""
 
 import argparse
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""Images, label maps and tables in files, written completely or not at all."""
+"""Read and write images, label maps and tables; files are written completely or not at all."""

@@ -1,4 +1,4 @@
-"""Headers of scans (nibabel: NIfTI, MGZ and more; ITK: NRRD, MetaImage and DICOM), and the files of a scan.
+"""Read headers of scans (NIfTI, MGZ and more with nibabel; NRRD, MetaImage and DICOM with ITK), and find their files.
 
 Programs interpret contradictory or incomplete headers in different ways. A file is rejected if two common programs
 would place it differently, because a transform that is right for one of them is wrong for the other.

@@ -205,7 +205,7 @@ def _names(info: Mapping[str, Any]) -> dict[int, str]:
 
 
 class _Studies:
-    """The studies of a datastore, by id."""
+    """Access to the studies of a datastore by id."""
 
     def __init__(self, datastore: Datastore, trained: Path) -> None:
         self.datastore = datastore

@@ -18,7 +18,7 @@ __all__ = ["Meaning", "check_displacements", "meaning_of"]
 
 
 class Meaning(NamedTuple):
-    """What the vectors of a field mean.
+    """Meaning of the vectors of a field.
 
     Attributes:
         positions: True if the vectors are points of the moving image, False if they are displacements.

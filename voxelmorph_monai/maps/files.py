@@ -108,7 +108,7 @@ class Chain(NamedTuple):
     spatial_dims: int
 
     def inverse(self) -> "Chain":
-        """The way back, exact for linear transforms (:func:`~voxelmorph_monai.maps.chains.invert_transform`)."""
+        """Invert the transform with :func:`~voxelmorph_monai.maps.chains.invert_transform`."""
         transform, missed = invert_transform(self.transform)
         return self._replace(transform=transform, residual=max(self.residual, missed))
 
@@ -178,7 +178,9 @@ def _read_itk(path: Path) -> Transform:
             found = _parse_itk(path)
     except (RuntimeError, IndexError) as error:
         hint = " If FSL wrote it: vxm convert --from fsl." if path.suffix == ".mat" else ""
-        raise ValueError(f"ITK cannot read {path} as a transform: it is damaged, or not ITK's.{hint}") from error
+        raise ValueError(
+            f"ITK cannot read {path} as a transform: it is damaged, or not in ITK's format.{hint}"
+        ) from error
     if len(found) != 1:
         raise ValueError(f"{path} holds {len(found)} transforms; only one, or one composite, can be read.")
     if (found[0].GetInputSpaceDimension(), found[0].GetOutputSpaceDimension()) not in ((2, 2), (3, 3)):
@@ -296,7 +298,7 @@ def _form_of(path: Path, form: str | None) -> str:
     possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
     if form is None and not possible:
         raise ValueError(
-            f"{path} has no extension of a transform file. Use one of {', '.join(_READ)}, or give the format (--to)."
+            f"{path} is not named like a transform file. End it in {', '.join(_READ)}, or give the format (--to)."
         )
     if form is None:
         return possible[0]

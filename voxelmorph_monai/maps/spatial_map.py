@@ -1,4 +1,4 @@
-"""The map between two scans that a registration finds, and warping scans with it."""
+"""The map between two scans that a registration finds, and functions that warp scans with it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +80,7 @@ class SpatialMap(NamedTuple):
 
     @property
     def linear(self) -> NDArray[np.floating[Any]]:
-        """The map without its displacement, a 4 x 4 matrix."""
+        """Linear part of the map, without its displacement: a 4 x 4 matrix."""
         return self.post @ self.pre
 
     def _map(self, points: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Warnings about a registration in plain words, from checks that need no ground truth.
+"""Check a registration without ground truth, and warn about problems in plain words.
 
 The checks look at points every few millimetres over the fixed scan, so they take only a fraction of a second. A
 registration that passes all checks can still be wrong.

@@ -31,7 +31,7 @@ def linear_mean(maps: Sequence[_Matrix]) -> NDArray[np.float64]:
 
 
 def rigid_both_ways(moving: Scan, fixed: Scan) -> Affine:
-    """Rigid map, 4 x 4, from points of ``fixed`` to points of ``moving``: the inverse, if they are exchanged."""
+    """Rigid map, 4 x 4, from points of ``fixed`` to points of ``moving`` (mm); exchanging them gives its inverse."""
     there, back = align(moving, fixed, "rigid"), align(fixed, moving, "rigid")
     loop = np.linalg.inv(back @ there).astype(np.float64)
     return (there @ half_map(loop)).astype(np.float64)

@@ -107,7 +107,7 @@ def _extent(array: NDArray[Any], margin: Sequence[int]) -> tuple[slice, ...]:
 
 
 def coarsen(array: NDArray[Any], affine: Affine, sizes: Sequence[float], margin: float) -> list[Copy]:
-    """Copies of an image with voxels of about ``sizes`` mm, each a multiple of the one after it.
+    """Make coarse copies of an image, with voxels of about ``sizes`` mm; each is made from the next finer one.
 
     Args:
         array: image ``(X, Y, Z)`` or ``(X, Y)`` whose background is about 0.

@@ -185,7 +185,7 @@ def check_brain(scan: Scan) -> None:
 
 
 def check_in_grid(scan: Scan, mapping: NDArray[np.floating[Any]], grid: ImageGrid) -> None:
-    """Raise ValueError unless most of a brain lies in a grid around MNI152.
+    """Raise ValueError unless at least 75 % of a brain lies in a grid around MNI152.
 
     Args:
         scan: skull-stripped brain.
