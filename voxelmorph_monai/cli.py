@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from voxelmorph_monai.threads import wait_without_spinning
 
     codes: list[int] = []
-    atexit.register(_leave, codes)  # registered first, so called last
+    atexit.register(_leave, codes)  # registered first, so called after the exit functions of libraries
     keep_freed_memory()
     wait_without_spinning()
     signal.signal(signal.SIGTERM, _terminate)

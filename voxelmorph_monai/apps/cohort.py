@@ -192,7 +192,7 @@ def _require_ours(output: Path, pairs: Sequence[_Pair], options: Mapping[str, An
             f"{output / strange[0]} is in the way: a pair has this name, but the folder was not made by a "
             "registration. Move it, or rename the pair."
         )
-    if not any((output / pair.name).exists() for pair in pairs):  # nothing that other options could have made
+    if not any((output / pair.name).exists() for pair in pairs):  # no results that other options could have made
         return
     recorded = _read_json(mark)
     changed = [name for name in options if recorded.get(name) != options[name]]
@@ -368,7 +368,7 @@ def register_cohort(
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}. At least 1 process is needed.")
     if scheduler is not None:
-        _dask(scheduler)  # before there is a folder
+        _dask(scheduler)  # raises an error if Dask is missing, before a folder is created
     listed, complete = _read_list(Path(pairs).absolute(), output), _complete(options)
     options_record = _as_json(complete, bids=bids, report=report, show_face=show_face)
     _require_ours(output, listed, options_record, overwrite)

@@ -111,8 +111,8 @@ def _common(runs: Mapping[str, Evaluation], common: bool) -> tuple[dict[str, Eva
     if len(set(modes.values())) > 1:
         if not common:
             raise ValueError(
-                f"the runs warped labels in different ways, label_mode {modes}, which changes Dice by itself. Evaluate "
-                "them in one way, or compare them anyway with --common."
+                f"the runs warped labels in different ways (label_mode {modes}), which alone changes Dice. Evaluate "
+                "them in the same way, or compare them anyway with --common."
             )
         notes.append(f"Labels were warped in different ways, which changes Dice by itself: label_mode {modes}.")
     indices = [run.structures.index for run in runs.values()]
@@ -133,7 +133,7 @@ def _common(runs: Mapping[str, Evaluation], common: bool) -> tuple[dict[str, Eva
     if not common:
         raise ValueError(
             f"the runs have different pairs or structures: of {rows} rows (pairs x structures) only {len(shared)} are "
-            "in all. Compare those with --common."
+            "in all runs. Use --common to compare only these."
         )
     if not len(shared):
         raise ValueError(f"the runs have no pairs and structures in common: of {rows} rows none is in all.")

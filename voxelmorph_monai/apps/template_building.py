@@ -175,7 +175,7 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
             _save_labels(shares, labels, like, folder)
     like.like(_sharpened(mean)).save(folder / "template.nii.gz")
     bend = None if middle is None else padded_field(integrate(middle), template.affine)
-    # of the whole map, as its linear part and its field can cancel each other
+    # Displacement of the whole map, because its linear part and its field can cancel each other.
     mean_map = SpatialMap(np.eye(4), mean_linear, bend).on_grid(template.grid)
     off = np.linalg.norm(mean_map, axis=0)[template.array > template.array.mean()] * float(template.spacing.mean())
     write_json(

@@ -201,7 +201,9 @@ def reliability(confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_
         A row for each bin with predictions: ``up_to`` (its upper end), ``count``, mean ``confidence``, and
         ``accuracy``, the fraction that is correct. For a calibrated model the last two are equal.
     """
-    bins = np.clip(np.ceil(confidence.ravel() * num_bins * (1 - 1e-6)), 1, num_bins)  # float32 rounds k / n
+    bins = np.clip(
+        np.ceil(confidence.ravel() * num_bins * (1 - 1e-6)), 1, num_bins
+    )  # tolerates that float32 rounds k / n
     frame = pd.DataFrame({"up_to": bins / num_bins, "confidence": confidence.ravel(), "accuracy": correct.ravel()})
     return (
         frame.astype(float)

@@ -85,7 +85,8 @@ def require_new(path: str | Path, overwrite: bool | None = None) -> None:
     """Check that ``path`` can be written, before long work starts.
 
     Raises:
-        FileExistsError: ``path`` exists, and ``overwrite`` is false, or None for a command without this option.
+        FileExistsError: ``path`` exists and ``overwrite`` is not True. If it is False, the message mentions
+            ``--overwrite``; None is for callers without this option.
         ValueError: the folder of ``path`` cannot be written to.
     """
     if Path(path).exists() and not overwrite:

@@ -73,7 +73,7 @@ def meaning_of(header: Any, path: Path) -> Meaning | None:
         )
     if name == "Mapping" or (not name and re.fullmatch(_SPM_DEFORMATION, note)):
         return _POSITIONS
-    if name and not (code == 1006 and "disp" in name.lower()):  # name and code agree
+    if name and not (code == 1006 and "disp" in name.lower()):  # this name only repeats the code
         raise ValueError(
             f"{path} is marked '{name}' (intent_name), a kind of field that is not supported. Use the program that "
             "wrote it to export displacements for ITK."

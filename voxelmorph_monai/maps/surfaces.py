@@ -119,7 +119,7 @@ def _read_footer(footer: bytes) -> tuple[bool, dict[str, Any]]:
     """Read whether vertices are in scanner RAS ("real RAS", unknown to nibabel), and the data about the volume."""
     real = footer[:4] == (2).to_bytes(4, "big") and footer[4:8] != bytes(4)
     pairs = (line.split("=", 1) for line in footer.decode("latin-1").splitlines() if "=" in line)
-    said = {key.strip()[-9:].split("\x14")[-1]: value.strip() for key, value in pairs}  # 20 comes before the first
+    said = {key.strip()[-9:].split("\x14")[-1]: value.strip() for key, value in pairs}  # byte 20 precedes the first key
     info: dict[str, Any] = {key: said[key] for key in ("valid", "filename") if key in said}
     numbers = ("volume", "voxelsize", "xras", "yras", "zras", "cras")
     info |= {key: np.array(said[key].split(), dtype=np.float64) for key in numbers if key in said}

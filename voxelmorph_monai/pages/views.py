@@ -199,7 +199,7 @@ def is_ct(scan: Scan) -> bool:
 
 
 def windows_of(scan: Scan, face: Face | None = None) -> dict[str, Window]:
-    """Windows of a scan by name, the one to show first at the top: several for a CT, otherwise one without a name."""
+    """Windows of a scan by name: several for a CT, the first to show first; otherwise one without a name."""
     if not is_ct(scan):
         return {"": window_of(scan, face)}
     if face is not None:

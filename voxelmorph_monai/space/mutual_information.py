@@ -366,7 +366,7 @@ def maximise(information: MutualInformation, matrix: Affine, kind: str, toleranc
         return matrix
     fisher += 1e-9 * np.trace(fisher) * np.eye(len(fisher))
     basis = np.linalg.solve(np.linalg.cholesky(fisher), basis)  # makes Fisher's information the identity
-    inverse = 2 * np.eye(len(basis))  # of the curvature, which is below 1, as images of two people match only in part
+    inverse = 2 * np.eye(len(basis))  # inverse curvature; the curvature is below 1, as images of two people differ
     for number in range(_MAX_STEPS):
         step = inverse @ (basis @ here.gradient)
         step *= min(1.0, _FARTHEST / max(float(np.linalg.norm(step @ basis)), 1e-9))

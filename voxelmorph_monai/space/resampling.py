@@ -75,7 +75,7 @@ def resample_intensities(
         mapping: 4 x 4, from points of the grid to points of the scan (RAS, mm).
         outside: as in :func:`resample`.
     """
-    width = np.sqrt(np.maximum(spacing(grid.affine).max() ** 2 - scan.spacing**2, 0)) / scan.spacing  # at half height
+    width = np.sqrt(np.maximum(spacing(grid.affine).max() ** 2 - scan.spacing**2, 0)) / scan.spacing  # at half maximum
     smooth = scan.like(ndimage.gaussian_filter(scan.array, width / 2.355)) if width.any() else scan
     return resample(smooth, grid, mapping, outside=outside)
 

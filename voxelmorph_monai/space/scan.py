@@ -288,7 +288,9 @@ class Plane(NamedTuple):
         affine = scan.affine
         along = [axis for axis in range(3) if axis != _across(scan.shape)]
         normal = np.cross(*affine[:3, along].T)
-        nearest = np.roll(np.eye(3), -1 - int(np.argmax(np.abs(normal))), axis=1)  # the axis across the plane last
+        nearest = np.roll(
+            np.eye(3), -1 - int(np.argmax(np.abs(normal))), axis=1
+        )  # the axis across the plane comes last
         axes = nearest if like is None else like.matrix[:3, :3]
         normal *= np.sign(normal @ axes[:, 2]) / np.linalg.norm(normal)
         first = axes[:, 0] - normal * (normal @ axes[:, 0])
