@@ -67,12 +67,12 @@ def pixdim(*sides: float, qfac: float = 1) -> NDArray[np.float32]:
 
 # Fields that disagree, by the codes of sform and qform that make them count, and a word of the message.
 WRONG: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {
-    "pixdim of 1 mm": ((1, 0), {"pixdim": pixdim(1, 1, 1)}, "by pixdim .* by its sform"),
+    "pixdim of 1 mm": ((1, 0), {"pixdim": pixdim(1, 1, 1)}, "in pixdim .* in its sform"),
     "pixdim of 1 mm, two forms": ((1, 1), {"pixdim": pixdim(1, 1, 1)}, "sform and a qform"),
-    "pixdim in another order": ((2, 0), {"pixdim": pixdim(3, 1.1, 0.9)}, "by pixdim"),
-    "pixdim of slices with their gap": ((1, 0), {"pixdim": pixdim(0.9, 1.1, 3.3)}, "by pixdim"),
+    "pixdim in another order": ((2, 0), {"pixdim": pixdim(3, 1.1, 0.9)}, "in pixdim"),
+    "pixdim of slices with their gap": ((1, 0), {"pixdim": pixdim(0.9, 1.1, 3.3)}, "in pixdim"),
     "pixdim of 0": ((1, 0), {"pixdim": pixdim(0, 0, 0)}, "1 x 1 x 1 mm in pixdim"),
-    "pixdim of NaN": ((1, 0), {"pixdim": pixdim(np.nan, 1.1, 3)}, "by pixdim"),
+    "pixdim of NaN": ((1, 0), {"pixdim": pixdim(np.nan, 1.1, 3)}, "in pixdim"),
     "negative pixdim": ((1, 0), {"pixdim": pixdim(-0.9, 1.1, 3)}, r"negative size in pixdim \(-0\.9 x"),
     "negative pixdim of a qform": ((0, 1), {"pixdim": pixdim(0.9, -1.1, 3)}, "negative size in pixdim"),
     "qfac of -2": ((0, 1), {"pixdim": pixdim(0.9, 1.1, 3, qfac=-2)}, r"pixdim\[0\] -2"),

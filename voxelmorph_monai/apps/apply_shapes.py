@@ -32,7 +32,7 @@ def _mover(
     transforms: Sequence[str], shape: str | Path, output: str | Path, made_from: str, overwrite: bool
 ) -> tuple[Mover, float]:
     if made_from not in ("fixed", "moving"):
-        raise ValueError(f"shapes cannot be made from '{made_from}'. Choose fixed or moving.")
+        raise ValueError(f"made_from is '{made_from}'. Choose fixed or moving.")
     if Path(shape).suffix.lower() != Path(output).suffix.lower():
         raise ValueError(f"{output} does not end in '{Path(shape).suffix}', but shapes keep their format. Rename it.")
     check_output(Path(output), overwrite, [shape, *transforms])

@@ -150,8 +150,8 @@ def estimate_uncertainty(
     Args:
         moving: moving scan.
         fixed: fixed scan.
-        options: options of the registration; ``weights`` must belong to a probabilistic network. There is no
-            refinement.
+        options: options of the registration; ``weights`` must belong to a probabilistic network, and ``refine`` is
+            ignored: the displacement is not refined.
         moving_labels: label map on the grid of the moving scan, warped by each sample (to the nearest voxel).
         num_samples: number of samples.
         seed: random seed of the samples.

@@ -124,9 +124,9 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="for one scan: new folder for labels, brain mask, brain, volumes and colours, or a NIfTI file for labels; "
-        "for several scans: folder with one such folder per scan and a table of all volumes, where the same command "
-        "continues after an interruption",
+        help="new folder for labels, brain mask, brain, volumes and colours, or a NIfTI file for labels only; for "
+        "several scans: folder with such a folder for each scan and a table of all volumes (repeat the command to "
+        "continue after an interruption)",
     )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="weights of the network (default: the bundled weights)"

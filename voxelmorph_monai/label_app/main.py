@@ -258,7 +258,7 @@ class LabelPropagation(InferTask):
         self.settings = settings
 
     def is_valid(self) -> bool:
-        """Whether MONAI Label may list it."""
+        """Whether MONAI Label may offer this task."""
         return True
 
     def info(self) -> dict[str, Any]:
@@ -336,7 +336,7 @@ class Register(InferTask):
         self.settings = settings
 
     def is_valid(self) -> bool:
-        """Whether MONAI Label may list it."""
+        """Whether MONAI Label may offer this task."""
         return True
 
     def info(self) -> dict[str, Any]:

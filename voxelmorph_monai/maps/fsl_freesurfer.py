@@ -115,7 +115,7 @@ def read_lta(path: Path) -> Affine:
         reason = str(error) or "its lines are not as expected"
         raise ValueError(f"{path} is not a linear FreeSurfer transform with an inverse: {reason}.") from error
     if matrix is None:
-        raise ValueError(f"{path} is of type {kind}; only types 0 (voxels to voxels) and 1 (RAS to RAS) are read.")
+        raise ValueError(f"{path} is of type {kind}; only types 0 (voxels to voxels) and 1 (RAS to RAS) can be read.")
     return matrix
 
 
