@@ -62,9 +62,21 @@ def _skip(app: Any, what: str, name: str, value: object, skip: bool, options: An
     return True if type(value).__name__ == "_tuplegetter" else None
 
 
+def _accessible(app: Any, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Let keys scroll code and tables, and give the captions of the navigation a level."""
+    for part, old, new in (
+        ("body", "<pre>", '<pre tabindex="0">'),
+        ("body", '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
+        ("furo_navigation_tree", 'role="heading">', 'role="heading" aria-level="2">'),
+    ):
+        if part in context:
+            context[part] = context[part].replace(old, new)
+
+
 def setup(app: Any) -> None:
     """Register what Sphinx calls."""
     app.connect("autodoc-skip-member", _skip)
+    app.connect("html-page-context", _accessible, priority=900)  # after the theme
 
 
 # Page of the reference: title, what is on it, the modules and folders. Modules that no page names are on "monai".
