@@ -260,6 +260,12 @@ def test_a_slice_has_an_area(show: Open, tmp_path: Path) -> None:
     page.mouse.click(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
     assert "Area +0 %" in page.inner_text("#readout")
     assert "Area, linear part" in page.inner_text("#numbers")
+    wide = show(tmp_path / "report.html")
+    wide.click('[data-mode="both"]')
+    first, second = (wide.locator("canvas").nth(pane).bounding_box() for pane in (0, 1))
+    assert first["y"] == second["y"]  # beside each other
+    assert first["x"] + first["width"] < second["x"]
+    assert first["height"] < 900
     assert "olume" not in page.inner_text("#tools") + page.inner_text("#numbers").replace("SDlogJ", "")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
