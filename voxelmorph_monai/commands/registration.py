@@ -262,7 +262,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         metavar="DIR",
-        help="folder that vxm register --list, vxm segment (of several scans), vxm prepare or an evaluation wrote",
+        help="folder written by vxm register --list, vxm segment (of several scans), vxm prepare or an evaluation",
     )
 
 

@@ -298,7 +298,7 @@ def _form_of(path: Path, form: str | None) -> str:
     possible = [known for known, endings in _ENDINGS.items() if path.name.endswith(endings)]
     if form is None and not possible:
         raise ValueError(
-            f"{path} is not named like a transform file. End it in {', '.join(_READ)}, or give the format (--to)."
+            f"the format of {path} is unknown. Use the extension {', '.join(_READ)}, or give the format (--to)."
         )
     if form is None:
         return possible[0]
