@@ -52,7 +52,7 @@ def test_labels_off_by_rounding_are_rounded_with_a_note(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert str(path) in record.getMessage()
-    assert f" {off} labels" in record.getMessage()
+    assert f" {off} voxels" in record.getMessage()
 
 
 def test_exact_labels_are_read_without_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
