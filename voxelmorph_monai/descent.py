@@ -69,7 +69,7 @@ class Direction:
         self.steps = 0
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """Take in the ``gradient`` ``(1, D, *spatial)``; the result is 1 long at most, about."""
+        """Take in the ``gradient`` ``(1, D, *spatial)``; the result has its shape, and vectors about 1 long at most."""
         (first, second), self.steps = _MOMENTA, self.steps + 1
         self.mean.lerp_(gradient, 1 - first)
         self.square.lerp_(squares(gradient), 1 - second)

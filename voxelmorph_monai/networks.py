@@ -174,7 +174,7 @@ class VoxelMorph(nn.Module):
         return [-(-n // self.multiple) * self.multiple for n in size]
 
     def coarse(self, pair: Tensor) -> Tensor:
-        """Pad ``pair`` and average blocks of voxels: ``(B, in_channels, *padded / block)``."""
+        """Pad ``pair`` ``(B, in_channels, *spatial)`` and average blocks: ``(B, in_channels, *padded / block)``."""
         if pair.ndim != self.spatial_dims + 2 or pair.shape[1] != self.in_channels:
             sizes = "H, W" if self.spatial_dims == 2 else "H, W, D"
             raise ValueError(

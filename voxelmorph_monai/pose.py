@@ -87,7 +87,7 @@ class Anatomy(NamedTuple):
 
     @property
     def middle(self) -> NDArray[np.float64]:
-        """Centre of the brain (RAS, mm)."""
+        """Centre of the brain (RAS, mm), ``(3,)``."""
         index = _centre_of(self.posteriors.sum(0))
         return apply_affine(self.affine, index)
 

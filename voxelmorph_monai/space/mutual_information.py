@@ -326,7 +326,12 @@ class MutualInformation:
         return (joint * (given - np.log(np.maximum(of_fixed, 1e-12)))).sum(axis=(-2, -1)), given
 
     def slope(self, matrix: Affine, with_fisher: bool = False) -> _Slope:
-        """Value, gradient and, if ``with_fisher``, Fisher's information, for the parameters of an affine map."""
+        """Value, gradient and, if ``with_fisher``, Fisher's information, for the parameters of an affine map.
+
+        Args:
+            matrix: the map, 4 x 4 or 3 x 3 (RAS, mm).
+            with_fisher: compute Fisher's information, which takes longer; otherwise it is None.
+        """
         to_voxels = self._to_voxels @ matrix @ self.to_mm
         histogram, cells, weights, slopes = self._match(to_voxels)
         size = len(self.points) * (len(self.points) - 1)
