@@ -1,5 +1,6 @@
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -302,7 +303,10 @@ def test_what_is_asked_of_compare_is_what_is_shown(monkeypatch: pytest.MonkeyPat
     assert "TransMorph-bspl   dice over groups 0.761" in first
     assert "source: Chen et al." in first
     assert "TransMorph" not in second
-    assert main(["compare", "a", "--output", "out", "--published", "mnist"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "a", "--output", "out", "--published", "mnist"])
+    choices = capsys.readouterr().err.split("choose from")[1]
+    assert set(re.findall(r"\w+", choices)) == comparison._library().keys()
 
 
 def test_what_is_asked_of_uncertainty_is_what_is_done(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 import pickle
+import re
 from itertools import permutations
 from pathlib import Path
 
@@ -364,8 +365,11 @@ def test_command(tmp_path, capsys):
     assert main(["datalist", "folder", str(source), str(tmp_path / "out"), "--folds", "10", "--fold", "3"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'datalist.json'}\n"
     assert len(load_scans(str(tmp_path / "out"), "training")) == 8
-    assert main(["datalist", "ixy", str(source), str(tmp_path / "other")]) == 2
-    assert "vxm datalist: layout 'ixy' is unknown" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["datalist", "ixy", str(source), str(tmp_path / "other")])
+    said = capsys.readouterr().err
+    assert "invalid choice: 'ixy'" in said
+    assert set(re.findall(r"\w+", said.split("choose from")[1])) == LAYOUTS.keys()
 
 
 # Pickles

@@ -85,8 +85,8 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for tables and plots")
     parser.add_argument(
         "--published",
-        metavar="NAME",
-        help="data set whose published results to print: ixi, lpba40 or oasis (default: none)",
+        choices=("ixi", "lpba40", "oasis"),
+        help="data set whose published results to print (default: none)",
     )
     parser.add_argument(
         "--common",
@@ -130,6 +130,7 @@ def _quickstart(args: argparse.Namespace) -> int:
 def _add_datalist_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "layout",
+        choices=("ixi", "oasis", "learn2reg", "lpba40", "folder", "csv"),
         metavar="LAYOUT",
         help="layout of the data set: ixi, oasis (neurite-OASIS), learn2reg, lpba40, folder (with images/ and labels/) "
         "or csv",
