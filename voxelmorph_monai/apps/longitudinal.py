@@ -19,7 +19,7 @@ from torch import Tensor
 
 from voxelmorph_monai.affines import Affine
 from voxelmorph_monai.anatomy import load_anatomy, segment
-from voxelmorph_monai.apps.options import SIMILARITIES
+from voxelmorph_monai.apps.options import SIMILARITIES, check_choice
 from voxelmorph_monai.apps.register import padded_field
 from voxelmorph_monai.apps.shipped import choose_device, shipped_anatomy
 from voxelmorph_monai.blocks import integrate, jacobian_determinant
@@ -119,8 +119,7 @@ def longitudinal(
     """
     if len(visits) < 2:
         raise ValueError(f"a change needs at least two visits, but the number of visits is {len(visits)}.")
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity is '{similarity}'. Choose one of {', '.join(SIMILARITIES)}.")
+    check_choice("similarity", similarity, SIMILARITIES)
     for what, given in (("label maps", labels), ("masks", excluded)):
         if given is not None and len(given) != len(visits):
             raise ValueError(f"there are {len(given)} {what} for {len(visits)} visits: give one for each.")

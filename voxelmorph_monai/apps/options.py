@@ -4,6 +4,7 @@ No heavy library is imported here, so that the command line can show the default
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "SMOOTHNESS",
     "SPACES",
     "Options",
+    "check_choice",
 ]
 
 SPACES = ("mni152", "fixed")
@@ -47,9 +49,11 @@ PRESET = "wide"
 """Preset of the bundled weights."""
 
 
-def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, known: Sequence[str]) -> str:
+    """The value of an option; raises ValueError unless it is one of the known ones."""
     if value not in known:
         raise ValueError(f"{name} is '{value}'. Choose one of {', '.join(known)}.")
+    return str(value)
 
 
 def _check_type(name: str, value: object, fits: bool, expected: str) -> None:
@@ -121,10 +125,10 @@ class Options:
         _check_type("steps", self.steps, steps, "a whole number, or None")
         grid = self.grid is None or _is(self.grid, "WorkingGrid")
         _check_type("grid", self.grid, grid, "a WorkingGrid, for example vxm.WorkingGrid((160, 192, 224), 1.0)")
-        _check_choice("space", self.space, SPACES)
-        _check_choice("alignment", self.alignment, ALIGNMENTS)
-        _check_choice("brain_extraction", self.brain_extraction, BRAIN_EXTRACTIONS)
-        _check_choice("similarity", self.similarity, SIMILARITIES)
+        check_choice("space", self.space, SPACES)
+        check_choice("alignment", self.alignment, ALIGNMENTS)
+        check_choice("brain_extraction", self.brain_extraction, BRAIN_EXTRACTIONS)
+        check_choice("similarity", self.similarity, SIMILARITIES)
         _check_type("symmetric", self.symmetric, isinstance(self.symmetric, bool), "True or False")
         _check_type("same_person", self.same_person, isinstance(self.same_person, bool), "True or False")
         if _is_number(self.smoothness, Real):
@@ -132,7 +136,7 @@ class Options:
                 raise ValueError(f"smoothness is {self.smoothness}. Give 0 mm or more.")
         else:
             _check_type("smoothness", self.smoothness, isinstance(self.smoothness, str), "a name or a number of mm")
-            _check_choice("smoothness", self.smoothness, tuple(SMOOTHNESS))
+            check_choice("smoothness", self.smoothness, tuple(SMOOTHNESS))
         if self.symmetric and self.space != "mni152":
             raise ValueError(
                 "symmetric cannot be combined with space fixed, whose grid favours the fixed scan. Use space mni152."

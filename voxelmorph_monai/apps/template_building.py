@@ -26,7 +26,7 @@ from torch import Tensor
 
 from voxelmorph_monai.affines import Affine, apply_affine
 from voxelmorph_monai.apps.cohort import register_cohort
-from voxelmorph_monai.apps.options import Options
+from voxelmorph_monai.apps.options import Options, check_choice
 from voxelmorph_monai.apps.register import padded_field
 from voxelmorph_monai.blocks import integrate
 from voxelmorph_monai.groupwise import logarithm
@@ -237,8 +237,7 @@ def build_template(
     Raises:
         ValueError: a scan, the list or an option cannot be used, or a registration failed; the message says which.
     """
-    if start not in ("scans", "mni152"):
-        raise ValueError(f"start is '{start}'. Choose scans or mni152.")
+    check_choice("start", start, ("scans", "mni152"))
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}. Give 1 or more.")
     members, output = _read_members(Path(scans)), Path(output).absolute()

@@ -6,14 +6,13 @@ MONAI Label; everything else is in the package ``voxelmorph_monai``.
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import itk
 from fastapi import HTTPException
@@ -25,13 +24,13 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from voxelmorph_monai import __version__
 from voxelmorph_monai.apps.label_propagation import Study, number_structures, propagate, rank, renumbered, structures
-from voxelmorph_monai.apps.options import ALIGNMENTS, DEFAULTS, PRESET, SPACES, Options
+from voxelmorph_monai.apps.label_settings import MOST, Settings, read_number
+from voxelmorph_monai.apps.options import check_choice
 from voxelmorph_monai.apps.prepare import prepare
 from voxelmorph_monai.apps.register_files import register_files
-from voxelmorph_monai.apps.shipped import choose_device, shipped_bundle, shipped_weights
+from voxelmorph_monai.apps.shipped import shipped_bundle
 from voxelmorph_monai.io.atomic import atomic, write_json
 from voxelmorph_monai.io.images import open_volume
-from voxelmorph_monai.networks import PRESETS
 from voxelmorph_monai.report import NAMES
 from voxelmorph_monai.space.itk_bridge import to_itk
 from voxelmorph_monai.space.scan import Scan
@@ -40,8 +39,6 @@ from voxelmorph_monai.space.template import WorkingGrid
 logger = logging.getLogger(__name__)
 
 _SIMILAR = "most similar"
-_LONGEST = 600.0  # longest refinement in seconds; clients of MONAI Label do not wait longer
-_MOST = 9  # largest number of studies to label from
 _RESULTS = {
     "warped": "warped.nii.gz",
     "transform": "forward.h5",
@@ -51,123 +48,6 @@ _RESULTS = {
     "report": "report.png",
 }
 _ENDINGS = (".nii", ".nii.gz", ".nrrd")  # file formats of label maps
-
-
-def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    if value not in known:
-        raise ValueError(f"{name} is '{value}'. Choose one of {', '.join(known)}.")
-    return str(value)
-
-
-def _number(name: str, value: Any, least: float, most: float, kind: Callable[[Any], Any] = float) -> Any:
-    try:
-        number = kind(value)
-        cut = isinstance(value, float) and number != value  # 2.7 is not a whole number
-        if math.isfinite(number) and least <= number <= most and not cut:
-            return number
-    except (ValueError, TypeError, OverflowError):
-        pass
-    what = "a whole number" if kind is int else "a number"
-    raise ValueError(f"{name} is '{value}'. Give {what} from {least:g} to {most:g}.")
-
-
-def _first(default: str, known: Sequence[str]) -> list[str]:
-    """Choices with the default first, because 3D Slicer preselects the first one."""
-    return [default, *(each for each in known if each != default)]
-
-
-class Settings(NamedTuple):
-    """Options from ``--conf KEY VALUE`` of the server; a request can change those from ``space`` on.
-
-    Attributes:
-        weights: file of the network's weights, or ``none`` for no network; None for the default.
-        preset: preset of the network.
-        device: device to compute on.
-        grid: grid of the displacement; None for the standard grid, or with ``space="fixed"`` a grid that fits the scan.
-        space: space to align the scans in.
-        alignment: alignment of the scans before the deformation.
-        budget: time limit of the refinement in seconds; 0 for no refinement.
-        num_studies: number of similar studies to take labels from.
-    """
-
-    weights: str | None
-    preset: str
-    device: str | None
-    grid: WorkingGrid | None
-    space: str = DEFAULTS.space
-    alignment: str = DEFAULTS.alignment
-    budget: float = DEFAULTS.budget
-    num_studies: int = 1
-
-    @classmethod
-    def read(cls, conf: Mapping[str, str]) -> "Settings":
-        """Read the options of the server.
-
-        Raises:
-            ValueError: an option is unknown or cannot be used.
-        """
-        known = {*cls._fields, "size", "spacing", "transform"} - {"grid"}  # transform: the former name of alignment
-        unknown = conf.keys() - known - {"preload", "server_mode"}  # these two are MONAI Label's
-        if unknown:
-            raise ValueError(
-                f"--conf has unknown options: {', '.join(sorted(unknown))}. Use {', '.join(sorted(known))}."
-            )
-        weights, device = conf.get("weights"), conf.get("device")
-        if weights not in (None, "none") and not Path(weights).is_file():
-            raise ValueError(f"weights '{weights}' do not exist. Name a file, or none.")
-        preset = _one_of("preset", conf.get("preset", PRESET), list(PRESETS))
-        if weights is None and preset != PRESET:
-            raise ValueError(f"the bundled weights are for preset {PRESET}, not {preset}. Give other weights, or none.")
-        choose_device(device)
-        size = tuple(_number("size", n, 8, 1024, int) for n in conf.get("size", "160,192,224").split(","))
-        grid = WorkingGrid(size, _number("spacing", conf.get("spacing", 1.0), 0.01, 100))
-        return cls(
-            weights=weights,
-            preset=preset,
-            device=device,
-            grid=grid if conf.keys() & {"size", "spacing"} else None,
-        ).asked(conf)
-
-    def asked(self, request: Mapping[str, Any]) -> "Settings":
-        """Settings for one request; empty fields of a client's form keep the settings of the server.
-
-        Raises:
-            ValueError: an option cannot be used.
-        """
-        given = {key: value for key, value in request.items() if value not in (None, "")}
-        return self._replace(
-            space=_one_of("space", given.get("space", self.space), SPACES),
-            alignment=_one_of("alignment", given.get("alignment", given.get("transform", self.alignment)), ALIGNMENTS),
-            budget=_number("budget", given.get("budget", self.budget), 0, _LONGEST),
-            num_studies=_number("num_studies", given.get("num_studies", self.num_studies), 1, _MOST, int),
-        )
-
-    def shown(self) -> dict[str, Any]:
-        """Options that a client shows in its form for a request."""
-        return {
-            "space": _first(self.space, SPACES),
-            "alignment": _first(self.alignment, ALIGNMENTS),
-            "budget": self.budget,
-        }
-
-    def weights_in_use(self, trained: Path) -> str | None:
-        """File of the weights for brains in MNI152; ``trained`` is the file of this server's own training, if any."""
-        if self.weights is None:
-            return str(trained if trained.is_file() else shipped_weights())
-        return None if self.weights == "none" else self.weights
-
-    def options(self, trained: Path) -> Options:
-        """Options of a registration; for ``trained`` see :meth:`weights_in_use`."""
-        unknown = self.weights is None and self.space != "mni152"  # the bundled weights are only for brains
-        return Options(
-            weights=None if unknown else self.weights_in_use(trained) or "none",
-            preset=self.preset,
-            device=self.device,
-            budget=self.budget,
-            space=self.space,
-            alignment=self.alignment,
-            grid=self.grid,
-        )
 
 
 @contextmanager
@@ -280,8 +160,8 @@ class LabelPropagation(InferTask):
             chosen = [moving] if isinstance(moving, str) else moving
             if not isinstance(chosen, list):
                 raise ValueError(f"moving is {moving}. Give the id of a study, or a list of ids.")
-            if not 1 <= len(chosen) <= _MOST:
-                raise ValueError(f"moving names {len(chosen)} studies. Name 1 to {_MOST}.")
+            if not 1 <= len(chosen) <= MOST:
+                raise ValueError(f"moving names {len(chosen)} studies. Name 1 to {MOST}.")
             for name in chosen:
                 if self.studies.image(name) and name not in labelled:
                     raise ValueError(f"study {name} has no labels that can be read. Choose another one, or label it.")
@@ -307,7 +187,7 @@ class LabelPropagation(InferTask):
         """Write a label map on the grid of ``request["image"]``; returns its path and the names of its structures."""
         fixed, ending = Path(request["image"]), request.get("result_extension") or ".nii.gz"
         settings = self.settings.asked(request)
-        _one_of("result_extension", ending, _ENDINGS)
+        check_choice("result_extension", ending, _ENDINGS)
         labelled = self.studies.usable()
         chosen, choice = self._chosen(labelled, request.get("moving") or _SIMILAR, fixed, settings)
         numbers = number_structures(list(labelled.values()))
@@ -347,7 +227,10 @@ class Register(InferTask):
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Register ``moving`` to the open study; returns the file that ``request["result"]`` names, and the summary."""
-        settings, result = self.settings.asked(request), _one_of("result", request.get("result", "warped"), [*_RESULTS])
+        settings, result = (
+            self.settings.asked(request),
+            check_choice("result", request.get("result", "warped"), [*_RESULTS]),
+        )
         if request.get("save_label"):
             raise ValueError("save_label is set, but a registration has no labels to save. Use label_propagation.")
         moving = Path(request["label"]) if request.get("label") else self.studies.image(request.get("moving", ""))
@@ -391,10 +274,10 @@ class Training(TrainTask):
         """Align the studies to MNI152, train, and save the weights for the other tasks."""
         with _answering({}):
             given = {**self.config(), **request}
-            epochs = _number("max_epochs", given["max_epochs"], 1, 10_000, int)
-            pairs = _number("pairs_per_epoch", given["pairs_per_epoch"], 1, 100_000, int)
-            rate = _number("learning_rate", given["learning_rate"], 0, 1)
-            fraction = _number("val_split", given["val_split"], 0, 1)
+            epochs = read_number("max_epochs", given["max_epochs"], 1, 10_000, int)
+            pairs = read_number("pairs_per_epoch", given["pairs_per_epoch"], 1, 100_000, int)
+            rate = read_number("learning_rate", given["learning_rate"], 0, 1)
+            fraction = read_number("val_split", given["val_split"], 0, 1)
             studies = list(self.studies.usable().values())
             held_back = max(2, round(fraction * len(studies)))
             if len(studies) < held_back + 2:
