@@ -145,7 +145,7 @@ class AtlasSegmentation(nn.Module):
     def displacement(self, image: Tensor, atlas: int) -> Tensor:
         """Displacement ``(B, 3, *size)`` in voxels that warps an atlas to ``image`` ``(B, 1, *size)``."""
         if image.ndim != 5 or image.shape[1] != 1 or list(image.shape[2:]) != self.size:
-            raise ValueError(f"image has shape {list(image.shape)}. Give (B, 1, {', '.join(map(str, self.size))}).")
+            raise ValueError(f"image has shape {list(image.shape)}. Give (B, 1, *size), where size is {self.size}.")
         moving = self.image_of(atlas).expand(image.shape[0], -1, -1, -1, -1)
         return self.network(torch.cat([moving, image], dim=1))
 

@@ -206,7 +206,7 @@ def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     visits = save(tmp_path)
     out = ["--output", str(tmp_path / "out")]
     assert cli.main(["longitudinal", visits[0], *out]) == 2
-    assert "two or more" in capsys.readouterr().err
+    assert "visits is 1" in capsys.readouterr().err
     assert cli.main(["longitudinal", *visits, *out, "--labels", str(tmp_path / "l1.nii.gz")]) == 2
     assert "1 label maps for 2 visits" in capsys.readouterr().err
     assert (
