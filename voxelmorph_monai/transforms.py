@@ -19,6 +19,7 @@ from voxelmorph_monai.io.images import save_image
 from voxelmorph_monai.maps.displacements import save_displacement
 from voxelmorph_monai.metrics import inverse_consistency
 from voxelmorph_monai.report import Images, correlation, overlap, regularity, save_results
+from voxelmorph_monai.space.resampling import viewed
 from voxelmorph_monai.space.scan import Scan
 
 __all__ = ["LoadScand", "MergeLabelsd", "SaveRegistrationd", "WarpLabelsd"]
@@ -187,7 +188,8 @@ class SaveRegistrationd(Transform):
 
     It needs the items ``moving`` and ``fixed`` from :class:`LoadScand`, and ``ddf`` and ``warped`` from the network. It
     uses ``inverse_ddf`` if there is one and inverts ``ddf`` otherwise. With ``moving_label`` and ``fixed_label`` the
-    summary includes the Dice of each label.
+    summary includes the Dice of each label. Its ``correlation_after`` is over the voxels that are displaced to a point
+    within the moving image.
 
     Args:
         output_dir: folder, created if necessary.
@@ -271,10 +273,12 @@ class SaveRegistrationd(Transform):
         consistency = inverse_consistency(
             ddf[None], inverse[None], spacing=spacing(affine).tolist(), mask=fixed[None] > 0
         )
+        scan = Scan(moving[0].numpy(), np.eye(4))
+        known = viewed(scan, scan.grid, np.eye(4), ddf.numpy())  # beyond, the warp repeats the outermost voxels
         summary: dict[str, object] = {
             "dice": None,
             "correlation_before": correlation(moving.numpy(), fixed.numpy()),
-            "correlation_after": correlation(data["warped"].cpu().numpy(), fixed.numpy()),
+            "correlation_after": correlation(data["warped"][0].cpu().numpy(), fixed[0].numpy(), known),
             **regularity(ddf.numpy()),
             "inverse_consistency_mm": float(consistency),
             "seconds": float(data["seconds"]) if "seconds" in data else None,

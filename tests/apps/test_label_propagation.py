@@ -152,6 +152,20 @@ def test_brains_are_compared_in_mni152(tmp_path: Path) -> None:
     assert not reasons
 
 
+@pytest.mark.parametrize("space", ["fixed", "mni152"])
+@pytest.mark.parametrize("cut", ["study", "scan"])
+def test_what_a_scan_does_not_show_makes_it_no_less_similar(tmp_path: Path, space: str, cut: str) -> None:
+    """A slab of the scan itself is more similar to it than the whole of someone else, and so is it to its slab."""
+    twin, other, target = study(tmp_path, "twin", 2), study(tmp_path, "other", 1), study(tmp_path, "open", 2)
+    image, affine = brain(2)[0][:, 9:24], oblique_lia()
+    affine[:3, 3] += affine[:3, :3] @ (0, 9, 0)
+    save_image((twin if cut == "study" else target).image, image, affine)
+    ranked, reasons = rank([other, twin], target.image, space=space, alignment="none")
+    assert not reasons
+    assert [found.name for _, found in ranked] == ["twin", "other"]
+    assert ranked[0][0] > 0.99  # in MNI152 an intensity is of the 99.5th percentile of what is shown
+
+
 def test_the_app_is_copied_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["label-app", str(tmp_path / "app")]) == 0
     assert {path.name for path in (tmp_path / "app").iterdir()} == {"main.py", "requirements.txt"}

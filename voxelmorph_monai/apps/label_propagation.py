@@ -21,7 +21,7 @@ from voxelmorph_monai.blocks import weighted_vote
 from voxelmorph_monai.io.atomic import atomic_folder, require_new
 from voxelmorph_monai.io.formats import stamp
 from voxelmorph_monai.report import correlation
-from voxelmorph_monai.space.resampling import rescale
+from voxelmorph_monai.space.resampling import rescale, viewed
 from voxelmorph_monai.space.scan import Scan
 from voxelmorph_monai.space.template import mni152
 
@@ -88,23 +88,28 @@ def renumbered(study: Study, numbers: Mapping[str, int]) -> Scan:
 
 
 @lru_cache(maxsize=1024)  # a scan is aligned once, however often it is compared
-def _in_mni152(path: str, size: int, time_of_change: int, alignment: str) -> Scan:
+def _in_mni152(path: str, size: int, time_of_change: int, alignment: str) -> tuple[Scan, NDArray[np.bool_]]:
     template = mni152()
     thinned = np.ascontiguousarray(template.array[::_STEP, ::_STEP, ::_STEP])
     reference = Scan(thinned, template.affine @ np.diag([_STEP, _STEP, _STEP, 1.0]), template.name)
-    return rescale(register_scans(Scan.read(path), reference, _aligning("fixed", alignment)).warped)
+    warped, known = _aligned(Scan.read(path), reference, alignment)
+    return rescale(warped), known
 
 
-def _aligning(space: str, alignment: str) -> Options:
-    return Options(weights="none", refine=False, space=space, alignment=alignment)
+def _aligned(moving: Scan, fixed: Scan, alignment: str) -> tuple[Scan, NDArray[np.bool_]]:
+    """A scan on the grid of another one, and which voxels of that lie in its field of view."""
+    options = Options(weights="none", refine=False, space="fixed", alignment=alignment)
+    result = register_scans(moving, fixed, options)
+    return result.warped, viewed(moving, fixed.grid, result.forward.linear)
 
 
 def _similarity(study: Study, fixed: Path, space: str, alignment: str) -> float:
     if space == "mni152":
-        first, second = (_in_mni152(*stamp(path), alignment) for path in (study.image, fixed))
-        return correlation(first.array, second.array)
+        (first, known), (second, known_too) = (_in_mni152(*stamp(path), alignment) for path in (study.image, fixed))
+        return correlation(first.array, second.array, known & known_too)
     image = Scan.read(fixed)
-    return correlation(register_scans(_image(study), image, _aligning(space, alignment)).warped.array, image.array)
+    warped, known = _aligned(_image(study), image, alignment)
+    return correlation(warped.array, image.array, known)
 
 
 def _image(study: Study) -> Scan:
@@ -126,7 +131,8 @@ def rank(
         alignment: alignment, as in :func:`~voxelmorph_monai.apps.register.register`.
 
     Returns:
-        Correlation and study, the most similar first; and the reasons why other studies cannot be compared, by name.
+        Correlation, over what both scans show, and study, the most similar first; and the reasons why other studies
+        cannot be compared, by name.
     """
     ranked, reasons = [], {}
     for study in studies:
