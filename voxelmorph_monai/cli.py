@@ -93,11 +93,14 @@ def _run(argv: Sequence[str]) -> int:
         _check_home(argv)
         return COMMANDS[args.command].run(args)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
-        ):  # torch raises it if a GPU is full
+        from voxelmorph_monai.memory import is_out_of_memory
+
+        short = is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not short:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if short:
+            reason = f"out of memory. Close other programs, or use a coarser grid or fewer jobs. ({reason})"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = f"{error.strerror}. Incomplete files were removed. Free some space, or write to another disk."
         print(f"vxm {args.command}: {reason}", file=sys.stderr)

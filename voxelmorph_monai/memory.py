@@ -1,9 +1,26 @@
-"""Settings of the C library's memory allocator."""
+"""Settings of the C library's memory allocator, and errors that mean too little memory."""
 
 import ctypes
+import errno
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["is_out_of_memory", "keep_freed_memory"]
+
+# torch on a CPU, C++, Python's threads and ITK raise RuntimeError; torch on a GPU a subclass of it.
+_SHORTAGES = ("allocate memory", "bad_alloc", "can't start new thread", "failed to allocate", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory was short.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    True
+    >>> is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    False
+    """
+    if isinstance(error, RuntimeError):
+        return any(words in str(error).lower() for words in _SHORTAGES)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def keep_freed_memory() -> bool:
