@@ -588,7 +588,7 @@ def test_scans_of_one_person_are_aligned_to_each_other(monkeypatch: pytest.Monke
         kinds.append(kind)
         return found[moving.name, fixed.name if fixed is not None else "t"]
 
-    monkeypatch.setattr(registration, "align", noted)
+    monkeypatch.setattr("voxelmorph_monai.space.middle.align", noted)
     monkeypatch.setattr(registration, "align_to_mni152", noted)
     monkeypatch.setitem(registration.SCALINGS, "percentile", lambda scan: scan)
     there, back = (
@@ -777,7 +777,7 @@ def test_an_earlier_registration_is_overwritten_whole_or_not_at_all(
 def test_what_cannot_be_aligned_is_said_in_one_line() -> None:
     moving, fixed = (body(AFFINES["straight"], name=name) for name in ("a.nii", "b.nii"))
     even = moving.like(np.full(moving.shape, 7, np.float32))
-    with pytest.raises(ValueError, match=r"^a\.nii has the same intensity everywhere, .*\.$"):
+    with pytest.raises(ValueError, match=r"^a\.nii .* same intensity everywhere, .*\.$"):
         register(even, fixed, space="fixed")
 
 

@@ -333,7 +333,7 @@ def test_slices_are_registered_without_a_word_about_a_grid() -> None:
     [
         (rigid((0, 90, 0), (0, 0, 0)), {}, r"planes of moving and fixed differ by 90 degrees; at most 45"),
         (np.eye(4), {"space": "mni152"}, r"slices and 2-D images .* MNI152.* space 'fixed'"),
-        (np.eye(4), {"weights": Registration(VoxelMorph()).eval()}, r"network takes 2 channels in 3-D, .* 2-D images"),
+        (np.eye(4), {"weights": Registration(VoxelMorph()).eval()}, r"network takes 2 channels in 3-D, .* 2-D"),
         (
             np.eye(4),
             {"weights": network(), "grid": WorkingGrid()},
