@@ -200,7 +200,7 @@ def test_wrong_options_and_images_are_refused() -> None:
         AtlasSegmentation(256)
     with pytest.raises(ValueError, match=r"^num_atlases is 0\b"):
         AtlasSegmentation(1, num_atlases=0)
-    with pytest.raises(ValueError, match=r"box \[20, 48, 38\] from \[3, 0, 5\] .* grid of \[32, 48, 40\]"):
+    with pytest.raises(ValueError, match=r"box of \[20, 48, 38\] .*from \[3, 0, 5\] .* grid of \[32, 48, 40\]"):
         network(start=(3, 0, 5), box=(20, 48, 38))
     with pytest.raises(ValueError, match=r"^window is 4\b.*odd"):
         network(window=4)

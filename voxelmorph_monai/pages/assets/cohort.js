@@ -26,7 +26,7 @@ const written = (row, m) => (row.values[m] === null || row.values[m] === undefin
 const decisions = new Map();
 function remember() {
   try { localStorage.setItem(STORE, JSON.stringify([...decisions])); } catch {
-    byId("message").textContent = "This browser does not store your decisions: export them before you close the page.";
+    byId("message").textContent = "This browser cannot store your decisions: export them before you close the page.";
   }
 }
 try {
