@@ -102,14 +102,14 @@ def test_outside_of_a_workflow_nothing_is_checked(monkeypatch):
     ],
 )
 def test_misspelt_options_are_refused(words):
-    refused("uses lerning_rate.", ["train.json"], *words)
+    refused("use lerning_rate.", ["train.json"], *words)
     command(["train.json"], *(word.replace("lerning", "learning") for word in words[:2] if "None" not in words))
 
 
 @pytest.mark.parametrize("option", ["train#max_epochs", "validate#batch_size", "train#dataloadr"])
 def test_misspelt_parts_of_sections_are_refused(option):
-    refused(f"uses {option}.", ["train.json"], f"--{option}", "3")
-    refused_in_python(f"uses {option}.", ["train.json"], **{option: 3})
+    refused(f"use {option}.", ["train.json"], f"--{option}", "3")
+    refused_in_python(f"use {option}.", ["train.json"], **{option: 3})
 
 
 def test_options_of_an_args_file_are_checked_too(tmp_path):
@@ -117,7 +117,7 @@ def test_options_of_an_args_file_are_checked_too(tmp_path):
     args.write_text(json.dumps({"config_file": paths("train.json"), "run_id": "training", "lerning_rate": 1}))
     with pytest.raises(RuntimeError) as failure:
         create_workflow(args_file=str(args))
-    assert "uses lerning_rate." in str(failure.value.__cause__)
+    assert "use lerning_rate." in str(failure.value.__cause__)
     args.write_text(json.dumps({"config_file": paths("train.json", "flip.yaml"), "augmentation": None}))
     assert create_workflow(args_file=str(args)).parser["augmentation"] is None
 
@@ -125,7 +125,7 @@ def test_options_of_an_args_file_are_checked_too(tmp_path):
 @pytest.mark.parametrize("options", [{"lerning_rate": 1}, {"train_key": ["image"]}, {"learning-rate": 1}])
 def test_in_python_misspelt_options_are_refused_as_well(options):
     (name,) = options
-    refused_in_python(f"uses {name}.", ["train.json"], **options)
+    refused_in_python(f"use {name}.", ["train.json"], **options)
     with pytest.raises(RuntimeError, match="check_config"):
         monai.bundle.run(config_file=paths("train.json"), **options)
 
@@ -133,8 +133,8 @@ def test_in_python_misspelt_options_are_refused_as_well(options):
 def test_misspelt_entries_of_overlays_are_refused(tmp_path):
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("smothness_weight: 0.5\nbatch_size: 2\n")
-    refused("uses smothness_weight.", ["train.json", str(overlay)])
-    refused_in_python("uses smothness_weight.", ["train.json", str(overlay)])
+    refused("use smothness_weight.", ["train.json", str(overlay)])
+    refused_in_python("use smothness_weight.", ["train.json", str(overlay)])
 
 
 def test_an_overlay_may_leave_an_entry_without_use(tmp_path):
@@ -142,8 +142,8 @@ def test_an_overlay_may_leave_an_entry_without_use(tmp_path):
     overlay.write_text("loss: {_target_: voxelmorph_monai.losses.RegistrationLoss, similarity: '$torch.nn.MSELoss()'}")
     command(["train.json", str(overlay)])
     in_python(["train.json", str(overlay)])
-    refused("uses smoothness_weight.", ["train.json", str(overlay)], "--smoothness_weight", "0.5")
-    refused_in_python("uses smoothness_weight.", ["train.json", str(overlay)], smoothness_weight=0.5)
+    refused("use smoothness_weight.", ["train.json", str(overlay)], "--smoothness_weight", "0.5")
+    refused_in_python("use smoothness_weight.", ["train.json", str(overlay)], smoothness_weight=0.5)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_an_overlay_may_leave_an_entry_without_use(tmp_path):
     ],
 )
 def test_options_that_change_nothing_are_refused(files, run_id, option, value):
-    refused(f"nothing in '{run_id}' uses {option}.", files, f"--{option}", *value.split(), run_id=run_id)
+    refused(f"'{run_id}' does not use {option}.", files, f"--{option}", *value.split(), run_id=run_id)
 
 
 # Options that MONAI drops or changes

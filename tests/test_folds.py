@@ -60,5 +60,5 @@ def test_remove_folds_takes_one_field():
         remove_folds(torch.zeros(2, 2, 9, 9))
     with pytest.raises(ValueError, match=r"^ddf has shape \[1, 3, 9, 9, 1\]\. .*2 voxels"):
         remove_folds(torch.zeros(1, 3, 9, 9, 1))
-    with pytest.raises(ValueError, match=r"^ddf has 162 values of NaN or infinity\.$"):
+    with pytest.raises(ValueError, match=r"^ddf has 162 values of NaN or infinity\b"):
         remove_folds(torch.full((1, 2, 9, 9), torch.nan))

@@ -633,8 +633,8 @@ POINTS = torch.zeros(2, 4, 2)
         ),
         (LABELS.float(), LABELS, 2, TypeError, r"^labels .*torch.float32"),
         (LABELS, LABELS.double(), 2, TypeError, r"^reference .*torch.float64"),
-        (LABELS, 3 * LABELS, 2, ValueError, r"^reference .* 3 to 3, .* 0 to 2"),
-        (-LABELS, LABELS, 2, ValueError, r"^labels .* -1 to -1, .* 0 to 2"),
+        (LABELS, 3 * LABELS, 2, ValueError, r"^reference .* 3 to 3, .*num_labels is 2\b"),
+        (-LABELS, LABELS, 2, ValueError, r"^labels .* -1 to -1, .*num_labels is 2\b"),
         (LABELS, LABELS, 0, ValueError, r"^num_labels is 0\b.* 1 or more"),
     ],
 )
@@ -665,7 +665,7 @@ def test_mask_is_checked(measure):
         measure(DDF, torch.ones(2, 2, 6, 7))
     empty = torch.ones(2, 1, 6, 7)
     empty[1] = 0
-    with pytest.raises(ValueError, match=r"^mask .*\[42, 0\] voxels .* 0 outermost"):
+    with pytest.raises(ValueError, match=r"\[42, 0\] voxels in the mask\b.* 0 outermost"):
         measure(DDF, empty)
 
 

@@ -557,7 +557,7 @@ def test_overfits_one_pair(preset):
             {"preset": "vm3"},
             r"^preset 'vm3' .*vm1, vm2, dense, vxmdense, diffeomorphic, miccai2018, wide",
         ),
-        ({"widths": 3}, r"^\['widths'\] .*\('encoder', .*\)"),
+        ({"widths": 3}, r"\['widths'\].* \('encoder', .*\)"),
         ({"in_channels": 3}, r"^in_channels is 3\b"),
         ({"in_channels": 0}, r"^in_channels is 0\b"),
         ({"spatial_dims": 1}, r"^spatial_dims is 1\b"),
@@ -573,7 +573,7 @@ def test_overfits_one_pair(preset):
         ({"preset": "vm1", "integration_level": -1}, r"^integration_level is -1\b"),
         (
             {"preset": "diffeomorphic", "num_steps": 0},
-            r"probabilistic .*num_steps is 0\b",
+            r"num_steps is 0\b.*probabilistic",
         ),
         ({"preset": "dense", "cascades": 0}, r"^cascades is 0\b"),
         ({"preset": "diffeomorphic", "cascades": 2}, r"^cascades is 2\b.* probabilistic"),
@@ -590,7 +590,7 @@ def test_overfits_one_pair(preset):
         ),
         (
             {"preset": "diffeomorphic", "integration_level": 0},
-            r"probabilistic .* decoder stops, 1, .*integration_level is 0\b",
+            r"integration_level is 0\b.*probabilistic .* decoder stops: 1\b",
         ),
     ],
 )
@@ -660,7 +660,7 @@ def test_a_file_with_wrong_bytes_says_so(tmp_path):
 
 
 def test_wrong_registration():
-    with pytest.raises(ValueError, match=r"^bidirectional .*num_steps is 0\b"):
+    with pytest.raises(ValueError, match=r"^bidirectional .*num_steps .*is 0\b"):
         Registration(VoxelMorph("vm2", 2), bidirectional=True)
     with pytest.raises(ValueError, match=r"^input_level is -1\b"):
         VoxelMorph("vm2", 2, input_level=-1)
