@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.githubpages",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx-mathjax-offline",  # formulas without a server of others
 ]
 include_patterns = ["README.md", "docs/*.md", "docs/reference/*.md", "bundles/*/docs/README.md", ".github/*.md"]
 exclude_patterns = [".github/PULL_REQUEST_TEMPLATE.md"]
