@@ -113,6 +113,13 @@ def test_the_template_moves_to_the_middle_and_the_scans_grow_alike(built: Path) 
     assert rounds[2]["correlation"] > 0.98
 
 
+def test_the_template_is_in_the_middle_of_the_scans(built: Path) -> None:
+    """The maps to the scans, as they are after the correction, lead nowhere on average."""
+    for number in (1, 2):
+        left = json.loads((built / f"round_{number}" / "round.json").read_text())["left_mm"]
+        assert 0 < left < 0.1  # mm, of voxels of 4 mm, between which the maps are interpolated
+
+
 @pytest.mark.parametrize(("deviations", "counts"), [(2.85, True), (3.15, False), (-2.85, True), (-3.15, False)])
 def test_what_is_three_standard_deviations_off_is_left_out(deviations: float, counts: bool) -> None:
     """One more value among those of a normal distribution; it changes their median absolute deviation by 2 %."""

@@ -12,7 +12,7 @@ Everything that a round needs is in its folder, complete or not at all, so a cal
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from voxelmorph_monai.affines import Affine, apply_affine
+from voxelmorph_monai.affines import Affine, ImageGrid, apply_affine
 from voxelmorph_monai.apps.cohort import register_cohort
 from voxelmorph_monai.apps.options import Options, check_choice
 from voxelmorph_monai.apps.register import padded_field
-from voxelmorph_monai.blocks import integrate
+from voxelmorph_monai.blocks import integrate, invert
 from voxelmorph_monai.groupwise import logarithm
 from voxelmorph_monai.io.atomic import atomic, write_json
 from voxelmorph_monai.io.tables import read_table
@@ -97,6 +97,22 @@ def _velocity(folder: Path, aligned_only: bool) -> tuple[Affine, Tensor | None]:
     return linear, logarithm(torch.from_numpy(bend.astype(np.float32))[None])
 
 
+def _mean_bend(maps: Iterable[tuple[NDArray[np.float32], Affine]], grid: ImageGrid) -> NDArray[np.float32]:
+    """Mean over the scans of where their maps lead without the linear parts: a displacement ``(3, *size)`` in voxels.
+
+    Args:
+        maps: for each scan the displacement ``(3, *size)`` of its map in voxels of the grid, and the linear part in mm.
+        grid: grid of the displacements.
+    """
+    index = np.indices(tuple(grid.size), np.float32)
+    mean, number = np.zeros(index.shape, np.float32), 0
+    for ddf, linear in maps:
+        back = np.linalg.inv(grid.affine) @ np.linalg.inv(linear) @ grid.affine
+        mean += (apply_affine(back, index + ddf) - index).astype(np.float32)
+        number += 1
+    return (mean / number).astype(np.float32)
+
+
 def _robust_mean(stack: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean over the first axis, without outliers and voxels outside a scan; 0 where no scan shows anything."""
     seen = np.where(stack > _OUTSIDE / 2, stack, np.nan)
@@ -152,15 +168,23 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
     maps = [linear @ np.linalg.inv(mean_linear) for linear, _ in found]
     grid = grid_around(scans, maps, spacing)
     like = Scan(np.zeros(tuple(grid.size), np.float32), grid.affine, "template")
+    forwards = [read_transform(folder / "registered" / member.name / "forward.h5") for member in members]
+    centring = SpatialMap(np.eye(4), np.eye(4))
+    if middle is not None:  # the mean of the velocities is not quite that of the maps
+        fields = (on_grid(chain([chain_of_map(correction), forward]), grid) for forward in forwards)
+        mean_bend = _mean_bend(zip(fields, maps, strict=True), grid)
+        inverse, _ = invert(torch.from_numpy(mean_bend)[None])
+        centring = centring._replace(field=padded_field(inverse, grid.affine))
     labels = _label_numbers(members)
+    bends = np.zeros((3, *like.shape), np.float32)
     with (
         _on_disk(folder / "warped.npy", (len(members), *like.shape)) as stack,
         _on_disk(folder / "shares.npy", (max(1, len(labels)), *like.shape)) as shares,
     ):
         with Progress("average", len(members), "scan") as told:
-            for i, (member, scan) in enumerate(zip(members, scans, strict=True)):
-                forward = read_transform(folder / "registered" / member.name / "forward.h5")
-                ddf = on_grid(chain([chain_of_map(correction), forward]), grid)
+            for i, (member, scan, forward) in enumerate(zip(members, scans, forwards, strict=True)):
+                ddf = on_grid(chain([chain_of_map(centring), chain_of_map(correction), forward]), grid)
+                bends += _mean_bend([(ddf, maps[i])], grid) / len(members)
                 stack[i] = warp_scan(scan, ddf, like, outside=_OUTSIDE).array
                 given = Scan.read_labels(member.labels) if member.labels else None
                 for share, label in zip(shares, labels, strict=False):
@@ -178,10 +202,12 @@ def _next(members: Sequence[_Member], template: Scan, folder: Path, aligned_only
     # Displacement of the whole map, because its linear part and its field can cancel each other.
     mean_map = SpatialMap(np.eye(4), mean_linear, bend).on_grid(template.grid)
     off = np.linalg.norm(mean_map, axis=0)[template.array > template.array.mean()] * float(template.spacing.mean())
+    left = np.linalg.norm(bends, axis=0)[mean > mean.mean()] * float(like.spacing.mean())
     write_json(
         folder / "round.json",
         {
             "mean_displacement_mm": float(off.mean()),
+            "left_mm": float(left.mean()),
             "correlation": float(np.mean(likeness)),
         },
     )
@@ -217,7 +243,8 @@ def build_template(
     The folder contains ``template.nii.gz`` in intensities from 0 to about 1 (the 99.5th percentile of each scan is 1),
     ``mean.nii.gz`` (the same before sharpening), ``template_labels.nii.gz`` if the scans have labels, and a folder for
     each round. This holds the registrations of the round, its template, the ``probabilities/`` of labels, and
-    ``round.json``: the mean correction of the shape in mm, and the mean correlation of the scans with their mean.
+    ``round.json``: the mean correction of the shape in mm, the mean displacement that is left after it, and the mean
+    correlation of the scans with their mean.
 
     Args:
         scans: CSV file with a column ``image``, and optionally ``labels``; paths are relative to its folder.
